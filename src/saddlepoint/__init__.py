@@ -1,0 +1,36 @@
+"""Saddlepoint: attack, defend, detect and verify classifiers with adversarial examples.
+
+>>> import torch, saddlepoint as sp
+>>> model = sp.Model(torch.nn.Linear(4, 3), bounds=(0, 1))
+>>> x, y = torch.rand(8, 4), torch.zeros(8, dtype=torch.int64)
+>>> result = sp.attack(model, x, y, sp.attacks.PGD(steps=5), sp.Linf(0.1))
+>>> len(result)
+8
+"""
+
+from saddlepoint import attacks, data, zoo
+from saddlepoint.attacks.facade import attack, perturb
+from saddlepoint.engine import AttackResult, Budget, Interrupted
+from saddlepoint.errors import (
+    CapabilityError,
+    DataError,
+    InputError,
+    MissingExtraError,
+    ModelError,
+    SaddlepointError,
+    SaddlepointWarning,
+    UnknownNameError,
+)
+from saddlepoint.goals import FalsePositive, Targeted, Untargeted
+from saddlepoint.models import Classifier, Defended, Ensemble, Model, Transform
+from saddlepoint.taxonomy import Access, Norm, Scope, Status
+from saddlepoint.threats import L0, L1, L2, Linf, Minimize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "L0", "L1", "L2", "Access", "AttackResult", "Budget", "CapabilityError", "Classifier", "DataError", "Defended", "Ensemble",
+    "FalsePositive", "InputError", "Interrupted", "Linf", "Minimize", "MissingExtraError", "Model", "ModelError", "Norm",
+    "SaddlepointError", "SaddlepointWarning", "Scope", "Status", "Targeted", "Transform", "UnknownNameError", "Untargeted",
+    "attack", "attacks", "data", "perturb", "zoo",
+]  # fmt: skip

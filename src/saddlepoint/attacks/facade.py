@@ -1,0 +1,203 @@
+"""`attack`: the one call that runs any attack on anything; `perturb`: the light path for training loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from saddlepoint.attacks.registry import get
+from saddlepoint.engine import (
+    KEEPS,
+    Attack,
+    AttackResult,
+    Budget,
+    Interrupted,
+    Keep,
+    Problem,
+    Record,
+    Run,
+    Source,
+    configuration,
+)
+from saddlepoint.engine.judge import input_gradient
+from saddlepoint.engine.problem import Evaluator, Gradient
+from saddlepoint.engine.source import Batches
+from saddlepoint.errors import CapabilityError, InputError, UnknownNameError
+from saddlepoint.goals import Aim, Goal, Loss, loss_named
+from saddlepoint.models.base import Classifier
+from saddlepoint.models.freeze import frozen
+from saddlepoint.rng import Keys
+from saddlepoint.threats import Bounds, Threat
+
+__all__ = ["Interrupted", "attack", "check_combination", "perturb"]
+
+
+def check_combination(attack: Attack, threat: Threat, goal: Goal) -> None:
+    """Raise `CapabilityError` where the attack cannot do what is asked."""
+    name, can = type(attack).__name__, attack.declaration
+    if threat.norm not in can.norms:
+        norms = ", ".join(sorted(norm.value for norm in can.norms))
+        raise CapabilityError(f"{name} works in {norms}; the threat is {type(threat).__name__} ({threat.norm.value})")
+    if threat.minimizes and not can.minimizes:
+        raise CapabilityError(f"{name} needs a ball of stated size, such as {type(threat).__name__}(eps); it can't minimise")
+    if goal.targeted and not can.targeted:
+        raise CapabilityError(f"{name} is untargeted only; the goal is {goal}")
+    if not goal.targeted and not can.untargeted:
+        raise CapabilityError(f"{name} is targeted only; the goal is {goal}: give a Targeted one, or none for its default")
+
+
+def attack(
+    model: Classifier,
+    x: Tensor | Batches,
+    y: Tensor | None,
+    attack: Attack | str,
+    threat: Threat,
+    goal: Goal | None = None,
+    *,
+    batch_size: int | None = None,
+    seed: int = 0,
+    budget: Budget | None = None,
+    progress: bool = False,
+    keep: Keep | None = None,
+    ids: Tensor | None = None,
+    callback: Callable[[Record], None] | None = None,
+    resume: AttackResult | None = None,
+) -> AttackResult:
+    """Attack every sample, and report what became of it.
+
+    model: what is attacked (`sp.Model(net)`). x: inputs (N, ...) inside the model's bounds, or an iterable of (x, y) batches (a
+    DataLoader), which is then streamed. y: true classes (N,), None with a stream or where the goal needs none.
+    attack: an attack or its name. threat: the set to stay in, or `Minimize(norm)`. goal: default the attack's own, mostly
+    `Untargeted()`.
+    batch_size: samples under attack at once; default by size. seed: with the sample's id, the source of all randomness.
+    budget: limits per sample and in seconds. progress: show a bar. keep: which point is returned, default "smallest" for
+    `Minimize` and "first" otherwise (a sample is done at its first success). ids: names of the samples (N,) for the random
+    numbers, default their positions. callback: is given a `Record` after every step. resume: the partial result of an
+    `Interrupted` run with the same arguments.
+
+    Errors: `InputError` for bad inputs, `CapabilityError` where attack, threat, goal and model don't fit (before any query),
+    `Interrupted` on Ctrl-C.
+    """
+    chosen = get(attack)() if isinstance(attack, str) else attack
+    if not isinstance(chosen, Attack):
+        raise InputError(f"attack must be an attack such as sp.attacks.PGD() or a name; got {attack!r}")
+    if not isinstance(model, Classifier):
+        raise InputError(f"model must be a Saddlepoint model: sp.Model(net, ...); got {type(model).__name__}")
+    if not isinstance(threat, Threat):
+        raise InputError(f"threat must be such as sp.Linf(8 / 255) or sp.Minimize('l2'); got {threat!r}")
+    if keep is not None and keep not in get_args(Keep):
+        raise UnknownNameError("keep", keep, KEEPS)
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size must be at least 1; got {batch_size}")
+    goal = goal if goal is not None else chosen.default_goal()
+    check_combination(chosen, threat, goal)
+    model.require(chosen.declaration.access, type(chosen).__name__)
+    budget = budget or Budget()
+    keep = keep or ("smallest" if threat.minimizes else "first")
+    config = configuration(model, chosen, threat, goal, keep=keep, seed=seed, budget=budget)
+    skip: frozenset[int] = frozenset()
+    if resume is not None:
+        differing = [key for key in config if resume.config.get(key) != config[key]]
+        if differing:
+            raise InputError(f"this run differs from the one to resume in: {', '.join(differing)}")
+        skip = frozenset(resume.order.tolist())
+    source = Source(x, y, ids, model=model, threat=threat, goal=goal, skip=skip)
+    run = Run(model, chosen, threat, goal, keep, seed, budget, batch_size, progress, callback, config)
+    return run(source, resume)
+
+
+PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+class _Plain(Evaluator):
+    """Evaluates for training loops: no bookkeeping."""
+
+    def __init__(self, net: Callable[[Tensor], Tensor], y: Tensor, goal: Goal, keys: Keys, loss: PerSampleLoss | None) -> None:
+        self.net, self.y, self.goal, self.keys, self.loss = net, y, goal, keys, loss
+        self._aim: Aim | None = None
+
+    @property
+    def aim(self) -> Aim:
+        if self._aim is None:
+            raise InputError("the number of classes is not known before the first evaluation")
+        return self._aim
+
+    def _bind(self, logits: Tensor) -> Aim:
+        """The first logits tell how many classes there are, and which is least likely."""
+        if self._aim is None:
+            classes = logits.shape[1]
+            targets = self.goal.targets(self.y, classes, self.keys.absorb(-1))
+            self._aim = self.goal.aim(self.y, self.goal.resolve(targets, logits.detach(), self.y), classes)
+        return self._aim
+
+    def forward(self, points: Tensor, owner: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            logits = self.net(points)
+        if self.loss is None:
+            self._bind(logits)
+        return logits
+
+    def gradient(self, points: Tensor, owner: Tensor | None, loss: str | Loss) -> Gradient:
+        with torch.enable_grad():
+            leaf = points.detach().requires_grad_()
+            logits = self.net(leaf)
+            values = self.loss(logits, self.y) if self.loss is not None else loss_named(loss)(logits, self._bind(logits))
+        return Gradient(values.detach(), input_gradient(values, leaf), logits.detach())
+
+    def vjp(self, points: Tensor, owner: Tensor | None, cotangents: Tensor) -> Gradient:
+        return self.gradient(points, owner, lambda logits, aim: (logits * cotangents).sum(1))
+
+    def allow(self, owner: Tensor, wanted_backward: bool) -> Tensor:
+        return torch.ones_like(owner, dtype=torch.bool)
+
+    def remaining(self) -> Tensor:
+        return torch.full((len(self.y),), torch.iinfo(torch.int64).max)
+
+
+def perturb(
+    forward: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    attack: Attack,
+    threat: Threat,
+    loss: PerSampleLoss | None = None,
+    *,
+    goal: Goal | None = None,
+    bounds: Bounds = (0.0, 1.0),
+    seed: int = 0,
+    ids: Tensor | None = None,
+    mode: Literal["eval", "train"] = "eval",
+) -> Tensor:
+    """The attack's last iterate, for training loops: same `init` and `step`, nothing else. Returns (N, ...), detached.
+
+    forward: the network (or a function) that gives logits (N, C) for inputs in `bounds`. x (N, ...), y (N,) integer classes,
+    or anything that `loss` understands (soft labels, a clean model's outputs). loss: (logits, y) -> (N,) or a scalar sum to
+    ascend in place of the attack's own, such as TRADES' divergence.
+    seed: change it every epoch; ids (N,): names of the samples, default their positions in the batch.
+    mode: what normalisation and dropout layers do during the attack if `forward` is a module. "eval": as in deployment;
+    "train": as in training, but running statistics stay as they were. The module's mode is restored.
+
+    No stopping, no success check and no counts: a training step wants the loss's maximum. Errors: `CapabilityError`.
+    """
+    goal = goal if goal is not None else attack.default_goal()
+    if loss is None:
+        if y.is_floating_point() or y.dim() != 1:
+            raise InputError("soft labels need a loss: perturb(..., loss=lambda logits, y: ...)")
+        check_combination(attack, threat, goal)
+    if mode not in ("eval", "train"):
+        raise InputError(f'mode must be "eval" or "train"; got {mode!r}')
+    region = threat.around(x.detach(), bounds)
+    keys = Keys.of(seed, torch.arange(len(x), device=x.device) if ids is None else ids.to(x.device))
+    net = forward if isinstance(forward, nn.Module) else None
+    with frozen([net] if net is not None else []):
+        if net is not None and mode == "train":
+            net.train()
+        evaluator = _Plain(forward, y, goal, keys, loss)
+        k = torch.zeros(len(x), dtype=torch.int64)
+        state = attack.init(Problem(region, y, k, keys, evaluator))
+        for step in range(attack.iterations):
+            state = attack.step(Problem(region, y, k + step, keys, evaluator), state)
+    return attack.current(state).detach()

@@ -1,0 +1,101 @@
+"""What an attack is: hyperparameters, a declaration, `init` and `step`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from saddlepoint.engine.problem import Problem
+from saddlepoint.goals import Goal, Loss, Untargeted
+from saddlepoint.taxonomy import Access, Norm, Scope
+
+ALL_NORMS = frozenset(Norm)
+State = Any  # each attack's own frozen dataclass of tensors (B, ...); only the attack looks inside
+
+
+@dataclass(frozen=True, kw_only=True)
+class Declaration:
+    """Where an attack stands in the field's taxonomy, and what it promises.
+
+    linear_oracle: within which factor it reaches the closed-form result on a linear model (see the contract tests);
+        None needs a `no_oracle` reason.
+    """
+
+    summary: str
+    reference: str
+    norms: frozenset[Norm] = ALL_NORMS
+    access: Access = Access.GRADIENTS
+    scope: Scope = Scope.INDIVIDUAL
+    targeted: bool = True
+    untargeted: bool = True
+    minimizes: bool = False
+    iterative: bool = True
+    linear_oracle: float | None = None
+    no_oracle: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.linear_oracle is None) != bool(self.no_oracle):
+            raise ValueError("state a linear_oracle factor, or why there is none in no_oracle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(ABC):
+    """Base of all attacks: an immutable description. It compares, hashes, and its repr rebuilds it.
+
+    A subclass is a frozen dataclass with a `declaration`; its `init` and `step` are the paper's algorithm over a batch of
+    per-sample state. Everything else (the loop, stopping, best-so-far, budgets, verification) is the engine's.
+    """
+
+    declaration: ClassVar[Declaration]
+
+    @property
+    @abstractmethod
+    def iterations(self) -> int:
+        """How many times `step` is called for a sample that does not stop early."""
+
+    @abstractmethod
+    def init(self, problem: Problem) -> State:
+        """The first state. Draws random numbers at most: no queries."""
+
+    @abstractmethod
+    def step(self, problem: Problem, state: State) -> State:
+        """One micro-step for the whole batch."""
+
+    def current(self, state: State) -> Tensor:
+        """The iterate (B, ...) in `state`; the engine evaluates the last one."""
+        iterate: Tensor = state.x
+        return iterate
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        """Forward and backward passes that a step makes for one sample."""
+        return (1, 1)
+
+    @property
+    def starts_at_origin(self) -> bool:
+        """Whether the first point that `step` evaluates is the input itself, which is then the clean prediction too."""
+        return False
+
+    @property
+    def judge(self) -> bool:
+        """Whether steps evaluate other points than their iterates, so that the engine must judge each iterate."""
+        return False
+
+    @property
+    def objective(self) -> str | Loss:
+        """The loss that `step` ascends."""
+        return "margin"
+
+    def default_goal(self) -> Goal:
+        """The goal if the caller gives none."""
+        return Untargeted()
+
+    def settings(self) -> dict[str, object]:
+        """Name and hyperparameters, ready for JSON."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"name": type(self).__name__} | {
+            name: value.settings() if isinstance(value, Attack) else value for name, value in values.items()
+        }

@@ -1,0 +1,31 @@
+"""What a run may cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from saddlepoint.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Limits of a run; None means no limit.
+
+    passes: forward and backward passes of one sample together. queries: forward passes of one sample.
+    seconds: wall time of the whole run; then every sample keeps its best so far.
+    The confirmation of a success and the model's probe are counted apart.
+    """
+
+    passes: int | None = None
+    queries: int | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("passes", "queries", "seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"Budget({name}=...) must be positive; got {value}")
+
+    def allows(self, forward: int, backward: int) -> bool:
+        """Whether one sample may have made this many passes."""
+        return (self.passes is None or forward + backward <= self.passes) and (self.queries is None or forward <= self.queries)

@@ -1,0 +1,190 @@
+"""The engine's evaluator: runs the model on points, counts every pass, and offers every point to the recorder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saddlepoint.engine.budget import Budget
+from saddlepoint.engine.problem import Evaluator, Gradient
+from saddlepoint.engine.slots import Recorder, Slots
+from saddlepoint.errors import ModelError
+from saddlepoint.goals import UNRESOLVED, Aim, Loss, loss_named
+from saddlepoint.models.base import Classifier
+from saddlepoint.trees import take
+
+
+@dataclass
+class ChunkSize:
+    """How many rows go through the model at once; halved when memory runs out."""
+
+    rows: int
+    halvings: int = 0
+
+    def halve(self, error: Exception) -> None:
+        """Halve, or give up with `ModelError` when a single row doesn't fit."""
+        if self.rows == 1:
+            raise ModelError("out of memory with a single input in the batch") from error
+        self.rows, self.halvings = self.rows // 2, self.halvings + 1
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def input_gradient(values: Tensor, points: Tensor) -> Tensor:
+    """Gradient of sum(values) with respect to points alone; parameters are not touched. `ModelError` if there is none."""
+    if not values.requires_grad:
+        raise ModelError(
+            "the model's output does not depend differentiably on its input (detach(), no_grad() or numpy inside?): put a "
+            "non-differentiable input transformation into sp.Defended with a backward, or use an attack without gradients"
+        )
+    (gradient,) = torch.autograd.grad(values.sum(), points, allow_unused=True)
+    return torch.zeros_like(points) if gradient is None else gradient
+
+
+class Judge(Evaluator):
+    """Evaluates for the samples in `slots`."""
+
+    def __init__(
+        self, model: Classifier, slots: Slots, recorder: Recorder, budget: Budget, chunk: ChunkSize, *, draws: int
+    ) -> None:
+        self.model, self.slots, self.recorder, self.budget, self.chunk, self.draws = (
+            model, slots, recorder, budget, chunk, draws,
+        )  # fmt: skip
+        self._trusted: Tensor | None = None
+
+    @property
+    def aim(self) -> Aim:
+        return self.slots.aim
+
+    def trust(self, points: Tensor) -> Tensor:
+        self._trusted = points
+        return points
+
+    def forward(self, points: Tensor, owner: Tensor | None) -> Tensor:
+        def run(part: Tensor, rows: Tensor | None, where: slice, trusted: bool) -> Gradient:
+            with torch.no_grad():
+                logits = self._model(part, rows).mean(1)
+            self.recorder.record(self.slots, part, logits, None, rows, trusted=trusted)
+            return Gradient(logits[:, 0], part, logits)
+
+        return self._in_chunks(points, owner, run).logits
+
+    def gradient(self, points: Tensor, owner: Tensor | None, loss: str | Loss) -> Gradient:
+        return self._differentiate(points, owner, lambda logits, aim, where: loss_named(loss)(logits, aim))
+
+    def vjp(self, points: Tensor, owner: Tensor | None, cotangents: Tensor) -> Gradient:
+        def weighted(logits: Tensor, aim: Aim, where: slice) -> Tensor:
+            return (cotangents[where].repeat_interleave(self.draws, 0) * logits).sum(1)
+
+        return self._differentiate(points, owner, weighted)
+
+    def _differentiate(self, points: Tensor, owner: Tensor | None, loss: Callable[[Tensor, Aim, slice], Tensor]) -> Gradient:
+        def run(part: Tensor, rows: Tensor | None, where: slice, trusted: bool) -> Gradient:
+            with torch.enable_grad():
+                leaf = part.detach().requires_grad_()
+                drawn = self._model(leaf, rows)
+                logits = drawn.detach().mean(1)
+                if first_look := bool((self.slots.clean_prediction == UNRESOLVED).any()):
+                    # targets that wait for the first prediction must be known before the loss is
+                    self.recorder.record(self.slots, part, logits, None, rows, trusted=trusted)
+                values = loss(drawn.flatten(0, 1), self._aim(rows), where).view(len(part), -1).mean(1)
+            if not first_look:
+                self.recorder.record(self.slots, part, logits, values.detach(), rows, trusted=trusted)
+            decided = self.recorder.decided(self.slots)
+            if bool((decided if rows is None else decided[rows]).all()):
+                return Gradient(values.detach(), torch.zeros_like(part), logits)
+            gradient = input_gradient(values, leaf)
+            self._count(self.slots.backward, rows, len(part))
+            self.model.queries.backward += len(part) * self.draws
+            return Gradient(values.detach(), self._checked(gradient, rows), logits)
+
+        return self._in_chunks(points, owner, run)
+
+    def _in_chunks(
+        self, points: Tensor, owner: Tensor | None, run: Callable[[Tensor, Tensor | None, slice, bool], Gradient]
+    ) -> Gradient:
+        """Run on model-sized pieces of the points. Out of memory halves the pieces and tries that one again."""
+        trusted = points is self._trusted
+        points = points.detach()
+        if self.slots.region.threat.grid is not None:
+            region = self.slots.region if owner is None else take(self.slots.region, owner)
+            points, trusted = region.snap(points), False
+        parts: list[Gradient] = []
+        start = 0
+        while start < len(points) or not parts:
+            where = slice(start, start + self.chunk.rows)
+            whole = start == 0 and len(points) <= self.chunk.rows
+            if owner is None and not whole:
+                owner = torch.arange(len(points), device=points.device)
+            try:
+                parts.append(run(points[where], owner if owner is None else owner[where], where, trusted))
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                self.chunk.halve(error)
+                continue
+            start = where.stop
+        return parts[0] if len(parts) == 1 else Gradient(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def _aim(self, rows: Tensor | None) -> Aim:
+        """The aim of each row of the model's output, draws included."""
+        if rows is None and self.draws == 1:
+            return self.slots.aim
+        owner = torch.arange(len(self.slots), device=self.slots.index.device) if rows is None else rows
+        return take(self.slots.aim, owner.repeat_interleave(self.draws))
+
+    def _model(self, points: Tensor, rows: Tensor | None) -> Tensor:
+        """Logits (Q, draws, C); counted."""
+        repeated = points.repeat_interleave(self.draws, 0) if self.draws > 1 else points
+        logits = self.model.forward(repeated)
+        self._count(self.slots.forward, rows, len(points))
+        self.model.queries.forward += len(repeated)
+        return logits.view(len(points), self.draws, -1)
+
+    def _count(self, counter: Tensor, rows: Tensor | None, points: int) -> None:
+        if rows is None:
+            counter += self.draws
+        else:
+            counter += self.draws * torch.bincount(rows.cpu(), minlength=len(counter))
+
+    def _checked(self, gradient: Tensor, rows: Tensor | None) -> Tensor:
+        """Zero the gradients that are NaN or infinite and mark their samples; count the vanished ones."""
+        peak = torch.linalg.vector_norm(gradient.flatten(1), ord=torch.inf, dim=1)
+        bad, zero = ~torch.isfinite(peak), peak == 0
+        if bool(zero.any()):
+            self._count_rows(self.slots.zero_gradients, zero, rows)
+        if bool(bad.any()):
+            marked = bad.nonzero()[:, 0] if rows is None else rows[bad]
+            self.slots.broken = self.slots.broken.index_fill(0, marked, True) & ~self.slots.best.success
+            gradient = gradient.masked_fill(bad.view(-1, *([1] * (gradient.dim() - 1))), 0.0)
+        return gradient
+
+    @staticmethod
+    def _count_rows(counter: Tensor, which: Tensor, rows: Tensor | None) -> None:
+        owner = which.nonzero()[:, 0] if rows is None else rows[which]
+        counter += torch.bincount(owner.cpu(), minlength=len(counter))
+
+    def remaining(self) -> Tensor:
+        if self.budget.passes is None:
+            return torch.full_like(self.slots.forward, torch.iinfo(torch.int64).max)
+        return self.budget.passes - self.slots.forward - self.slots.backward
+
+    def allow(self, owner: Tensor, wanted_backward: bool) -> Tensor:
+        cpu = owner.cpu()
+        order = cpu.argsort(stable=True)
+        counts = torch.bincount(cpu, minlength=len(self.slots))
+        first = counts.cumsum(0) - counts
+        earlier = torch.empty_like(cpu).scatter_(0, order, torch.arange(len(cpu)) - first[cpu[order]])
+        ask = self.draws * (earlier + 1)
+        forward, backward = self.slots.forward[cpu] + ask, self.slots.backward[cpu] + ask * wanted_backward
+        granted = torch.ones_like(cpu, dtype=torch.bool)
+        if self.budget.passes is not None:
+            granted &= forward + backward <= self.budget.passes
+        if self.budget.queries is not None:
+            granted &= forward <= self.budget.queries
+        return granted.to(owner.device)

@@ -1,0 +1,178 @@
+"""The samples under attack at this moment, and the best point found for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from saddlepoint.engine.attack import State
+from saddlepoint.goals import UNRESOLVED, Aim
+from saddlepoint.rng import Keys
+from saddlepoint.threats import Region
+from saddlepoint.trees import select, take, tree_map
+
+Keep = Literal["first", "smallest", "margin", "loss", "last"]
+KEEPS: tuple[Keep, ...] = ("first", "smallest", "margin", "loss", "last")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An evaluated point for each sample."""
+
+    points: Tensor  # (B, ...)
+    margin: Tensor  # (B,) by how much the goal is reached beyond its confidence
+    value: Tensor  # (B,) float64, what `keep` ranks by
+    prediction: Tensor  # (B,)
+    success: Tensor  # (B,) bool
+
+
+@dataclass
+class Slots:
+    """One row per sample under attack; `trees.take` and `trees.join` move samples out and in."""
+
+    index: Tensor  # (B,) position in the output
+    sample: Tensor  # (B,) position in the input
+    ids: Tensor  # (B,)
+    labels: Tensor  # (B,)
+    targets: Tensor  # (B,)
+    region: Region
+    aim: Aim
+    keys: Keys
+    state: State
+    best: Candidate  # the point to return
+    clean_prediction: Tensor  # (B,), UNRESOLVED until it is known
+    wrong: Tensor  # (B,) bool: untargeted, and the model errs on the clean input
+    settled: Tensor  # (B,) bool: the clean input decides the sample
+    broken: Tensor  # (B,) bool: NaN or infinite values came up
+    k: Tensor  # (B,) int64, on the CPU like the counters below
+    forward: Tensor
+    backward: Tensor
+    verify: Tensor
+    zero_gradients: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @staticmethod
+    def enter(
+        index: Tensor,
+        sample: Tensor,
+        ids: Tensor,
+        labels: Tensor,
+        targets: Tensor,
+        region: Region,
+        aim: Aim,
+        keys: Keys,
+        state: State,
+    ) -> Slots:
+        """Rows for samples about which nothing is known yet."""
+        zero = torch.zeros(len(index), dtype=torch.int64)
+        false = torch.zeros(len(index), dtype=torch.bool, device=region.origin.device)
+        unknown = torch.full_like(labels, UNRESOLVED)
+        lowest = torch.full_like(region.eps, -torch.inf)
+        start = Candidate(region.origin, lowest.to(region.origin.dtype), lowest, unknown, false)
+        return Slots(
+            index=index, sample=sample, ids=ids, labels=labels, targets=targets, region=region, aim=aim, keys=keys,
+            state=state, best=start, clean_prediction=unknown, wrong=false, settled=false, broken=false,
+            k=zero, forward=zero.clone(), backward=zero.clone(), verify=zero.clone(), zero_gradients=zero.clone(),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Which evaluated point counts as found, and which is kept.
+
+    keep: "first" success, and the sample is done; the "smallest" success; the largest "margin"; the largest "loss" of the
+    attack; the "last" iterate. Where "first" and "smallest" find no success, the largest margin is kept.
+    tau: the margin that a success needs, beyond the goal's own confidence.
+    """
+
+    keep: Keep
+    tau: float
+
+    def decided(self, slots: Slots) -> Tensor:
+        """Which samples need no further step, (B,) bool."""
+        done = slots.settled | slots.broken
+        return done | slots.best.success if self.keep == "first" else done
+
+    def record(
+        self, slots: Slots, points: Tensor, logits: Tensor, loss: Tensor | None, owner: Tensor | None, *, trusted: bool
+    ) -> None:
+        """Offer evaluated points (Q, ...) with logits (Q, C) to the samples that own them.
+
+        The first point of a sample is its clean input (the engine sees to that). `trusted` points are known to be feasible.
+        """
+        fresh = slots.clean_prediction == UNRESOLVED
+        first_look = bool(fresh.any())
+        if first_look:
+            self._take_clean_prediction(slots, logits, fresh)
+        aim, region = (slots.aim, slots.region) if owner is None else (take(slots.aim, owner), take(slots.region, owner))
+        margin = beyond_confidence(aim, logits)
+        sound = torch.isfinite(margin)
+        feasible = sound if trusted else sound & region.contains(points)
+        success = feasible & (margin >= self.tau)
+        value = margin.double()
+        if self.keep == "smallest":
+            value = torch.where(success, -region.distance(points), value)
+        elif self.keep == "loss" and loss is not None:
+            value = loss.double()
+        value = torch.where(feasible, value, torch.full_like(value, -torch.inf))
+        candidate = Candidate(points, margin, value, logits.argmax(1), success)
+        if owner is not None:
+            sound = torch.ones_like(slots.broken).index_put((owner[~sound],), torch.zeros_like(owner[~sound], dtype=torch.bool))
+            candidate = _best_of_each_owner(candidate, owner, slots.best)
+        better = self._better(candidate, slots.best)
+        slots.best = select(better, candidate, slots.best)
+        slots.broken = slots.broken | (~sound & ~slots.best.success)
+        if first_look:
+            slots.settled = slots.settled | (fresh & (slots.wrong | slots.best.success))
+
+    def _better(self, new: Candidate, old: Candidate) -> Tensor:
+        if self.keep == "last":
+            return new.value > -torch.inf
+        higher = new.value > old.value
+        if self.keep == "loss":
+            return higher
+        better = (new.success & ~old.success) | ((new.success == old.success) & higher)
+        return better & ~old.success if self.keep == "first" else better
+
+    @staticmethod
+    def _take_clean_prediction(slots: Slots, logits: Tensor, fresh: Tensor) -> None:
+        goal, prediction = slots.aim.goal, logits.argmax(1)
+        slots.clean_prediction = torch.where(fresh, prediction, slots.clean_prediction)
+        targets = goal.resolve(slots.targets, logits, slots.labels)
+        if targets is not slots.targets:
+            slots.targets = torch.where(fresh, targets, slots.targets)
+            slots.aim = goal.aim(slots.labels, slots.targets, logits.shape[1])
+        if not goal.targeted:
+            wrong = slots.aim.margin(logits) > 0
+            if goal.top_k == 1:  # where logits tie, the predicted class counts
+                wrong = wrong | ~slots.aim.unwanted.gather(1, prediction[:, None])[:, 0]
+            slots.wrong = slots.wrong | (fresh & wrong)
+
+
+def beyond_confidence(aim: Aim, logits: Tensor) -> Tensor:
+    """The margin less the confidence that the goal asks for, (Q,)."""
+    margin = aim.margin(logits)
+    return margin - aim.goal.confidence if aim.goal.confidence else margin
+
+
+def _best_of_each_owner(offered: Candidate, owner: Tensor, kept: Candidate) -> Candidate:
+    """The best of several points (Q, ...) for each sample (B,); samples without one get a point of value -inf."""
+    order = offered.value.argsort(stable=True)
+    order = order[offered.success[order].to(torch.uint8).argsort(stable=True)]
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    top = torch.full_like(kept.prediction, -1).scatter_reduce(0, owner, rank, "amax")
+    has = (top >= 0).nonzero()[:, 0]
+    chosen = take(offered, order[top[has]])
+    nothing = Candidate(
+        kept.points,
+        kept.margin,
+        torch.full_like(kept.value, -torch.inf),
+        kept.prediction,
+        torch.zeros_like(kept.success),
+    )
+    return tree_map(lambda full, part: full.index_copy(0, has, part), nothing, chosen)

@@ -1,0 +1,107 @@
+"""Models x attacks x threats on the same samples: the table and the security curve (accuracy over eps)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saddlepoint.attacks.facade import attack as run_attack
+from saddlepoint.attacks.facade import check_combination
+from saddlepoint.engine import Attack, AttackResult, Budget, Interrupted
+from saddlepoint.errors import InputError
+from saddlepoint.goals import Goal
+from saddlepoint.models.base import Classifier
+from saddlepoint.taxonomy import Norm
+from saddlepoint.threats import Threat
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One attack within one threat on one model. `result` has a row for each of the comparison's samples."""
+
+    model: str
+    attack: Attack
+    threat: Threat
+    result: AttackResult
+
+    @property
+    def norm(self) -> Norm:
+        """The threat's norm."""
+        return self.threat.norm
+
+    @property
+    def eps(self) -> float:
+        """The threat's radius, the largest where every sample has its own."""
+        return max(self.threat.eps) if isinstance(self.threat.eps, tuple) else float(self.threat.eps)  # type: ignore[arg-type]  # a Threat keeps numbers and tuples only
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came out for the samples x (N, ...), y (N,): one `Cell` per model, attack and threat, in the order they ran.
+
+    complete: False after Ctrl-C; then only the finished cells are there.
+    """
+
+    x: Tensor
+    y: Tensor
+    models: Mapping[str, Classifier]
+    cells: tuple[Cell, ...]
+    complete: bool = True
+
+    def clean_accuracy(self, model: str) -> float:
+        """Accuracy on the unperturbed samples."""
+        return next(cell.result.clean_accuracy for cell in self.cells if cell.model == model)
+
+    def robust_accuracy(self, model: str, norm: Norm | str, eps: float) -> float:
+        """Share of samples that no attack fooled within eps: a success in a smaller ball counts too."""
+        fooled = [
+            cell.result.success for cell in self.cells if cell.model == model and cell.norm == Norm(norm) and cell.eps <= eps
+        ]
+        if not fooled:
+            raise InputError(f"no attack on {model!r} was run within {norm} {eps:g}")
+        return float(1 - torch.stack(fooled).any(0).double().mean())
+
+    def curve(self, model: str, norm: Norm | str) -> list[tuple[float, float]]:
+        """The security curve: (eps, robust accuracy) from (0, clean accuracy) upwards."""
+        radii = sorted({cell.eps for cell in self.cells if cell.model == model and cell.norm == Norm(norm)})
+        return [(0.0, self.clean_accuracy(model)), *((eps, self.robust_accuracy(model, norm, eps)) for eps in radii)]
+
+
+def compare(
+    models: Mapping[str, Classifier],
+    x: Tensor,
+    y: Tensor,
+    attacks: Sequence[Attack],
+    threats: Sequence[Threat],
+    *,
+    goal: Goal | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    budget: Budget | None = None,
+    progress: bool = False,
+) -> Comparison:
+    """Run every attack within every threat on every model, on the same samples with the same random numbers.
+
+    Combinations that an attack does not support are errors before the first query. Ctrl-C returns what is finished.
+    Errors: those of `sp.attack`, and `InputError` where there is nothing to run.
+    """
+    if not models or not attacks or not threats:
+        raise InputError("compare needs at least one model, one attack and one threat")
+    for attack in attacks:
+        for threat in threats:
+            check_combination(attack, threat, goal or attack.default_goal())
+    cells: list[Cell] = []
+    try:
+        for name, model in models.items():
+            for threat in threats:
+                for attack in attacks:
+                    result = run_attack(
+                        model, x, y, attack, threat, goal, seed=seed, batch_size=batch_size, budget=budget, progress=progress
+                    )
+                    cells.append(Cell(name, attack, threat, result))
+    except Interrupted:
+        return Comparison(x, y, models, tuple(cells), complete=False)
+    return Comparison(x, y, models, tuple(cells))

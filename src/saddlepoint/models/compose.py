@@ -1,0 +1,103 @@
+"""Models made of models: ensembles, and models behind input transformations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from saddlepoint.errors import InputError
+from saddlepoint.models.base import Classifier
+from saddlepoint.models.transforms import Transform
+
+_DRAWS = 10  # of a randomised defense, unless stated: Athalye et al. (2018) used 10 to 30
+
+
+@final
+class Ensemble(Classifier):
+    """Several models that vote: weighted mean of logits, or log of the weighted mean of probabilities.
+
+    Attacking it is the ensemble attack of Liu et al. (2017, arXiv:1611.02770). weights: one per model, default equal.
+    Errors: `InputError` unless the members share bounds.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Classifier],
+        fuse: Literal["logits", "probabilities"] = "logits",
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        if not models:
+            raise InputError("an ensemble needs at least one model")
+        if fuse not in ("logits", "probabilities"):
+            raise InputError(f'fuse must be "logits" or "probabilities"; got {fuse!r}')
+        if any(model.bounds != models[0].bounds for model in models):
+            raise InputError(f"the members' bounds differ: {[model.bounds for model in models]}")
+        weights = [1.0] * len(models) if weights is None else list(weights)
+        if len(weights) != len(models) or min(weights) < 0 or sum(weights) <= 0:
+            raise InputError(f"weights must be {len(models)} numbers >= 0, not all 0; got {weights}")
+        super().__init__(models[0].bounds, min(m.access for m in models), None, max(m.draws for m in models))
+        self.models, self.fuse = tuple(models), fuse
+        self.weights = tuple(w / sum(weights) for w in weights)
+
+    def networks(self) -> tuple[nn.Module, ...]:
+        return tuple(net for model in self.models for net in model.networks())
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = [model.forward(x) for model in self.models]
+        if any(o.shape != outputs[0].shape for o in outputs):
+            raise InputError(f"the members' outputs differ in shape: {[tuple(o.shape) for o in outputs]}")
+        if self.fuse == "logits":
+            return sum((w * o for w, o in zip(self.weights, outputs, strict=True)), torch.zeros_like(outputs[0]))
+        logs = [o.log_softmax(1) + torch.log(torch.tensor(w)) for w, o in zip(self.weights, outputs, strict=True)]
+        return torch.stack(logs).logsumexp(0)
+
+    def features(self, x: Tensor, layer: str) -> Tensor:
+        raise InputError("an ensemble has no layers of its own: ask a member, ensemble.models[i].features(x, layer)")
+
+    def describe(self) -> dict[str, object]:
+        return {
+            "name": "Ensemble",
+            "fuse": self.fuse,
+            "weights": self.weights,
+            "models": [model.describe() for model in self.models],
+        }
+
+
+@final
+class Defended(Classifier):
+    """A model behind input transformations, which is a model again and is attacked as its transformations declare.
+
+    draws: how many draws each gradient and judgement averages over; by default 10 if a transformation is random, else 1.
+        State it where the model itself is random: `Defended(model, [], draws=10)`.
+    """
+
+    def __init__(self, model: Classifier, transforms: Sequence[Transform] = (), draws: int | None = None) -> None:
+        if draws is None:
+            draws = max(model.draws, _DRAWS if any(t.random for t in transforms) else 1)
+        super().__init__(model.bounds, model.access, model.num_classes, draws)
+        self.model, self.transforms = model, tuple(transforms)
+
+    def networks(self) -> tuple[nn.Module, ...]:
+        return self.model.networks()
+
+    def _transformed(self, x: Tensor) -> Tensor:
+        for transform in self.transforms:
+            x = transform(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.forward(self._transformed(x))
+
+    def features(self, x: Tensor, layer: str) -> Tensor:
+        return self.model.features(self._transformed(x), layer)
+
+    def describe(self) -> dict[str, object]:
+        return {
+            "name": "Defended",
+            "transforms": [t.name for t in self.transforms],
+            "draws": self.draws,
+            "model": self.model.describe(),
+        }

@@ -1,0 +1,77 @@
+"""Counter-based random numbers: a pure function of a key and a position.
+
+A key is made from (seed, sample id, restart, step, draw, stream), so a sample's numbers do not depend on its
+neighbours, on the batch size or on what ran before, and no global random state is read or changed. The mixer is a
+32-bit multiply-xorshift permutation on int32 tensors, at about the price of `torch.rand`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -1640531527  # 2**32 / golden ratio, odd, as int32
+_MULTIPLIERS = (569420461, -741133929)  # odd constants with good avalanche, as int32
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int32 (torch's is arithmetic)."""
+    return (x >> bits) & ((1 << (32 - bits)) - 1)
+
+
+def _mix(x: Tensor, second: Tensor | int = 0) -> Tensor:
+    """A permutation of the 32-bit integers, keyed in the middle by `second`."""
+    x = (x ^ _shift(x, 16)) * _MULTIPLIERS[0]
+    x = (x ^ _shift(x, 15) ^ second) * _MULTIPLIERS[1]
+    return x ^ _shift(x, 15)
+
+
+def _as_int32(value: int) -> int:
+    return (value + 2**31) % 2**32 - 2**31
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Two 32-bit keys a row. `absorb` derives new ones; `uniform` and `normal` read numbers from them."""
+
+    first: Tensor  # (Q,) int32
+    second: Tensor  # (Q,) int32
+
+    @staticmethod
+    def of(seed: int, ids: Tensor) -> Keys:
+        """Keys for samples named by `ids` (Q,) int64."""
+        low = ids.to(torch.int32)
+        high = (ids >> 32).to(torch.int32)
+        start = Keys(torch.full_like(low, _as_int32(seed)), torch.full_like(low, _as_int32(seed >> 32)))
+        return start.absorb(low).absorb(high)
+
+    def absorb(self, value: Tensor | int) -> Keys:
+        """Keys that depend on `value` ((Q,) integers, or one for all rows) too."""
+        word = value.to(self.first.device, torch.int32) if isinstance(value, Tensor) else _as_int32(value)
+        first = _mix(self.first * _GOLDEN + word, self.second)
+        return Keys(first, _mix(self.second + word, first))
+
+    def _bits(self, shape: tuple[int, ...]) -> Tensor:
+        """24 random bits for each of (Q, *shape) positions."""
+        count = math.prod(shape)
+        position = torch.arange(count, dtype=torch.int32, device=self.first.device) * _GOLDEN
+        bits = _mix(position + self.first[:, None], self.second[:, None])
+        return _shift(bits, 8).view(-1, *shape)
+
+    def uniform(self, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Tensor:
+        """(Q, *shape) numbers in (0, 1), ends excluded."""
+        work = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
+        return ((self._bits(shape).to(work) + 0.5) * 2.0**-24).to(dtype)
+
+    def normal(self, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Tensor:
+        """(Q, *shape) standard normal numbers."""
+        work = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
+        uniform = (self._bits(shape).to(work) + 0.5) * 2.0**-23 - 1.0
+        return (torch.erfinv(uniform) * math.sqrt(2.0)).to(dtype)
+
+    def sign(self, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Tensor:
+        """(Q, *shape) of -1 and +1 with equal chance."""
+        return ((self._bits(shape) & 1) * 2 - 1).to(dtype)

@@ -1,0 +1,498 @@
+"""What the adversary may do: norm balls around each input, cut with the input range, a mask and a grid.
+
+A `Threat` is a description (`Linf(8 / 255)`); `threat.around(x, bounds)` binds it to a batch and gives a `Region`, which
+projects, takes steepest-ascent steps, draws random points and decides membership. Membership is exact in the
+arithmetic of the tensors' own dtype, so a projected point never leaves the ball by a rounding error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from saddlepoint.errors import CapabilityError, InputError
+from saddlepoint.rng import Keys
+from saddlepoint.taxonomy import Norm
+from saddlepoint.trees import SHARED, rows
+
+Bounds = tuple[float, float] | None
+
+_SLACK = 1.0 - 2.0**-20  # l1 and l2 projections aim inside by this factor, so that rounding cannot lead out
+
+
+def distance(points: Tensor, origin: Tensor, norm: Norm | str, *, per: str = "feature") -> Tensor:
+    """Distance of each point (B, ...) from its origin, as (B,) float64, summed in float64.
+
+    `per="pixel"` makes l0 count pixels (any channel changed, channels first) instead of features.
+    """
+    delta = (points - origin).flatten(1) if per == "feature" else _per_pixel(points - origin)
+    match Norm(norm):
+        case Norm.LINF:
+            return delta.abs().amax(1).double() if delta.shape[1] else delta.new_zeros(len(delta), dtype=torch.float64)
+        case Norm.L2:
+            return _norm(delta, 2)
+        case Norm.L1:
+            return _norm(delta, 1)
+        case Norm.L0:
+            return (delta != 0).sum(1).double()
+
+
+def _norm(delta: Tensor, order: float) -> Tensor:
+    """Norms of rows (B, D), summed in float64."""
+    norm: Tensor = torch.linalg.vector_norm(delta, ord=order, dim=1, dtype=torch.float64)
+    return norm
+
+
+def _per_pixel(delta: Tensor) -> Tensor:
+    """Largest absolute change over the channels of each pixel, (B, H*W)."""
+    if delta.dim() != 4:
+        raise InputError(f'per="pixel" needs images (N, C, H, W); the inputs have shape {tuple(delta.shape)}')
+    return delta.abs().amax(1).flatten(1)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A threat bound to a batch: the feasible set S(x) of every sample.
+
+    `lower` and `upper` (B, ...) hold the input range, the mask, the grid and, for l-infinity, the ball itself, with
+    every end moved inwards until |end - x| <= eps holds in the dtype's own arithmetic. Subtraction rounds
+    monotonically, so all that lies between the ends is inside too, and l-infinity projection is one clamp.
+    """
+
+    threat: Threat = field(metadata=SHARED)
+    origin: Tensor
+    eps: Tensor  # (B,) float64
+    lower: Tensor
+    upper: Tensor
+
+    def project(self, points: Tensor) -> Tensor:
+        """The nearest feasible points (in l2; for l-infinity in every norm), exactly inside."""
+        return self.threat.project_into(self, points)
+
+    def steepest(self, gradient: Tensor, size: Tensor, points: Tensor) -> Tensor:
+        """The displacement of norm `size` (B,) that increases a function with this gradient most."""
+        return self.threat.steepest_in(self, gradient, size, points)
+
+    def random(self, keys: Keys) -> Tensor:
+        """A point drawn uniformly from the ball, then projected into the input range."""
+        return self.project(self.origin + self.threat.draw_in(self, keys))
+
+    def snap(self, points: Tensor) -> Tensor:
+        """The nearest points on the threat's grid that stay feasible; the points themselves without a grid."""
+        return points if self.threat.grid is None else self.threat.snap_in(self, points)
+
+    def contains(self, points: Tensor) -> Tensor:
+        """Which points (B, ...) are feasible, exactly: (B,) bool. NaN never is."""
+        inside = ((points >= self.lower) & (points <= self.upper)).flatten(1).all(1)
+        if self.threat.norm is not Norm.LINF:
+            inside &= self.distance(points) <= self.eps
+        if self.threat.grid is not None:
+            inside &= (_on_grid(points, self.threat.grid) == points).flatten(1).all(1)
+        return inside
+
+    def distance(self, points: Tensor) -> Tensor:
+        """Distance from the origins in the threat's norm, (B,) float64."""
+        return self.threat.distance(points, self.origin)
+
+
+@dataclass(frozen=True, eq=False)
+class Threat(ABC):
+    """Perturbations of at most `eps` in a norm, inside the input range.
+
+    eps: a number >= 0 or one per sample, in the units of the model's inputs.
+    mask: bool, shape of one input (or (N, ...)); features where it is False must not move.
+    grid: spacing of the values that inputs may take (1/255 for 8-bit images); inputs must lie on it, and so do results.
+    """
+
+    eps: float | Sequence[float] | Tensor
+    mask: Tensor | None = None
+    grid: float | None = None
+
+    norm: ClassVar[Norm]
+
+    @property
+    def minimizes(self) -> bool:
+        """Whether this asks for the smallest perturbation rather than one within a budget."""
+        return not isinstance(self.eps, Tensor) and self.eps == math.inf
+
+    def __post_init__(self) -> None:
+        if isinstance(self.eps, Tensor | Sequence):
+            numbers = tuple(float(e) for e in self.eps)
+            object.__setattr__(self, "eps", numbers)
+        else:
+            numbers = (float(self.eps),)
+        for index, value in enumerate(numbers):
+            if math.isnan(value) or value < 0:
+                raise InputError(f"eps must be >= 0; eps[{index}] is {value}")
+        if self.grid is not None and not 0 < self.grid < math.inf:
+            raise InputError(f"grid is the spacing of allowed values, such as 1/255; got {self.grid}")
+        if self.mask is not None and self.mask.dtype != torch.bool:
+            raise InputError(f"mask must be a bool tensor (True = may move); its dtype is {self.mask.dtype}")
+
+    def settings(self) -> dict[str, object]:
+        """What defines this threat, ready for JSON (a mask by its shape and hash)."""
+        mask = None
+        if self.mask is not None:
+            data = self.mask.detach().cpu().contiguous()
+            digest = hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
+            mask = {"shape": list(data.shape), "free": int(data.sum()), "sha256": digest}
+        name, eps = (type(self).__name__, self.eps) if not self.minimizes else ("Minimize", None)
+        return {"name": name, "norm": self.norm.value, "eps": eps, "mask": mask, "grid": self.grid}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Threat) and self.settings() == other.settings()
+
+    def __hash__(self) -> int:
+        return hash(repr(self.settings()))
+
+    def at(self, eps: float | Sequence[float] | Tensor) -> Threat:
+        """The same threat with another eps."""
+        return replace(self, eps=eps)
+
+    def eps_for(self, index: Tensor) -> Tensor:
+        """eps of the samples at the positions `index` (B,) of the input, as (B,) float64."""
+        if isinstance(self.eps, tuple):
+            table = torch.tensor(self.eps, dtype=torch.float64, device=index.device)
+            if len(index) and int(index.max()) >= len(table):
+                raise InputError(f"eps has {len(table)} values, but there is a sample at position {int(index.max())}")
+            return table[index]
+        return torch.full((len(index),), float(self.eps), dtype=torch.float64, device=index.device)  # type: ignore[arg-type]  # __post_init__ leaves numbers and tuples only
+
+    def around(self, origin: Tensor, bounds: Bounds = (0.0, 1.0), index: Tensor | None = None) -> Region:
+        """Bind to a batch `origin` (B, ...); `index` gives the samples' positions for per-sample eps and masks."""
+        if index is None:
+            index = torch.arange(len(origin), device=origin.device)
+        eps = self.eps_for(index)
+        low, high = bounds if bounds is not None else (-math.inf, math.inf)
+        lower = torch.full_like(origin, low, memory_format=torch.contiguous_format)
+        upper = torch.full_like(origin, high, memory_format=torch.contiguous_format)
+        if self.norm is Norm.LINF:
+            lower, upper = self._tighten(origin, eps, lower, upper)
+        elif self.grid is not None:
+            lower, upper = (_on_grid(end, self.grid) for end in (lower, upper))
+        if self.mask is not None:
+            free = self._mask_for(origin, index)
+            lower, upper = torch.where(free, lower, origin), torch.where(free, upper, origin)
+        return Region(self, origin.contiguous(), eps, lower, upper)
+
+    def _tighten(self, origin: Tensor, eps: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """Cut the range [lower, upper] with the l-infinity ball."""
+        radius = rows(eps, origin)
+        if self.grid is None:
+            return (
+                torch.maximum(lower, _ball_end(origin, radius, -1)),
+                torch.minimum(upper, _ball_end(origin, radius, 1)),
+            )
+        levels = torch.floor(radius / self.grid + 1e-6)  # membership on a grid is a matter of whole levels
+        level = torch.round(origin.double() / self.grid)
+        return (
+            torch.maximum(lower, _level_value(level - levels, self.grid, origin.dtype)),
+            torch.minimum(upper, _level_value(level + levels, self.grid, origin.dtype)),
+        )
+
+    def _mask_for(self, origin: Tensor, index: Tensor) -> Tensor:
+        assert self.mask is not None
+        mask = self.mask.to(origin.device)
+        if mask.dim() == origin.dim() and len(mask) > 1:
+            if len(index) and int(index.max()) >= len(mask):
+                raise InputError(f"mask has {len(mask)} rows, but there is a sample at position {int(index.max())}")
+            mask = mask[index]
+        try:
+            return mask.expand_as(origin)
+        except RuntimeError:
+            shape = tuple(self.mask.shape)
+            raise InputError(f"mask of shape {shape} does not fit inputs of shape {tuple(origin.shape[1:])}") from None
+
+    def project(self, points: Tensor, origin: Tensor, bounds: Bounds = (0.0, 1.0)) -> Tensor:
+        """Project points (B, ...) into the sets around `origin` (B, ...)."""
+        return self.around(origin, bounds).project(points)
+
+    def contains(self, points: Tensor, origin: Tensor, bounds: Bounds = (0.0, 1.0)) -> Tensor:
+        """Which points are in the sets around `origin`: (B,) bool."""
+        return self.around(origin, bounds).contains(points)
+
+    def distance(self, points: Tensor, origin: Tensor) -> Tensor:
+        """Distance in this threat's norm, (B,) float64."""
+        return distance(points, origin, self.norm)
+
+    def project_into(self, region: Region, points: Tensor) -> Tensor:
+        low, high = region.lower - region.origin, region.upper - region.origin
+        delta = self._shrink(points - region.origin, region.eps * _SLACK, low, high)
+        inside = torch.clamp(region.origin + delta, region.lower, region.upper)
+        for _ in range(4):  # x + delta was rounded: in half precision by more than the slack
+            size = self.distance(inside, region.origin)
+            outside = size > region.eps
+            if not bool(outside.any()):
+                return inside
+            factor = torch.where(outside, region.eps / size * _SLACK**2, torch.ones_like(size))
+            delta = delta * rows(factor.to(delta.dtype), delta)
+            inside = torch.clamp(region.origin + delta, region.lower, region.upper)
+        return torch.where(rows(self.distance(inside, region.origin) > region.eps, inside), region.origin, inside)
+
+    def snap_in(self, region: Region, points: Tensor) -> Tensor:
+        """To the grid, towards the origin, so that no norm grows."""
+        assert self.grid is not None
+        start = torch.round(region.origin.double() / self.grid)
+        moved = torch.trunc((points.double() / self.grid - start) * (1 + 1e-9))
+        return _level_value(start + moved, self.grid, points.dtype).clamp(region.lower, region.upper)
+
+    @abstractmethod
+    def _shrink(self, delta: Tensor, eps: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """The nearest displacement in the ball of radius eps (B,) and between low <= 0 and high >= 0."""
+
+    @abstractmethod
+    def steepest_in(self, region: Region, gradient: Tensor, size: Tensor, points: Tensor) -> Tensor:
+        """The displacement of norm `size` (B,) from `points` along which the gradient promises most."""
+
+    @abstractmethod
+    def draw_in(self, region: Region, keys: Keys) -> Tensor:
+        """A displacement drawn uniformly from the ball."""
+
+
+def _ball_end(origin: Tensor, radius: Tensor, side: int) -> Tensor:
+    """origin + side * radius, pulled towards the origin until its distance is <= radius both exactly and rounded."""
+    precision = torch.finfo(origin.dtype).eps
+    exact = origin.double()
+    end = (exact + side * radius).to(origin.dtype)
+    for _ in range(4):  # each pull is one or two units in the last place of the larger of |end| and radius
+        outside = ((end - origin).abs().double() > radius) | ((end.double() - exact).abs() > radius)
+        pull = torch.maximum(end.double().abs(), radius) * precision
+        end = torch.where(outside, (end.double() - side * pull).to(origin.dtype), end)
+    outside = ((end - origin).abs().double() > radius) | ((end.double() - exact).abs() > radius)
+    crossed = (end - origin) * side < 0
+    return torch.where(outside | crossed, origin, end)
+
+
+def _level_value(level: Tensor, grid: float, dtype: torch.dtype) -> Tensor:
+    """The value of whole grid levels; k / 255 rather than k * (1 / 255), as image loaders compute it."""
+    per_unit = round(1 / grid)
+    if per_unit and abs(per_unit * grid - 1) < 1e-12:
+        return (level / per_unit).to(dtype)
+    return (level * grid).to(dtype)
+
+
+def _on_grid(points: Tensor, grid: float) -> Tensor:
+    return _level_value(torch.round(points.double() / grid), grid, points.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Linf(Threat):
+    """Every feature moves by at most eps: ||x' - x||_inf <= eps."""
+
+    norm = Norm.LINF
+
+    def project_into(self, region: Region, points: Tensor) -> Tensor:
+        return torch.clamp(points, region.lower, region.upper)
+
+    def snap_in(self, region: Region, points: Tensor) -> Tensor:
+        assert self.grid is not None
+        return _on_grid(points, self.grid).clamp(region.lower, region.upper)
+
+    def _shrink(self, delta: Tensor, eps: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        return torch.clamp(delta, low, high)
+
+    def steepest_in(self, region: Region, gradient: Tensor, size: Tensor, points: Tensor) -> Tensor:
+        return gradient.sign() * rows(size.to(gradient.dtype), gradient)
+
+    def draw_in(self, region: Region, keys: Keys) -> Tensor:
+        uniform = keys.uniform(tuple(region.origin.shape[1:]), region.origin.dtype)
+        return (2 * uniform - 1) * rows(region.eps.to(uniform.dtype), uniform)
+
+
+@dataclass(frozen=True, eq=False)
+class L2(Threat):
+    """Euclidean ball: ||x' - x||_2 <= eps."""
+
+    norm = Norm.L2
+
+    def _shrink(self, delta: Tensor, eps: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """clamp(s * delta, low, high) with the largest s <= 1 that is inside (the KKT conditions of the projection).
+
+        ||clamp(s * delta)||^2 = A s^2 + B while the same features are clamped; solving that for s repeatedly, from below,
+        increases s monotonically to the root and never leaves the ball.
+        """
+        flat, low, high = delta.flatten(1), low.flatten(1), high.flatten(1)
+        clipped = torch.clamp(flat, low, high)
+        norm = _norm(clipped, 2)
+        outside = norm > eps
+        if not bool(outside.any()):
+            return clipped.view_as(delta)
+        full = _norm(flat, 2)
+        scale = torch.where(outside, eps / full.clamp(min=torch.finfo(torch.float64).tiny), torch.ones_like(full))
+        for _ in range(64):
+            moved = flat * scale.to(flat.dtype)[:, None]
+            clipped = torch.clamp(moved, low, high)
+            free = clipped == moved
+            squares = clipped.double() ** 2
+            fixed = torch.where(free, torch.zeros_like(squares), squares).sum(1)
+            loose = torch.where(free, flat.double() ** 2, torch.zeros_like(squares)).sum(1)
+            better = ((eps**2 - fixed).clamp(min=0) / loose.clamp(min=1e-300)).sqrt().clamp(max=1.0)
+            better = torch.where(outside, torch.maximum(scale, better), scale)
+            if bool((better <= scale * (1 + 1e-7)).all()):
+                break
+            scale = better
+        return clipped.view_as(delta)
+
+    def steepest_in(self, region: Region, gradient: Tensor, size: Tensor, points: Tensor) -> Tensor:
+        norm = _norm(gradient.flatten(1), 2)
+        factor = torch.where(norm > 0, size / norm, torch.zeros_like(norm))
+        return gradient * rows(factor.to(gradient.dtype), gradient)
+
+    def draw_in(self, region: Region, keys: Keys) -> Tensor:
+        """Normal direction, radius eps * u^(1/d) over the d features that may move."""
+        free = region.upper > region.lower
+        direction = keys.absorb(1).normal(tuple(region.origin.shape[1:]), region.origin.dtype) * free
+        dimension = free.flatten(1).sum(1).clamp(min=1)
+        radius = region.eps * keys.absorb(2).uniform((), torch.float64) ** (1 / dimension)
+        return self.steepest_in(region, direction, radius, region.origin)
+
+
+@dataclass(frozen=True, eq=False)
+class L1(Threat):
+    """Sum of absolute changes: ||x' - x||_1 <= eps."""
+
+    norm = Norm.L1
+
+    def _shrink(self, delta: Tensor, eps: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Exact projection on ball and box: |d_i| = min(max(|v_i| - t, 0), room_i), t from sorted breakpoints.
+
+        The l1 norm of that is piecewise linear in t; it bends at |v_i| (feature i starts to move) and at |v_i| - room_i
+        (it reaches its bound).
+        """
+        flat, low, high = delta.flatten(1), low.flatten(1), high.flatten(1)
+        size = flat.abs()
+        room = torch.where(flat >= 0, high, -low)
+        outside = torch.minimum(size, room).sum(1, dtype=torch.float64) > eps
+        result = torch.clamp(flat, low, high)
+        if bool(outside.any()):
+            size, room, radius = size[outside].double(), room[outside].double(), eps[outside, None]
+            bends = torch.cat([size, (size - room).clamp(min=0)], 1)
+            slope = torch.cat([torch.ones_like(size), -torch.ones_like(size)], 1)
+            bends, order = bends.sort(1, descending=True)
+            slope = slope.gather(1, order)
+            slopes, sums = slope.cumsum(1), (slope * bends).cumsum(1)
+            last = ((sums - bends * slopes <= radius).sum(1, keepdim=True) - 1).clamp(min=0)
+            threshold = (sums.gather(1, last) - radius) / slopes.gather(1, last).clamp(min=1)
+            kept = torch.minimum((size - threshold).clamp(min=0), room)
+            result[outside] = (kept * flat[outside].sign()).to(flat.dtype)
+        return result.view_as(delta)
+
+    def steepest_in(self, region: Region, gradient: Tensor, size: Tensor, points: Tensor) -> Tensor:
+        """Spend `size` on the features with the largest gradient, each up to its room in the input range.
+
+        The linear programme max <g, d> with ||d||_1 <= size inside the box is solved by this greedy rule; without
+        a box it moves one feature.
+        """
+        flat = gradient.flatten(1)
+        room = torch.where(gradient >= 0, region.upper - points, points - region.lower).flatten(1).clamp(min=0)
+        order = torch.where(room > 0, flat.abs(), torch.full_like(flat, -1.0)).argsort(dim=1, descending=True)
+        room = room.gather(1, order).double().clamp(max=1e30)
+        spent = room.cumsum(1) - room
+        amount = torch.minimum(room, (size[:, None] - spent).clamp(min=0)).to(flat.dtype)
+        return torch.zeros_like(flat).scatter_(1, order, amount).mul_(flat.sign()).view_as(gradient)
+
+    def draw_in(self, region: Region, keys: Keys) -> Tensor:
+        """Exponentials with random signs over their sum and one more: uniform in the l1 ball."""
+        shape = tuple(region.origin.shape[1:])
+        free = region.upper > region.lower
+        size = -keys.absorb(1).uniform(shape, torch.float64).log() * free
+        total = size.flatten(1).sum(1) - keys.absorb(2).uniform((), torch.float64).log()
+        sign = keys.absorb(3).sign(shape, torch.float64)
+        return (size * sign * rows(region.eps / total, size)).to(region.origin.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class L0(Threat):
+    """At most eps features (or pixels, with all their channels) change: ||x' - x||_0 <= eps."""
+
+    per: Literal["feature", "pixel"] = "feature"
+
+    norm = Norm.L0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.per not in ("feature", "pixel"):
+            raise InputError(f'per must be "feature" or "pixel"; got {self.per!r}')
+
+    def settings(self) -> dict[str, object]:
+        return super().settings() | {"per": self.per}
+
+    def distance(self, points: Tensor, origin: Tensor) -> Tensor:
+        return distance(points, origin, Norm.L0, per=self.per)
+
+    def _keep_best(self, gain: Tensor, eps: Tensor) -> Tensor:
+        """Which features (B, ...) to keep so that the summed gain is largest and at most eps units change."""
+        units = gain.flatten(1)
+        if self.per == "pixel":
+            if gain.dim() != 4:
+                raise InputError(f'L0(per="pixel") needs images (N, C, H, W); the inputs are {tuple(gain.shape)}')
+            units = gain.sum(1).flatten(1)
+        rank = units.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        keep = (rank < torch.floor(eps + 1e-9)[:, None]) & (units > 0)
+        if self.per == "pixel":
+            return keep.view(len(gain), 1, *gain.shape[2:]).expand_as(gain)
+        return keep.view_as(gain)
+
+    def project_into(self, region: Region, points: Tensor) -> Tensor:
+        low, high = region.lower - region.origin, region.upper - region.origin
+        moves = self._shrink(points - region.origin, region.eps, low, high) != 0
+        # features that stay keep the origin's very bits: only a changed value may count
+        return torch.where(moves, torch.clamp(points, region.lower, region.upper), region.origin)
+
+    def _shrink(self, delta: Tensor, eps: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        clipped = torch.clamp(delta, low, high)
+        keep = self._keep_best(delta**2 - (delta - clipped) ** 2, eps)
+        return torch.where(keep, clipped, torch.zeros_like(clipped))
+
+    def steepest_in(self, region: Region, gradient: Tensor, size: Tensor, points: Tensor) -> Tensor:
+        """Move the `size` features of largest gain |g_i| * room_i to the ends of their range."""
+        room = torch.where(gradient >= 0, region.upper - points, points - region.lower)
+        if bool(torch.isinf(room).any()):
+            raise CapabilityError("an l0 step needs bounds: without them one feature can move without limit")
+        gain = gradient.abs() * room
+        return torch.where(self._keep_best(gain, size), room * gradient.sign(), torch.zeros_like(room))
+
+    def draw_in(self, region: Region, keys: Keys) -> Tensor:
+        """Uniform values for eps units chosen at random."""
+        shape = tuple(region.origin.shape[1:])
+        value = region.lower + (region.upper - region.lower) * keys.absorb(1).uniform(shape, region.origin.dtype)
+        if not bool(torch.isfinite(value).all()):
+            raise CapabilityError("a random point in an l0 ball needs bounds")
+        delta = value - region.origin
+        chance = keys.absorb(2).uniform(shape, region.origin.dtype) * (delta != 0)
+        return torch.where(self._keep_best(chance, region.eps), delta, torch.zeros_like(delta))
+
+
+BALLS: dict[Norm, type[Threat]] = {Norm.LINF: Linf, Norm.L2: L2, Norm.L1: L1, Norm.L0: L0}
+
+
+def ball(norm: Norm | str, eps: float | Sequence[float] | Tensor) -> Threat:
+    """The threat for a norm's name: `ball("l2", 0.5)` is `L2(0.5)`."""
+    try:
+        return BALLS[Norm(norm)](eps)
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"unknown norm {norm!r}; known are {', '.join(n.value for n in Norm)}") from None
+
+
+def Minimize(  # noqa: N802  # reads as the thing it makes, beside Linf(...) and L2(...)
+    norm: Norm | str,
+    *,
+    mask: Tensor | None = None,
+    grid: float | None = None,
+    per: Literal["feature", "pixel"] = "feature",
+) -> Threat:
+    """In place of a threat: find the smallest perturbation in `norm`. It is the ball with eps = inf.
+
+    Example: `sp.attack(model, x, y, attack, sp.Minimize("l2"))`. Errors: `InputError` for an unknown norm.
+    """
+    threat = replace(ball(norm, math.inf), mask=mask, grid=grid)
+    return replace(threat, per=per) if isinstance(threat, L0) else threat

@@ -1,0 +1,49 @@
+"""Per-sample state: (nested) frozen dataclasses of tensors whose first dimension is the sample."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+SHARED: Final[Mapping[str, bool]] = {"shared": True}
+"""Metadata of a dataclass field that belongs to all samples together: `field(metadata=SHARED)`."""
+
+
+def rows(values: Tensor, like: Tensor) -> Tensor:
+    """View per-sample numbers (B,) so that they broadcast over `like` (B, ...)."""
+    return values.view(-1, *([1] * (like.dim() - 1)))
+
+
+def tree_map(function: Callable[..., Tensor], tree: T, *others: T) -> T:
+    """Apply to all tensors of equally built trees; what is shared or no tensor is taken from the first."""
+    if isinstance(tree, Tensor):
+        return cast(T, function(tree, *others))  # a Tensor in gives a Tensor out, which the type variable can't say
+    if not dataclasses.is_dataclass(tree) or isinstance(tree, type):
+        return tree
+    changed: dict[str, Any] = {}  # Any: the fields of an arbitrary dataclass
+    for field in dataclasses.fields(tree):
+        if not field.metadata.get("shared"):
+            branches = [getattr(branch, field.name) for branch in (tree, *others)]
+            changed[field.name] = tree_map(function, *branches)
+    return dataclasses.replace(tree, **changed)
+
+
+def take(tree: T, index: Tensor) -> T:
+    """The samples in `index` (Q,)."""
+    return tree_map(lambda t: t[index.to(t.device)], tree)
+
+
+def join(first: T, second: T) -> T:
+    """The samples of both, in order."""
+    return tree_map(lambda a, b: torch.cat([a, b]), first, second)
+
+
+def select(mask: Tensor, chosen: T, other: T) -> T:
+    """`chosen` where mask (B,) is True, `other` elsewhere."""
+    return tree_map(lambda a, b: torch.where(rows(mask.to(a.device), a), a, b), chosen, other)
