@@ -10,6 +10,7 @@
 
 from saddlepoint import attacks, data, zoo
 from saddlepoint.attacks.facade import attack, perturb
+from saddlepoint.defenses import Adversarial, Standard, harden, train
 from saddlepoint.engine import AttackResult, Budget, Interrupted
 from saddlepoint.errors import (
     CapabilityError,
@@ -21,6 +22,7 @@ from saddlepoint.errors import (
     SaddlepointWarning,
     UnknownNameError,
 )
+from saddlepoint.evaluate import compare
 from saddlepoint.goals import FalsePositive, Targeted, Untargeted
 from saddlepoint.models import Classifier, Defended, Ensemble, Model, Transform
 from saddlepoint.taxonomy import Access, Norm, Scope, Status
@@ -29,8 +31,8 @@ from saddlepoint.threats import L0, L1, L2, Linf, Minimize
 __version__ = "0.1.0"
 
 __all__ = [
-    "L0", "L1", "L2", "Access", "AttackResult", "Budget", "CapabilityError", "Classifier", "DataError", "Defended", "Ensemble",
-    "FalsePositive", "InputError", "Interrupted", "Linf", "Minimize", "MissingExtraError", "Model", "ModelError", "Norm",
-    "SaddlepointError", "SaddlepointWarning", "Scope", "Status", "Targeted", "Transform", "UnknownNameError", "Untargeted",
-    "attack", "attacks", "data", "perturb", "zoo",
+    "L0", "L1", "L2", "Access", "Adversarial", "AttackResult", "Budget", "CapabilityError", "Classifier", "DataError",
+    "Defended", "Ensemble", "FalsePositive", "InputError", "Interrupted", "Linf", "Minimize", "MissingExtraError", "Model",
+    "ModelError", "Norm", "SaddlepointError", "SaddlepointWarning", "Scope", "Standard", "Status", "Targeted", "Transform",
+    "UnknownNameError", "Untargeted", "attack", "attacks", "compare", "data", "harden", "perturb", "train", "zoo",
 ]  # fmt: skip

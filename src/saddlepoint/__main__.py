@@ -1,0 +1,5 @@
+"""`python -m saddlepoint` is the command `saddlepoint`."""
+
+from saddlepoint.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,403 @@
+"""The commands. Each turns words into objects, calls the library, and says where the results are."""
+
+from __future__ import annotations
+
+import json
+import traceback
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from saddlepoint import data, zoo
+from saddlepoint.attacks import find
+from saddlepoint.attacks.facade import attack as run_attack
+from saddlepoint.cli import config as configuration
+from saddlepoint.cli import inputs
+from saddlepoint.defenses import Adversarial, EpochRecord, Hardening, Training
+from saddlepoint.defenses import harden as run_harden
+from saddlepoint.defenses import train as run_train
+from saddlepoint.engine import Budget, Interrupted
+from saddlepoint.errors import InputError, SaddlepointError, SaddlepointWarning, UnknownNameError
+from saddlepoint.evaluate import Cell, Comparison, compare
+from saddlepoint.goals import LOSSES
+from saddlepoint.models import Model
+from saddlepoint.taxonomy import Access, Norm
+
+app = typer.Typer(
+    help="Attack, defend, detect and verify classifiers. For testing your own models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+listing = typer.Typer(help="What there is: attacks, data, networks, losses.", no_args_is_help=True)
+fetching = typer.Typer(help="Datasets on this computer.", no_args_is_help=True)
+app.add_typer(listing, name="list")
+app.add_typer(fetching, name="data")
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(help="TOML file with these options; the command line wins.", callback=configuration.read, is_eager=True),
+]
+ModelText = Annotated[str, typer.Option("--model", help="FILE.py:NAME or zoo:NAME[+weights.safetensors].", show_default=False)]
+DataText = Annotated[str, typer.Option(help="digits, mnist, fashion-mnist, cifar10, a folder of images by class, or a .npz.")]
+Root = Annotated[Path | None, typer.Option(help="Where the data lies; default SADDLEPOINT_DATA or the user's cache.")]
+NormText = Annotated[Norm, typer.Option(help="How perturbations are measured.")]
+Samples = Annotated[int | None, typer.Option(min=1, help="Use the first N test samples.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Samples under attack at once; default by size.")]
+Seed = Annotated[int, typer.Option(help="Source of all randomness.")]
+Mean = Annotated[str | None, typer.Option(help="Normalisation inside the model: a number or one per channel, 0.49,0.48,0.45.")]
+Std = Annotated[str | None, typer.Option(help="As --mean.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...")]
+Passes = Annotated[int | None, typer.Option(min=1, help="At most so many passes (forward and backward) a sample.")]
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option(help="Show tracebacks of errors.")] = False) -> None:
+    """Options of every command; `run` looks at --debug wherever it stands."""
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("reports/demo"),
+    seed: Seed = 0,
+    config: ConfigFile = None,
+) -> None:
+    """Train and attack two small networks on handwritten digits, and write a report with pictures."""
+    from saddlepoint.cli.demo import demo as run_demo
+
+    result, report = run_demo(out, seed=seed, console=console, config=configuration.ran(context))
+    configuration.write(context, out)
+    _show(result)
+    console.print(f"\nreport: [bold]{escape(str(report))}[/]   (open it in a browser)")
+
+
+@app.command()
+def evaluate(
+    context: typer.Context,
+    model: Annotated[list[str], typer.Option(help="FILE.py:NAME or zoo:NAME[+weights.safetensors]; repeat to compare.")],
+    data: DataText = "digits",
+    norm: NormText = Norm.LINF,
+    eps: Annotated[str, typer.Option(help="Sizes of the perturbation, such as 2/255,4/255.")] = "0.05,0.1,0.2",
+    attack: Annotated[list[str], typer.Option(help="Such as pgd:steps=100 or pgd*5 (restarts); repeat for more.")] = [  # noqa: B006  # typer reads the default only
+        "uniformnoise",
+        "fgm",
+        "pgd",
+    ],
+    samples: Samples = None,
+    batch_size: BatchSize = None,
+    passes: Passes = None,
+    seed: Seed = 0,
+    mean: Mean = None,
+    std: Std = None,
+    device: Device = None,
+    root: Root = None,
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("reports/evaluate"),
+    config: ConfigFile = None,
+) -> None:
+    """Attack models at several eps, and write a report: accuracies, security curve, pictures, results.json."""
+    found = inputs.dataset(data, root)
+    threats = inputs.threats(norm, eps)
+    chosen = [inputs.attack(text) for text in attack]
+    models = inputs.models(model, found, mean=mean, std=std, device=device)
+    split = inputs.samples(found, samples)
+    result = compare(
+        models, split.x, split.y, chosen, threats, seed=seed, batch_size=batch_size, budget=Budget(passes=passes), progress=True
+    )
+    _report(context, result, found, out, f"Robustness of {', '.join(models)}", seed)
+
+
+@app.command()
+def attack(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Such as pgd, or pgd:steps=100,loss=margin. See: saddlepoint list attacks.")],
+    model: ModelText,
+    data: DataText = "digits",
+    norm: NormText = Norm.LINF,
+    eps: Annotated[str, typer.Option(help="Size of the perturbation, such as 8/255.")] = "0.1",
+    targeted: Annotated[
+        str | None, typer.Option(help="A class, or: random, next, least_likely, all, untargeted. Default: the attack's own.")
+    ] = None,
+    samples: Samples = None,
+    batch_size: BatchSize = None,
+    passes: Passes = None,
+    seed: Seed = 0,
+    mean: Mean = None,
+    std: Std = None,
+    device: Device = None,
+    root: Root = None,
+    out: Annotated[Path, typer.Option(help="Folder for the adversarial inputs and all figures.")] = Path("reports/attack"),
+    config: ConfigFile = None,
+) -> None:
+    """Run one attack, print its summary and keep the adversarial inputs."""
+    found = inputs.dataset(data, root)
+    (threat, *more) = inputs.threats(norm, eps)
+    if more:
+        raise InputError("attack takes one eps; saddlepoint evaluate takes several")
+    chosen, goal = inputs.attack(name), inputs.goal(targeted)
+    _, victim = inputs.model(model, found, mean=mean, std=std, device=device)
+    split = inputs.samples(found, samples)
+    interrupted = False
+    try:
+        result = run_attack(
+            victim, split.x, split.y, chosen, threat, goal,
+            batch_size=batch_size, seed=seed, budget=Budget(passes=passes), progress=True,
+        )  # fmt: skip
+    except Interrupted as stop:
+        result, interrupted = stop.result, True
+    folder = _fresh(out / "result")
+    result.save(folder)
+    configuration.write(context, out)
+    console.print(escape(result.summary()))
+    console.print(f"\nadversarial inputs: [bold]{escape(str(folder))}[/]   (sp.AttackResult.load)")
+    if interrupted:
+        console.print(f"interrupted: {len(result)} of {len(split)} samples are finished")
+        raise typer.Exit(130)
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    model: ModelText,
+    data: DataText = "digits",
+    adversary: Annotated[
+        str | None, typer.Option(help="The inner attack, such as pgd:steps=7; none for clean training.")
+    ] = None,
+    norm: NormText = Norm.LINF,
+    eps: Annotated[str, typer.Option(help="Size of the inner attack's perturbation.")] = "0.1",
+    form: Annotated[
+        Literal["replace", "add", "regularize"], typer.Option(help="How its examples enter the loss (Adversarial.form).")
+    ] = "replace",
+    warmup: Annotated[float, typer.Option(min=0, help="Epochs over which eps grows from 0.")] = 0.0,
+    epochs: Annotated[int, typer.Option(min=1)] = 20,
+    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 1e-3,
+    schedule: Annotated[
+        Literal["constant", "linear", "cosine", "cyclic"], typer.Option(help="Of the learning rate.")
+    ] = "linear",
+    patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs without progress.")] = None,
+    validation: Annotated[int, typer.Option(min=1, help="Validate on the first N test samples.")] = 500,
+    seed: Seed = 0,
+    mean: Mean = None,
+    std: Std = None,
+    device: Device = None,
+    root: Root = None,
+    out: Annotated[Path, typer.Option(help="Folder for weights, history and checkpoint.")] = Path("reports/train"),
+    config: ConfigFile = None,
+) -> None:
+    """Train a network, clean or adversarially. Run the same command again to continue after an interruption."""
+    found = inputs.dataset(data, root)
+    if found.train is None:
+        raise InputError(f"{found.name} has no training part here ({found.source})")
+    _, victim = inputs.model(model, found, mean=mean, std=std, device=device)
+    if not isinstance(victim, Model):
+        raise InputError("train needs a single network")
+    objective = None
+    if adversary is not None:
+        (threat, *more) = inputs.threats(norm, eps)
+        if more:
+            raise InputError("train takes one eps")
+        objective = Adversarial(attack=inputs.attack(adversary), threat=threat, form=form, warmup=warmup)
+    result = run_train(
+        victim, found.train, adversary=objective, validation=found.test.take(validation), epochs=epochs, batch_size=batch_size,
+        learning_rate=learning_rate, schedule=schedule, patience=patience, checkpoint=out / "checkpoint.pt", seed=seed,
+        progress=True, on_epoch=_show_epoch,
+    )  # fmt: skip
+    configuration.write(context, out)
+    history = {"config": result.config, "epochs": [asdict(e) for e in result.epochs], "complete": result.complete}
+    (out / "history.json").write_text(json.dumps(history, indent=1))
+    if not result.complete:
+        console.print(f"interrupted; continue with the same command (checkpoint in {escape(str(out))})")
+        raise typer.Exit(130)
+    (net,) = result.model.networks()
+    zoo.save_weights(net, out / "weights.safetensors")
+    console.print(f"weights: [bold]{escape(str(out / 'weights.safetensors'))}[/]")
+
+
+@app.command()
+def harden(
+    context: typer.Context,
+    model: ModelText,
+    data: DataText = "digits",
+    attack: Annotated[str, typer.Option(help="The attack, such as fgsm or pgd:steps=10.")] = "fgm",
+    norm: NormText = Norm.LINF,
+    eps: Annotated[str, typer.Option(help="Size of the perturbation.")] = "0.1",
+    epochs: Annotated[int, typer.Option(min=1)] = 20,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 1e-3,
+    seed: Seed = 0,
+    mean: Mean = None,
+    std: Std = None,
+    device: Device = None,
+    root: Root = None,
+    out: Annotated[Path, typer.Option(help="Folder for the report and the weights.")] = Path("reports/harden"),
+    config: ConfigFile = None,
+) -> None:
+    """The classical exercise: attack the test set, retrain with adversarial examples, and test again."""
+    found = inputs.dataset(data, root)
+    if found.train is None:
+        raise InputError(f"{found.name} has no training part here ({found.source})")
+    (threat, *more) = inputs.threats(norm, eps)
+    if more:
+        raise InputError("harden takes one eps")
+    chosen = inputs.attack(attack)
+    name, victim = inputs.model(model, found, mean=mean, std=std, device=device)
+    if not isinstance(victim, Model):
+        raise InputError("harden needs a single network")
+    outcome: Hardening = run_harden(
+        victim, found.train, found.test, chosen, threat, seed=seed, epochs=epochs, learning_rate=learning_rate, progress=True
+    )
+    retrained = f"{name}-retrained"
+    cells = (Cell(name, chosen, threat, outcome.before), Cell(retrained, chosen, threat, outcome.after))
+    result = Comparison(found.test.x, found.test.y, {name: outcome.old, retrained: outcome.new}, cells)
+    _report(context, result, found, out, f"{name} before and after retraining", seed, {retrained: outcome.training})
+    zoo.save_weights(outcome.new.networks()[0], out / "weights.safetensors")
+    console.print(
+        f"\n{outcome.crafted} of {len(found.train)} training samples became adversarial examples.\n"
+        f"accuracy of {name} under attack:                   {outcome.before.robust_accuracy:7.2%}\n"
+        f"accuracy of {retrained} on those old examples:  {outcome.old_examples_accuracy:7.2%}\n"
+        f"accuracy of {retrained} under a new attack:     {outcome.after.robust_accuracy:7.2%}   <- the honest figure",
+        markup=False,
+    )
+
+
+@listing.command("attacks")
+def list_attacks(
+    access: Annotated[str | None, typer.Option(help="What the model grants: transfer, labels, scores, gradients, ...")] = None,
+    norm: Annotated[Norm | None, typer.Option(help="Only attacks that work in this norm.")] = None,
+    targeted: Annotated[bool | None, typer.Option("--targeted/--untargeted-only", help="By the goals it can have.")] = None,
+) -> None:
+    """Attacks, by access, norm and goal."""
+    level = None
+    if access is not None:
+        names = {a.name.lower(): a for a in Access}
+        if access.lower() not in names:
+            raise UnknownNameError("access", access, names)
+        level = names[access.lower()]
+    for cls in find(access=level, norm=norm, targeted=targeted):
+        can = cls.declaration
+        goals = "+".join(word for word, yes in (("untargeted", can.untargeted), ("targeted", can.targeted)) if yes)
+        norms = " ".join(n.value for n in Norm if n in can.norms)
+        steps = "iterative" if can.iterative else "one step"
+        console.print(f"[bold]{cls.__name__:<18}[/] {norms:<14} {goals:<20} {can.access.name.lower():<10} {steps}")
+        console.print(f"{'':<18} {escape(can.summary)} ({escape(can.reference)})", soft_wrap=True)
+
+
+@listing.command("data")
+def list_data() -> None:
+    """Datasets by name."""
+    for name in data.names():
+        try:
+            found = data.load(name)
+            train_size = len(found.train) if found.train is not None else "no"
+            console.print(f"{name:<15} {train_size} training and {len(found.test)} test samples, {escape(found.source)}")
+        except SaddlepointError:
+            console.print(f"{name:<15} not on this computer: saddlepoint data fetch {name}")
+
+
+@listing.command("networks")
+def list_networks() -> None:
+    """Reference networks by name, for --model zoo:NAME."""
+    table = Table("network", "input", "what it is", "source")
+    for name, entry in zoo.ENTRIES.items():
+        table.add_row(name, "x".join(map(str, entry.in_shape)), entry.summary, entry.source)
+    console.print(table)
+
+
+@listing.command("losses")
+def list_losses() -> None:
+    """Losses by name, for attacks' loss=NAME."""
+    for name, loss in LOSSES.items():
+        console.print(f"{name:<20} {(loss.__doc__ or '').splitlines()[0]}", markup=False)
+
+
+@fetching.command("fetch")
+def fetch_data(name: Annotated[str, typer.Argument(help="mnist, fashion-mnist or cifar10.")], root: Root = None) -> None:
+    """Download a dataset, with checksums; an interrupted download is continued."""
+    console.print(f"in {escape(str(data.fetch(name, root=root)))}")
+
+
+def _fresh(path: Path) -> Path:
+    """The path, or the next free numbered one: finished results are not overwritten."""
+    candidate, count = path, 2
+    while candidate.exists():
+        candidate, count = path.with_name(f"{path.name}-{count}"), count + 1
+    return candidate
+
+
+def _report(
+    context: typer.Context,
+    result: Comparison,
+    found: data.Dataset,
+    out: Path,
+    title: str,
+    seed: int,
+    histories: dict[str, Training] | None = None,
+) -> None:
+    if not result.cells:
+        raise InputError("interrupted before the first attack was finished: there is nothing to report")
+    from saddlepoint.report import write
+
+    report = write(
+        result, out, title=title, data_name=found.name, data_fingerprint=found.fingerprint(), class_names=found.class_names,
+        config=configuration.ran(context), histories=histories or {}, command=f"saddlepoint {context.info_name}", seed=seed,
+    )  # fmt: skip
+    configuration.write(context, out)
+    _show(result)
+    console.print(f"\nreport: [bold]{escape(str(report))}[/]")
+    if not result.complete:
+        console.print("interrupted: the report holds the attacks that were finished")
+        raise typer.Exit(130)
+
+
+def _show(result: Comparison) -> None:
+    """The security curves as a table."""
+    for norm in dict.fromkeys(cell.norm for cell in result.cells):
+        table = Table(title=f"accuracy under the strongest of {len({str(c.attack) for c in result.cells})} attacks ({norm})")
+        table.add_column("model")
+        curves = {name: result.curve(name, norm) for name in dict.fromkeys(c.model for c in result.cells if c.norm == norm)}
+        for eps in sorted({eps for curve in curves.values() for eps, _ in curve}):
+            table.add_column(f"eps {eps:.3g}" if eps else "clean", justify="right")
+        for name, curve in curves.items():
+            table.add_row(escape(name), *(f"{accuracy:.1%}" for _, accuracy in curve))
+        console.print(table)
+    for name, note in dict.fromkeys((cell.model, note) for cell in result.cells for note in cell.result.notes):
+        console.print(f"note on {name}: {note}", markup=False)
+
+
+def _show_epoch(record: EpochRecord) -> None:
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2%}"
+
+    console.print(
+        f"epoch {record.epoch + 1}: loss {record.loss:.4f}, validation accuracy {share(record.clean_accuracy)}, "
+        f"robust {share(record.robust_accuracy)}, {record.seconds:.1f} s"
+    )
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line; errors become one line and a status."""
+    debug = "--debug" in arguments
+    # what is noticed about a model is in every result's notes, which the commands print
+    warnings.simplefilter("ignore", SaddlepointWarning)
+    try:
+        app([a for a in arguments if a != "--debug"], prog_name="saddlepoint")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        return 130
+    except SaddlepointError as error:
+        if debug:
+            traceback.print_exc()
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        return 2
+    return 0

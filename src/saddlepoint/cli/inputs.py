@@ -1,0 +1,175 @@
+"""From the words of a command line to models, data, attacks and threats. Every error is one clear line."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import nn
+
+from saddlepoint import data, zoo
+from saddlepoint.attacks import Restarts, get
+from saddlepoint.engine import Attack
+from saddlepoint.errors import InputError, UnknownNameError
+from saddlepoint.goals import Goal, Targeted, Untargeted
+from saddlepoint.models import Classifier, Model
+from saddlepoint.threats import Threat, ball
+
+
+def number(text: str) -> float:
+    """A number as people write eps: `0.03` or `8/255`."""
+    try:
+        return float(Fraction(text.strip()))
+    except (ValueError, ZeroDivisionError):
+        raise InputError(f"{text!r} is no number; write 0.03 or 8/255") from None
+
+
+def numbers(text: str) -> list[float]:
+    """Comma-separated numbers: `2/255,4/255,8/255`."""
+    return [number(part) for part in text.split(",") if part.strip()]
+
+
+def threats(norm: str, eps: str) -> list[Threat]:
+    """One threat for each of the comma-separated eps, in ascending order."""
+    radii = sorted(set(numbers(eps)))
+    if not radii:
+        raise InputError("--eps needs at least one number, such as 8/255")
+    return [ball(norm, radius) for radius in radii]
+
+
+def attack(text: str) -> Attack:
+    """An attack by name, with settings and restarts: `pgd`, `pgd:steps=100,loss=margin`, `pgd:steps=20*5` (five restarts)."""
+    text, _, times = text.partition("*")
+    name, _, rest = text.partition(":")
+    cls = get(name)
+    known = {f.name: f for f in fields(cls)}
+    hints = get_type_hints(cls)
+    settings: dict[str, Any] = {}  # Any: the values of an arbitrary attack's fields
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if key not in known:
+            raise UnknownNameError(f"setting of {cls.__name__}", key, known or ["(none)"])
+        if not equals:
+            raise InputError(f"write settings as {name}:{key}=VALUE")
+        settings[key] = _convert(value, hints[key], f"{cls.__name__}.{key}")
+    missing = [
+        f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING and f.name not in settings
+    ]
+    if missing:
+        raise InputError(f"{cls.__name__} needs {', '.join(missing)}: write {name}:{missing[0]}=VALUE")
+    found = cls(**settings)
+    if not times:
+        return found
+    if not times.isdigit():
+        raise InputError(f"restarts are a whole number, as in {name}*5; got {times!r}")
+    return Restarts(found, int(times))
+
+
+def _convert(text: str, hint: Any, name: str) -> Any:  # Any: both are of the field's type, whatever it is
+    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if type(None) in choices and text.lower() in ("none", "null"):
+        return None
+    for choice in choices:
+        if get_origin(choice) is Literal:
+            if text in get_args(choice):
+                return text
+            raise UnknownNameError(f"value of {name}", text, [str(c) for c in get_args(choice)])
+        try:
+            if choice is bool and text.lower() in ("true", "false"):
+                return text.lower() == "true"
+            if choice is int:
+                return int(text)
+            if choice is float:
+                return number(text)
+            if choice is str:
+                return text
+        except ValueError:
+            continue
+    raise InputError(f"{name} cannot be {text!r}; it is {hint}")
+
+
+def goal(targeted: str | None) -> Goal | None:
+    """None for the attack's default goal; "untargeted", a class number, or a way to choose one ("random", "next", ...)."""
+    if targeted is None:
+        return None
+    if targeted == "untargeted":
+        return Untargeted()
+    return Targeted(int(targeted) if targeted.isdigit() else targeted)  # type: ignore[arg-type]  # Targeted checks names
+
+
+def dataset(name: str, root: Path | None = None, *, download: bool = False) -> data.Dataset:
+    """`sp.data.load` for a name or a path."""
+    return data.load(name, root=root, download=download)
+
+
+def samples(found: data.Dataset, count: int | None) -> data.Split:
+    """The first `count` test samples, or all."""
+    return found.test if count is None else found.test.take(count)
+
+
+def network(text: str, found: data.Dataset, *, seed: int = 0) -> tuple[str, nn.Module | Classifier]:
+    """Name and network for `FILE.py:NAME` or `zoo:NAME[+WEIGHTS]`. The file is the user's own code and is run."""
+    if text.startswith("zoo:"):
+        name, _, weights = text.removeprefix("zoo:").partition("+")
+        net = zoo.build(name, num_classes=found.num_classes, in_shape=tuple(found.test.x.shape[1:]), seed=seed)
+        return (Path(weights).stem if weights else name), zoo.load_weights(net, weights) if weights else net
+    file, colon, name = text.rpartition(":")
+    if not colon or not file.endswith(".py"):
+        raise InputError(f"--model is FILE.py:NAME or zoo:NAME[+weights.safetensors]; got {text!r}")
+    path = Path(file)
+    if not path.is_file():
+        raise InputError(f"--model: there is no file {file}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent.resolve()))  # its neighbours can be imported, as when it is run
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"--model: running {file} failed: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    if not hasattr(module, name):
+        public = [key for key in vars(module) if not key.startswith("_")]
+        raise UnknownNameError(f"name in {file}", name, public or ["(nothing)"])
+    net = getattr(module, name)
+    if not isinstance(net, nn.Module | Classifier) and callable(net):
+        net = net()  # a class or function that makes the network
+    if not isinstance(net, nn.Module | Classifier):
+        raise InputError(f"--model: {name} in {file} is a {type(net).__name__}, neither an nn.Module nor an sp.Model")
+    return name, net
+
+
+def model(
+    text: str, found: data.Dataset, *, mean: str | None = None, std: str | None = None, device: str | None = None
+) -> tuple[str, Classifier]:
+    """Name and model for the words of `--model`; an `sp.Model` in the user's file keeps its own bounds and normalisation."""
+    name, net = network(text, found)
+    if isinstance(net, Classifier):
+        if mean or std:
+            raise InputError(f"{name} is an sp.Model with its own normalisation: leave out --mean and --std")
+        return name, net
+    if device is not None:
+        net = net.to(torch.device(device))
+    statistics = {key: numbers(value) for key, value in (("mean", mean), ("std", std)) if value}
+    return name, Model(net, bounds=found.bounds, num_classes=None, **statistics)  # type: ignore[arg-type]  # keys are mean, std
+
+
+def models(texts: Sequence[str], found: data.Dataset, **settings: Any) -> dict[str, Classifier]:
+    """All models by name; equal names are numbered. settings: of `model`."""
+    named: dict[str, Classifier] = {}
+    for text in texts:
+        name, made = model(text, found, **settings)
+        unique, count = name, 2
+        while unique in named:
+            unique, count = f"{name}-{count}", count + 1
+        named[unique] = made
+    return named

@@ -1,0 +1,56 @@
+"""The classical exercise: attack a network, retrain it with the examples, and test it again."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saddlepoint.attacks.facade import attack as run_attack
+from saddlepoint.defenses.training import Pairs, Training, train
+from saddlepoint.engine import Attack, AttackResult
+from saddlepoint.errors import InputError
+from saddlepoint.models.torch_model import Model
+from saddlepoint.threats import Threat
+
+
+@dataclass(frozen=True)
+class Hardening:
+    """What the exercise showed.
+
+    before: the attack on the test set of the old network. after: the same attack made anew on the new network, which is the
+    honest test. old_examples_accuracy: the new network's accuracy on the examples that were made for the old one, which is
+    easy to confuse with robustness. crafted: how many training samples were turned into examples.
+    """
+
+    old: Model
+    new: Model
+    training: Training
+    before: AttackResult
+    after: AttackResult
+    old_examples_accuracy: float
+    crafted: int
+
+
+def harden(
+    model: Model, train_data: Pairs, test: Pairs, attack: Attack, threat: Threat, *, seed: int = 0, **settings: Any
+) -> Hardening:
+    """Attack the test set; retrain a copy of the network on the training set and its adversarial examples; test again.
+
+    The examples are made from the training set, so that the test stays a test. They are static, made once against the old
+    network: compare with `train(adversary=Adversarial(...))`, which makes new ones for every batch.
+    settings: of `sp.train` (epochs, learning_rate, ...; Any since they are passed on). `model` is left as it is.
+    """
+    if not isinstance(model, Model):
+        raise InputError(f"harden retrains a network: give an sp.Model; got {type(model).__name__}")
+    before = run_attack(model, test.x, test.y, attack, threat, seed=seed)
+    crafted = run_attack(model, train_data.x, train_data.y, attack, threat, seed=seed)
+    new = copy.deepcopy(model)
+    both: tuple[Tensor, Tensor] = (torch.cat([train_data.x, crafted.adversarial]), torch.cat([train_data.y, train_data.y]))
+    training = train(new, both, validation=(test.x, test.y), seed=seed, **settings)
+    after = run_attack(new, test.x, test.y, attack, threat, seed=seed)
+    on_old = float((new.predict(before.adversarial).to(test.y.device) == test.y).double().mean())
+    return Hardening(model, new, training, before, after, on_old, int(crafted.success.sum()))
