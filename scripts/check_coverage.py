@@ -32,9 +32,9 @@ def rows(text: str) -> tuple[list[list[str]], list[str]]:
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors that GitHub gives to a page's headings."""
+    """The anchors that GitHub gives to a page's headings, and those that the page sets itself."""
     seen: Counter[str] = Counter()
-    result = set()
+    result = set(re.findall(r'<a id="([\w-]+)">', text))
     for heading in re.findall(r"^#{1,6} +(.+?) *#*$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), flags=re.M):
         heading = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", heading)  # a link counts by its text
         slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")

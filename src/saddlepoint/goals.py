@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -60,8 +61,8 @@ class Goal(ABC):
     def __post_init__(self) -> None:
         if not math.isfinite(self.confidence) or self.confidence < 0:
             raise InputError(f"confidence must be a number >= 0; got {self.confidence}")
-        if self.top_k < 1:
-            raise InputError(f"top_k must be at least 1; got {self.top_k}")
+        if not isinstance(self.top_k, int) or self.top_k < 1:
+            raise InputError(f"top_k must be a whole number >= 1; got {self.top_k}")
 
     @property
     @abstractmethod
@@ -91,14 +92,29 @@ class Goal(ABC):
             wanted, unwanted = aim.best(logits)
             return wanted - unwanted
         rivals = aim.unwanted if self.targeted else aim.wanted
-        count = min(self.top_k, logits.shape[1] - 1)
-        kth = logits.masked_fill(~rivals, -math.inf).topk(count, dim=1).values[:, -1]
+        kth = logits.masked_fill(~rivals, -math.inf).topk(self.top_k, dim=1).values[:, -1]
         wanted, unwanted = aim.best(logits)
         return wanted - kth if self.targeted else kth - unwanted
 
     def settings(self) -> dict[str, object]:
         """What defines this goal, ready for JSON."""
         return {"name": type(self).__name__, "confidence": self.confidence, "top_k": self.top_k}
+
+
+def _checked(aim: Aim) -> Aim:
+    """The aim, if its goal can be missed as well as reached: `InputError` where there are fewer rivals than top_k."""
+    rivals, goal = aim.unwanted if aim.goal.targeted else aim.wanted, aim.goal
+    fewest = int(rivals.sum(1).amin()) if len(rivals) else goal.top_k
+    if fewest < goal.top_k:
+        raise InputError(f"{goal} needs at least {goal.top_k} classes on the other side; with this model there are {fewest}")
+    return aim
+
+
+def _members(classes: Collection[int], num_classes: int) -> list[int]:
+    """The classes in order. `InputError` for one that the model doesn't have."""
+    for unknown in (c for c in classes if not 0 <= c < num_classes):
+        raise InputError(f"class {unknown} is not one of the model's: it has classes 0 to {num_classes - 1}")
+    return sorted(classes)
 
 
 def _one_hot(classes: Tensor, num_classes: int) -> Tensor:
@@ -112,6 +128,10 @@ class Untargeted(Goal):
 
     groups: tuple[frozenset[int], ...] = ()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "groups", tuple(frozenset(int(c) for c in group) for group in self.groups))
+
     @property
     def targeted(self) -> bool:
         return False
@@ -123,9 +143,10 @@ class Untargeted(Goal):
         unwanted = _one_hot(labels, num_classes)
         for group in self.groups:
             members = torch.zeros(num_classes, dtype=torch.bool, device=labels.device)
-            members[sorted(group)] = True
+            members[_members(group, num_classes)] = True
             unwanted = unwanted | (members[labels][:, None] & members)
-        return Aim(self, ~unwanted, unwanted)
+        aim = Aim(self, ~unwanted, unwanted)
+        return _checked(aim) if self.groups or self.top_k > 1 else aim
 
     def settings(self) -> dict[str, object]:
         return super().settings() | {"groups": [sorted(group) for group in self.groups]}
@@ -147,7 +168,11 @@ class Targeted(Goal):
             raise UnknownNameError("target chooser", classes, _CHOOSERS)
         if isinstance(classes, Tensor) and (classes.is_floating_point() or classes.dim() != 1):
             raise InputError(f"targets must be integers of shape (N,); got {classes.dtype} {tuple(classes.shape)}")
-        if not isinstance(classes, int | str | Tensor):
+        if isinstance(classes, Integral):  # numpy's too
+            object.__setattr__(self, "classes", int(classes))
+        elif not isinstance(classes, str | Tensor):
+            if not isinstance(classes, Collection) or hasattr(classes, "__array__") or not classes:
+                raise InputError(f"targets must be a class, a set of classes or a tensor with one per sample; got {classes!r}")
             object.__setattr__(self, "classes", frozenset(int(c) for c in classes))
 
     @property
@@ -177,10 +202,11 @@ class Targeted(Goal):
     def aim(self, labels: Tensor, targets: Tensor, num_classes: int) -> Aim:
         if isinstance(self.classes, frozenset):
             wanted = torch.zeros(len(labels), num_classes, dtype=torch.bool, device=labels.device)
-            wanted[:, sorted(self.classes)] = True
+            wanted[:, _members(self.classes, num_classes)] = True
         else:
             wanted = _one_hot(targets, num_classes)
-        return Aim(self, wanted, ~wanted)
+        aim = Aim(self, wanted, ~wanted)
+        return _checked(aim) if self.top_k > 1 or isinstance(self.classes, frozenset) else aim
 
     def settings(self) -> dict[str, object]:
         classes = self.classes
@@ -210,6 +236,8 @@ class FalsePositive(Goal):
         super().__post_init__()
         if not 0 < self.probability < 1:
             raise InputError(f"probability must lie in (0, 1); got {self.probability}")
+        if self.top_k != 1:
+            raise InputError(f"FalsePositive asks for the most likely class, so top_k is 1; got {self.top_k}")
 
     @property
     def targeted(self) -> bool:
@@ -223,6 +251,8 @@ class FalsePositive(Goal):
         return torch.full_like(labels, UNRESOLVED if self.target is None else self.target)
 
     def aim(self, labels: Tensor, targets: Tensor, num_classes: int) -> Aim:
+        if self.target is not None:
+            _members([self.target], num_classes)
         wanted = _one_hot(targets, num_classes)
         return Aim(self, wanted, ~wanted)
 
@@ -268,7 +298,8 @@ def difference_of_logits_ratio(logits: Tensor, aim: Aim) -> Tensor:
     """DLR and targeted DLR, invariant to shift and scale (Croce & Hein 2020, arXiv:2003.01690, eq. 6 and 7).
 
     Untargeted: margin / (z_(1) - z_(3)). Targeted: margin / (z_(1) - (z_(3) + z_(4)) / 2), with z_(3) alone where there are
-    three classes. With two classes the ratio would be constant, so the logit margin takes its place.
+    three classes; the paper's numerator is z_t - z_y, which is the margin while the label y is the strongest rival.
+    With two classes the ratio would be constant, so the logit margin takes its place.
     """
     difference = aim.margin(logits)
     count = logits.shape[1]
@@ -276,7 +307,7 @@ def difference_of_logits_ratio(logits: Tensor, aim: Aim) -> Tensor:
         return difference
     ranked = logits.topk(min(count, 4), dim=1).values
     lower = ranked[:, 2:].mean(1) if aim.goal.targeted else ranked[:, 2]
-    return difference / (ranked[:, 0] - lower).clamp(min=1e-12)
+    return difference / (ranked[:, 0] - lower).clamp(min=max(1e-12, torch.finfo(logits.dtype).tiny))
 
 
 LOSSES: dict[str, Loss] = {

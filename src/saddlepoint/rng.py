@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _GOLDEN = -1640531527  # 2**32 / golden ratio, odd, as int32
+_STARTS = (0x243F6A88, 0x85A308D3)  # digits of pi: from (0, 0), words of 0 would lead nowhere
 _MULTIPLIERS = (569420461, -741133929)  # odd constants with good avalanche, as int32
 
 
@@ -45,7 +46,8 @@ class Keys:
         """Keys for samples named by `ids` (Q,) int64."""
         low = ids.to(torch.int32)
         high = (ids >> 32).to(torch.int32)
-        start = Keys(torch.full_like(low, _as_int32(seed)), torch.full_like(low, _as_int32(seed >> 32)))
+        first, second = (_as_int32(word ^ start) for word, start in zip((seed, seed >> 32), _STARTS, strict=True))
+        start = Keys(torch.full_like(low, first), torch.full_like(low, second))
         return start.absorb(low).absorb(high)
 
     def absorb(self, value: Tensor | int) -> Keys:
@@ -55,21 +57,20 @@ class Keys:
         return Keys(first, _mix(self.second + word, first))
 
     def _bits(self, shape: tuple[int, ...]) -> Tensor:
-        """24 random bits for each of (Q, *shape) positions."""
+        """23 random bits for each of (Q, *shape) positions: as many as leave float32 room for a half."""
         count = math.prod(shape)
         position = torch.arange(count, dtype=torch.int32, device=self.first.device) * _GOLDEN
         bits = _mix(position + self.first[:, None], self.second[:, None])
-        return _shift(bits, 8).view(-1, *shape)
+        return _shift(bits, 9).view(len(self.first), *shape)
 
     def uniform(self, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Tensor:
-        """(Q, *shape) numbers in (0, 1), ends excluded."""
-        work = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
-        return ((self._bits(shape).to(work) + 0.5) * 2.0**-24).to(dtype)
+        """(Q, *shape) numbers in (0, 1), ends excluded: odd multiples of 2^-24, rounded in half precision, never to 1."""
+        numbers = (self._bits(shape).to(torch.promote_types(dtype, torch.float32)) + 0.5) * 2.0**-23
+        return numbers if numbers.dtype == dtype else numbers.clamp(max=1 - torch.finfo(dtype).eps / 2).to(dtype)
 
     def normal(self, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Tensor:
         """(Q, *shape) standard normal numbers."""
-        work = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
-        uniform = (self._bits(shape).to(work) + 0.5) * 2.0**-23 - 1.0
+        uniform = (self._bits(shape).to(torch.promote_types(dtype, torch.float32)) + 0.5) * 2.0**-22 - 1.0
         return (torch.erfinv(uniform) * math.sqrt(2.0)).to(dtype)
 
     def sign(self, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Tensor:

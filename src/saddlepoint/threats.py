@@ -32,10 +32,11 @@ def distance(points: Tensor, origin: Tensor, norm: Norm | str, *, per: str = "fe
 
     `per="pixel"` makes l0 count pixels (any channel changed, channels first) instead of features.
     """
-    delta = (points - origin).flatten(1) if per == "feature" else _per_pixel(points - origin)
+    delta = points.double() - origin.double()
+    delta = delta.flatten(1) if per == "feature" else _per_pixel(delta)
     match Norm(norm):
         case Norm.LINF:
-            return delta.abs().amax(1).double() if delta.shape[1] else delta.new_zeros(len(delta), dtype=torch.float64)
+            return delta.abs().amax(1) if delta.shape[1] else delta.new_zeros(len(delta))
         case Norm.L2:
             return _norm(delta, 2)
         case Norm.L1:
@@ -82,7 +83,9 @@ class Region:
 
     def random(self, keys: Keys) -> Tensor:
         """A point drawn uniformly from the ball, then projected into the input range."""
-        return self.project(self.origin + self.threat.draw_in(self, keys))
+        if bool(torch.isinf(self.eps).any()):
+            raise CapabilityError("a random point needs a ball of finite size: give the threat a finite eps")
+        return self.project((self.origin + self.threat.draw_in(self, keys)).to(self.origin.dtype))
 
     def snap(self, points: Tensor) -> Tensor:
         """The nearest points on the threat's grid that stay feasible; the points themselves without a grid."""
@@ -94,7 +97,7 @@ class Region:
         if self.threat.norm is not Norm.LINF:
             inside &= self.distance(points) <= self.eps
         if self.threat.grid is not None:
-            inside &= (_on_grid(points, self.threat.grid) == points).flatten(1).all(1)
+            inside &= (_on_grid(points, self.origin, self.threat.grid) == points).flatten(1).all(1)
         return inside
 
     def distance(self, points: Tensor) -> Tensor:
@@ -109,6 +112,7 @@ class Threat(ABC):
     eps: a number >= 0 or one per sample, in the units of the model's inputs.
     mask: bool, shape of one input (or (N, ...)); features where it is False must not move.
     grid: spacing of the values that inputs may take (1/255 for 8-bit images); inputs must lie on it, and so do results.
+        `Region.project` ignores it, so that small steps add up; `Region.snap` goes on to the grid.
     """
 
     eps: float | Sequence[float] | Tensor
@@ -123,18 +127,21 @@ class Threat(ABC):
         return not isinstance(self.eps, Tensor) and self.eps == math.inf
 
     def __post_init__(self) -> None:
-        if isinstance(self.eps, Tensor | Sequence):
-            numbers = tuple(float(e) for e in self.eps)
-            object.__setattr__(self, "eps", numbers)
-        else:
-            numbers = (float(self.eps),)
-        for index, value in enumerate(numbers):
+        try:
+            given = torch.as_tensor(self.eps, dtype=torch.float64, device="cpu").detach()
+        except (TypeError, ValueError, RuntimeError):
+            raise InputError(f"eps must be a number or one per sample; got {self.eps!r}") from None
+        if given.dim() > 1:
+            raise InputError(f"eps must be a number or one per sample (N,); its shape is {tuple(given.shape)}")
+        object.__setattr__(self, "eps", tuple(given.tolist()) if given.dim() else given.item())
+        for index, value in enumerate(given.view(-1).tolist()):
             if math.isnan(value) or value < 0:
-                raise InputError(f"eps must be >= 0; eps[{index}] is {value}")
+                raise InputError(f"eps{f'[{index}]' if given.dim() else ''} must be >= 0; it is {value}")
         if self.grid is not None and not 0 < self.grid < math.inf:
             raise InputError(f"grid is the spacing of allowed values, such as 1/255; got {self.grid}")
-        if self.mask is not None and self.mask.dtype != torch.bool:
-            raise InputError(f"mask must be a bool tensor (True = may move); its dtype is {self.mask.dtype}")
+        if self.mask is not None and not (isinstance(self.mask, Tensor) and self.mask.dtype == torch.bool):
+            found = self.mask.dtype if isinstance(self.mask, Tensor) else type(self.mask).__name__
+            raise InputError(f"mask must be a bool tensor (True = may move); got {found}")
 
     def settings(self) -> dict[str, object]:
         """What defines this threat, ready for JSON (a mask by its shape and hash)."""
@@ -167,16 +174,18 @@ class Threat(ABC):
 
     def around(self, origin: Tensor, bounds: Bounds = (0.0, 1.0), index: Tensor | None = None) -> Region:
         """Bind to a batch `origin` (B, ...); `index` gives the samples' positions for per-sample eps and masks."""
+        if not origin.is_floating_point():
+            raise InputError(f"inputs must be floating, in the units of eps; their dtype is {origin.dtype}")
         if index is None:
             index = torch.arange(len(origin), device=origin.device)
         eps = self.eps_for(index)
         low, high = bounds if bounds is not None else (-math.inf, math.inf)
+        if self.grid is not None:
+            low, high = _grid_ends(low, high, self.grid, origin.dtype)
         lower = torch.full_like(origin, low, memory_format=torch.contiguous_format)
         upper = torch.full_like(origin, high, memory_format=torch.contiguous_format)
         if self.norm is Norm.LINF:
             lower, upper = self._tighten(origin, eps, lower, upper)
-        elif self.grid is not None:
-            lower, upper = (_on_grid(end, self.grid) for end in (lower, upper))
         if self.mask is not None:
             free = self._mask_for(origin, index)
             lower, upper = torch.where(free, lower, origin), torch.where(free, upper, origin)
@@ -193,8 +202,8 @@ class Threat(ABC):
         levels = torch.floor(radius / self.grid + 1e-6)  # membership on a grid is a matter of whole levels
         level = torch.round(origin.double() / self.grid)
         return (
-            torch.maximum(lower, _level_value(level - levels, self.grid, origin.dtype)),
-            torch.minimum(upper, _level_value(level + levels, self.grid, origin.dtype)),
+            torch.maximum(lower, _level_value(level - levels, origin, self.grid)),
+            torch.minimum(upper, _level_value(level + levels, origin, self.grid)),
         )
 
     def _mask_for(self, origin: Tensor, index: Tensor) -> Tensor:
@@ -211,8 +220,9 @@ class Threat(ABC):
             raise InputError(f"mask of shape {shape} does not fit inputs of shape {tuple(origin.shape[1:])}") from None
 
     def project(self, points: Tensor, origin: Tensor, bounds: Bounds = (0.0, 1.0)) -> Tensor:
-        """Project points (B, ...) into the sets around `origin` (B, ...)."""
-        return self.around(origin, bounds).project(points)
+        """Project points (B, ...) into the sets around `origin` (B, ...), and onto the grid if there is one."""
+        region = self.around(origin, bounds)
+        return region.snap(region.project(points))
 
     def contains(self, points: Tensor, origin: Tensor, bounds: Bounds = (0.0, 1.0)) -> Tensor:
         """Which points are in the sets around `origin`: (B,) bool."""
@@ -223,25 +233,27 @@ class Threat(ABC):
         return distance(points, origin, self.norm)
 
     def project_into(self, region: Region, points: Tensor) -> Tensor:
-        low, high = region.lower - region.origin, region.upper - region.origin
-        delta = self._shrink(points - region.origin, region.eps * _SLACK, low, high)
-        inside = torch.clamp(region.origin + delta, region.lower, region.upper)
-        for _ in range(4):  # x + delta was rounded: in half precision by more than the slack
-            size = self.distance(inside, region.origin)
-            outside = size > region.eps
-            if not bool(outside.any()):
-                return inside
-            factor = torch.where(outside, region.eps / size * _SLACK**2, torch.ones_like(size))
-            delta = delta * rows(factor.to(delta.dtype), delta)
-            inside = torch.clamp(region.origin + delta, region.lower, region.upper)
-        return torch.where(rows(self.distance(inside, region.origin) > region.eps, inside), region.origin, inside)
+        clipped = torch.clamp(points, region.lower, region.upper)
+        outside = self.distance(clipped, region.origin) > region.eps
+        if not bool(outside.any()):
+            return clipped  # where clipping leads into the ball, it is the projection; feasible points stay bit by bit
+        origin, lower, upper, start = (_wide(t) for t in (region.origin, region.lower, region.upper, points))
+        delta = self._shrink(start - origin, region.eps * _SLACK, lower - origin, upper - origin)
+        inside = torch.clamp((origin + delta).to(points.dtype), region.lower, region.upper)
+        if bool((self.distance(inside, region.origin) > region.eps).any()):  # x + delta was rounded away from x
+            longer = (_wide(inside) - origin).abs() > delta.abs()
+            inside = torch.where(longer, _step_towards(region.origin, inside), inside)
+            astray = self.distance(inside, region.origin) > region.eps
+            inside = torch.where(rows(astray, inside), region.origin, inside)
+        return torch.where(rows(outside, inside), inside, clipped)
 
     def snap_in(self, region: Region, points: Tensor) -> Tensor:
         """To the grid, towards the origin, so that no norm grows."""
         assert self.grid is not None
         start = torch.round(region.origin.double() / self.grid)
-        moved = torch.trunc((points.double() / self.grid - start) * (1 + 1e-9))
-        return _level_value(start + moved, self.grid, points.dtype).clamp(region.lower, region.upper)
+        nearest = _on_grid(points, region.origin, self.grid)
+        inner = _level_value(start + torch.trunc(points.double() / self.grid - start), region.origin, self.grid)
+        return torch.where(nearest == points, nearest, inner).clamp(region.lower, region.upper)
 
     @abstractmethod
     def _shrink(self, delta: Tensor, eps: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -260,7 +272,9 @@ def _ball_end(origin: Tensor, radius: Tensor, side: int) -> Tensor:
     """origin + side * radius, pulled towards the origin until its distance is <= radius both exactly and rounded."""
     precision = torch.finfo(origin.dtype).eps
     exact = origin.double()
-    end = (exact + side * radius).to(origin.dtype)
+    largest = torch.full_like(radius, torch.finfo(origin.dtype).max)
+    limit = torch.where(torch.isinf(radius), radius, largest)  # a finite radius has finite ends
+    end = torch.clamp(exact + side * radius, -limit, limit).to(origin.dtype)
     for _ in range(4):  # each pull is one or two units in the last place of the larger of |end| and radius
         outside = ((end - origin).abs().double() > radius) | ((end.double() - exact).abs() > radius)
         pull = torch.maximum(end.double().abs(), radius) * precision
@@ -270,16 +284,40 @@ def _ball_end(origin: Tensor, radius: Tensor, side: int) -> Tensor:
     return torch.where(outside | crossed, origin, end)
 
 
-def _level_value(level: Tensor, grid: float, dtype: torch.dtype) -> Tensor:
+def _step_towards(origin: Tensor, points: Tensor) -> Tensor:
+    """The numbers next to `points` on the way to `origin`."""
+    if points.is_cuda and points.dtype == torch.float16:  # torch has no kernel for it there
+        return torch.nextafter(points.cpu(), origin.cpu()).to(points.device)
+    return torch.nextafter(points, origin)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float32 at least."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _grid_value(level: Tensor, grid: float) -> Tensor:
     """The value of whole grid levels; k / 255 rather than k * (1 / 255), as image loaders compute it."""
     per_unit = round(1 / grid)
-    if per_unit and abs(per_unit * grid - 1) < 1e-12:
-        return (level / per_unit).to(dtype)
-    return (level * grid).to(dtype)
+    return level / per_unit if per_unit and abs(per_unit * grid - 1) < 1e-12 else level * grid
 
 
-def _on_grid(points: Tensor, grid: float) -> Tensor:
-    return _level_value(torch.round(points.double() / grid), grid, points.dtype)
+def _level_value(level: Tensor, origin: Tensor, grid: float) -> Tensor:
+    """The value of whole grid levels in the dtype of the origin, and the origin itself at its own level."""
+    same = level == torch.round(origin.double() / grid)
+    return torch.where(same, origin, _grid_value(level, grid).to(origin.dtype))
+
+
+def _on_grid(points: Tensor, origin: Tensor, grid: float) -> Tensor:
+    return _level_value(torch.round(points.double() / grid), origin, grid)
+
+
+def _grid_ends(low: float, high: float, grid: float, dtype: torch.dtype) -> tuple[float, float]:
+    """The lowest and the highest grid value between low and high."""
+    ends = torch.tensor([low, high], dtype=torch.float64) / grid
+    levels = torch.stack([torch.ceil(ends[0] - 1e-6), torch.floor(ends[1] + 1e-6)])
+    lowest, highest = _grid_value(levels, grid).to(dtype).tolist()
+    return lowest, highest
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,7 +331,7 @@ class Linf(Threat):
 
     def snap_in(self, region: Region, points: Tensor) -> Tensor:
         assert self.grid is not None
-        return _on_grid(points, self.grid).clamp(region.lower, region.upper)
+        return _on_grid(points, region.origin, self.grid).clamp(region.lower, region.upper)
 
     def _shrink(self, delta: Tensor, eps: Tensor, low: Tensor, high: Tensor) -> Tensor:
         return torch.clamp(delta, low, high)
@@ -302,7 +340,7 @@ class Linf(Threat):
         return gradient.sign() * rows(size.to(gradient.dtype), gradient)
 
     def draw_in(self, region: Region, keys: Keys) -> Tensor:
-        uniform = keys.uniform(tuple(region.origin.shape[1:]), region.origin.dtype)
+        uniform = keys.uniform(tuple(region.origin.shape[1:]), _wide(region.origin).dtype)
         return (2 * uniform - 1) * rows(region.eps.to(uniform.dtype), uniform)
 
 
@@ -343,13 +381,13 @@ class L2(Threat):
     def steepest_in(self, region: Region, gradient: Tensor, size: Tensor, points: Tensor) -> Tensor:
         norm = _norm(gradient.flatten(1), 2)
         factor = torch.where(norm > 0, size / norm, torch.zeros_like(norm))
-        return gradient * rows(factor.to(gradient.dtype), gradient)
+        return (gradient.double() * rows(factor, gradient)).to(gradient.dtype)  # 1 / norm can overflow a smaller dtype
 
     def draw_in(self, region: Region, keys: Keys) -> Tensor:
         """Normal direction, radius eps * u^(1/d) over the d features that may move."""
         free = region.upper > region.lower
-        direction = keys.absorb(1).normal(tuple(region.origin.shape[1:]), region.origin.dtype) * free
-        dimension = free.flatten(1).sum(1).clamp(min=1)
+        direction = keys.absorb(1).normal(tuple(region.origin.shape[1:]), _wide(region.origin).dtype) * free
+        dimension = free.flatten(1).sum(1).clamp(min=1).double()
         radius = region.eps * keys.absorb(2).uniform((), torch.float64) ** (1 / dimension)
         return self.steepest_in(region, direction, radius, region.origin)
 
@@ -393,7 +431,7 @@ class L1(Threat):
         flat = gradient.flatten(1)
         room = torch.where(gradient >= 0, region.upper - points, points - region.lower).flatten(1).clamp(min=0)
         order = torch.where(room > 0, flat.abs(), torch.full_like(flat, -1.0)).argsort(dim=1, descending=True)
-        room = room.gather(1, order).double().clamp(max=1e30)
+        room = torch.minimum(room.gather(1, order).double(), size[:, None])
         spent = room.cumsum(1) - room
         amount = torch.minimum(room, (size[:, None] - spent).clamp(min=0)).to(flat.dtype)
         return torch.zeros_like(flat).scatter_(1, order, amount).mul_(flat.sign()).view_as(gradient)
@@ -405,7 +443,7 @@ class L1(Threat):
         size = -keys.absorb(1).uniform(shape, torch.float64).log() * free
         total = size.flatten(1).sum(1) - keys.absorb(2).uniform((), torch.float64).log()
         sign = keys.absorb(3).sign(shape, torch.float64)
-        return (size * sign * rows(region.eps / total, size)).to(region.origin.dtype)
+        return size * sign * rows(region.eps / total, size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -448,7 +486,8 @@ class L0(Threat):
 
     def _shrink(self, delta: Tensor, eps: Tensor, low: Tensor, high: Tensor) -> Tensor:
         clipped = torch.clamp(delta, low, high)
-        keep = self._keep_best(delta**2 - (delta - clipped) ** 2, eps)
+        # |delta|^2 - |delta - clipped|^2, without the cancellation and the underflow
+        keep = self._keep_best(clipped.double() * (2 * delta.double() - clipped.double()), eps)
         return torch.where(keep, clipped, torch.zeros_like(clipped))
 
     def steepest_in(self, region: Region, gradient: Tensor, size: Tensor, points: Tensor) -> Tensor:
@@ -462,11 +501,14 @@ class L0(Threat):
     def draw_in(self, region: Region, keys: Keys) -> Tensor:
         """Uniform values for eps units chosen at random."""
         shape = tuple(region.origin.shape[1:])
-        value = region.lower + (region.upper - region.lower) * keys.absorb(1).uniform(shape, region.origin.dtype)
-        if not bool(torch.isfinite(value).all()):
+        lower, upper, origin = (_wide(t) for t in (region.lower, region.upper, region.origin))
+        delta = lower + (upper - lower) * keys.absorb(1).uniform(shape, origin.dtype) - origin
+        if not bool(torch.isfinite(delta).all()):
             raise CapabilityError("a random point in an l0 ball needs bounds")
-        delta = value - region.origin
-        chance = keys.absorb(2).uniform(shape, region.origin.dtype) * (delta != 0)
+        moves = delta != 0
+        if self.per == "pixel":  # one chance a pixel, however many of its channels may move
+            shape, moves = (1, *shape[1:]), moves.any(1, keepdim=True)
+        chance = keys.absorb(2).uniform(shape, origin.dtype) * moves
         return torch.where(self._keep_best(chance, region.eps), delta, torch.zeros_like(delta))
 
 

@@ -20,16 +20,16 @@ from saddlepoint.engine import (
     Record,
     Run,
     Source,
-    configuration,
 )
 from saddlepoint.engine.judge import input_gradient
 from saddlepoint.engine.problem import Evaluator, Gradient
 from saddlepoint.engine.source import Batches
 from saddlepoint.errors import CapabilityError, InputError, UnknownNameError
-from saddlepoint.goals import Aim, Goal, Loss, loss_named
+from saddlepoint.goals import Aim, Goal, Loss, Targeted, loss_named
 from saddlepoint.models.base import Classifier
 from saddlepoint.models.freeze import frozen
 from saddlepoint.rng import Keys
+from saddlepoint.taxonomy import Norm
 from saddlepoint.threats import Bounds, Threat
 
 __all__ = ["Interrupted", "attack", "check_combination", "perturb"]
@@ -94,18 +94,14 @@ def attack(
         raise InputError(f"batch_size must be at least 1; got {batch_size}")
     goal = goal if goal is not None else chosen.default_goal()
     check_combination(chosen, threat, goal)
+    if model.bounds is None and threat.norm is Norm.L0 and not threat.minimizes:
+        raise CapabilityError("an l0 ball needs bounds: without them one feature can move without limit")
     model.require(chosen.declaration.access, type(chosen).__name__)
     budget = budget or Budget()
     keep = keep or ("smallest" if threat.minimizes else "first")
-    config = configuration(model, chosen, threat, goal, keep=keep, seed=seed, budget=budget)
-    skip: frozenset[int] = frozenset()
-    if resume is not None:
-        differing = [key for key in config if resume.config.get(key) != config[key]]
-        if differing:
-            raise InputError(f"this run differs from the one to resume in: {', '.join(differing)}")
-        skip = frozenset(resume.order.tolist())
+    skip = frozenset(resume.order.tolist()) if resume is not None else frozenset[int]()
     source = Source(x, y, ids, model=model, threat=threat, goal=goal, skip=skip)
-    run = Run(model, chosen, threat, goal, keep, seed, budget, batch_size, progress, callback, config)
+    run = Run(model, chosen, threat, goal, keep, seed, budget, batch_size, progress, callback)
     return run(source, resume)
 
 
@@ -129,7 +125,11 @@ class _Plain(Evaluator):
         """The first logits tell how many classes there are, and which is least likely."""
         if self._aim is None:
             classes = logits.shape[1]
-            targets = self.goal.targets(self.y, classes, self.keys.absorb(-1))
+            given = self.goal.classes if isinstance(self.goal, Targeted) else None
+            if isinstance(given, Tensor):
+                targets = given.to(self.y.device)
+            else:
+                targets = self.goal.targets(self.y, classes, self.keys.absorb(-1))
             self._aim = self.goal.aim(self.y, self.goal.resolve(targets, logits.detach(), self.y), classes)
         return self._aim
 

@@ -41,7 +41,7 @@ class Restarts(Attack):
         object.__setattr__(self, "times", times)
         if not isinstance(times, int) or times < 1:
             raise InputError(f"times must be a whole number >= 1; got {times}")
-        if attack.starts_at_origin:
+        if not attack.randomized:
             raise InputError(f"{type(attack).__name__} has no random start: every restart would be the same")
         object.__setattr__(self, "declaration", attack.declaration)
 

@@ -362,10 +362,10 @@ def _show(result: Comparison) -> None:
     """The security curves as a table."""
     for norm in dict.fromkeys(cell.norm for cell in result.cells):
         table = Table(title=f"accuracy under the strongest of {len({str(c.attack) for c in result.cells})} attacks ({norm})")
-        table.add_column("model")
+        table.add_column("eps")
         curves = {name: result.curve(name, norm) for name in dict.fromkeys(c.model for c in result.cells if c.norm == norm)}
         for eps in sorted({eps for curve in curves.values() for eps, _ in curve}):
-            table.add_column(f"eps {eps:.3g}" if eps else "clean", justify="right")
+            table.add_column(f"{eps:.3g}" if eps else "0 (clean)", justify="right")
         for name, curve in curves.items():
             table.add_row(escape(name), *(f"{accuracy:.1%}" for _, accuracy in curve))
         console.print(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 import saddlepoint.data
@@ -19,6 +20,8 @@ _TRAIN_EPS = 0.2
 
 def demo(folder: Path, *, seed: int, console: Console, config: dict[str, object]) -> tuple[Comparison, Path]:
     """Train, attack and report; nothing of it is prepared beforehand. Returns the comparison and the report's path."""
+    # the networks are so small that a second thread costs more than it brings, much more on a busy machine
+    torch.set_num_threads(1)
     digits = saddlepoint.data.load("digits")
     assert digits.train is not None
     console.print(f"data: {len(digits.train)} + {len(digits.test)} handwritten digits of 8x8 pixels (scikit-learn's)")
@@ -31,7 +34,7 @@ def demo(folder: Path, *, seed: int, console: Console, config: dict[str, object]
         zoo.build("digits-cnn", seed=seed),
         digits.train,
         validation=digits.test,
-        adversary=Adversarial(attack=attacks.PGD(steps=7), threat=Linf(_TRAIN_EPS), warmup=10),
+        adversary=Adversarial(attack=attacks.PGD(steps=7), threat=Linf(_TRAIN_EPS), warmup=20),
         epochs=60,
         learning_rate=2e-3,
         schedule="linear",

@@ -17,7 +17,7 @@ from torch import nn
 from saddlepoint import data, zoo
 from saddlepoint.attacks import Restarts, get
 from saddlepoint.engine import Attack
-from saddlepoint.errors import InputError, UnknownNameError
+from saddlepoint.errors import InputError, SaddlepointError, UnknownNameError
 from saddlepoint.goals import Goal, Targeted, Untargeted
 from saddlepoint.models import Classifier, Model
 from saddlepoint.threats import Threat, ball
@@ -133,16 +133,18 @@ def network(text: str, found: data.Dataset, *, seed: int = 0) -> tuple[str, nn.M
     sys.path.insert(0, str(path.parent.resolve()))  # its neighbours can be imported, as when it is run
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise InputError(f"--model: running {file} failed: {type(error).__name__}: {error}") from error
+        if not hasattr(module, name):
+            public = [key for key in vars(module) if not key.startswith("_")]
+            raise UnknownNameError(f"name in {file}", name, public or ["(nothing)"])
+        net = getattr(module, name)
+        if not isinstance(net, nn.Module | Classifier) and callable(net):
+            net = net()  # a class or function that makes the network
+    except SaddlepointError:
+        raise
+    except Exception as error:  # whatever the user's own code raises
+        raise InputError(f"--model: {name} of {file} failed: {type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)
-    if not hasattr(module, name):
-        public = [key for key in vars(module) if not key.startswith("_")]
-        raise UnknownNameError(f"name in {file}", name, public or ["(nothing)"])
-    net = getattr(module, name)
-    if not isinstance(net, nn.Module | Classifier) and callable(net):
-        net = net()  # a class or function that makes the network
     if not isinstance(net, nn.Module | Classifier):
         raise InputError(f"--model: {name} in {file} is a {type(net).__name__}, neither an nn.Module nor an sp.Model")
     return name, net

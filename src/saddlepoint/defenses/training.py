@@ -6,8 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -21,6 +20,7 @@ from saddlepoint.engine.source import check_labels
 from saddlepoint.errors import DataError, InputError, ModelError
 from saddlepoint.models.freeze import global_random_state_kept
 from saddlepoint.models.torch_model import Model
+from saddlepoint.progress import bar
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 LearningRateSchedule = Literal["constant", "linear", "cosine", "cyclic"]
@@ -203,13 +203,14 @@ class _Loop:
     def run(self) -> Training:
         config = self.config  # before training: the optimiser's settings change with the schedule
         complete = True
-        with global_random_state_kept(), self._bar() as advance:
+        name = f"training ({type(self.objective).__name__.lower()})"
+        with global_random_state_kept(), bar(name, self.epochs * self.batches, show=self.progress) as report:
             torch.manual_seed(self.seed)
             self._resume(config)
             self._last_saved = time.monotonic()
             try:
                 while self.at.epoch < self.epochs and not self._out_of_patience():
-                    self._epoch(config, advance)
+                    self._epoch(config, report)
             except KeyboardInterrupt:
                 complete = False
             if self.patience is not None and self.at.best_weights is not None:
@@ -218,7 +219,7 @@ class _Loop:
         self.net.zero_grad(set_to_none=True)
         return Training(self.model, tuple(self.at.history), complete, config)
 
-    def _epoch(self, config: dict[str, Any], advance: Callable[[], None]) -> None:
+    def _epoch(self, config: dict[str, Any], report: Callable[[int], None]) -> None:
         started = time.monotonic() - self.at.seconds
         order = torch.randperm(len(self.data[0]), generator=torch.Generator().manual_seed(self._epoch_seed()))
         self.net.train()
@@ -228,7 +229,7 @@ class _Loop:
             self.at.loss_sum += self._batch(number, index) * len(index)
             self.at.batch = number + 1
             self.at.seconds = time.monotonic() - started
-            advance()
+            report(self.at.epoch * self.batches + self.at.batch)
             if self.checkpoint is not None and time.monotonic() - self._last_saved > _CHECKPOINT_SECONDS:
                 self._save(config)
         clean, robust = self._validate()
@@ -341,18 +342,6 @@ class _Loop:
             raise
         except Exception as error:
             raise DataError(f"the checkpoint {self.checkpoint} is damaged or none of Saddlepoint's: {error}") from error
-
-    @contextmanager
-    def _bar(self) -> Iterator[Callable[[], None]]:
-        if not self.progress:
-            yield lambda: None
-            return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, transient=True) as bar:
-            task = bar.add_task(f"training ({type(self.objective).__name__.lower()})", total=self.epochs * self.batches)
-            yield lambda: bar.update(task, completed=self.at.epoch * self.batches + self.at.batch)
 
 
 class _AsModule(nn.Module):

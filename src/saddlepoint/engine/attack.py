@@ -80,6 +80,11 @@ class Attack(ABC):
         return False
 
     @property
+    def randomized(self) -> bool:
+        """Whether another restart takes another way."""
+        return not self.starts_at_origin
+
+    @property
     def judge(self) -> bool:
         """Whether steps evaluate other points than their iterates, so that the engine must judge each iterate."""
         return False

@@ -55,21 +55,31 @@ class Judge(Evaluator):
         self.model, self.slots, self.recorder, self.budget, self.chunk, self.draws = (
             model, slots, recorder, budget, chunk, draws,
         )  # fmt: skip
-        self._trusted: Tensor | None = None
+        self._trusted: tuple[Tensor, int] | None = None
 
     @property
     def aim(self) -> Aim:
         return self.slots.aim
 
     def trust(self, points: Tensor) -> Tensor:
-        self._trusted = points
+        self._trusted = (points, points._version)
         return points
 
     def forward(self, points: Tensor, owner: Tensor | None) -> Tensor:
         def run(part: Tensor, rows: Tensor | None, where: slice, trusted: bool) -> Gradient:
             with torch.no_grad():
                 logits = self._model(part, rows).mean(1)
-            self.recorder.record(self.slots, part, logits, None, rows, trusted=trusted)
+            self.recorder.record(self.slots, part, logits, rows, trusted=trusted)
+            return Gradient(logits[:, 0], part, logits)
+
+        return self._in_chunks(points, owner, run).logits
+
+    def bare(self, points: Tensor, owner: Tensor) -> Tensor:
+        """Logits (Q, C) of one draw, neither offered nor counted: for confirmations."""
+
+        def run(part: Tensor, rows: Tensor | None, where: slice, trusted: bool) -> Gradient:
+            with torch.no_grad():
+                logits = self.model.forward(part)
             return Gradient(logits[:, 0], part, logits)
 
         return self._in_chunks(points, owner, run).logits
@@ -91,10 +101,10 @@ class Judge(Evaluator):
                 logits = drawn.detach().mean(1)
                 if first_look := bool((self.slots.clean_prediction == UNRESOLVED).any()):
                     # targets that wait for the first prediction must be known before the loss is
-                    self.recorder.record(self.slots, part, logits, None, rows, trusted=trusted)
+                    self.recorder.record(self.slots, part, logits, rows, trusted=trusted)
                 values = loss(drawn.flatten(0, 1), self._aim(rows), where).view(len(part), -1).mean(1)
             if not first_look:
-                self.recorder.record(self.slots, part, logits, values.detach(), rows, trusted=trusted)
+                self.recorder.record(self.slots, part, logits, rows, trusted=trusted)
             decided = self.recorder.decided(self.slots)
             if bool((decided if rows is None else decided[rows]).all()):
                 return Gradient(values.detach(), torch.zeros_like(part), logits)
@@ -109,14 +119,17 @@ class Judge(Evaluator):
         self, points: Tensor, owner: Tensor | None, run: Callable[[Tensor, Tensor | None, slice, bool], Gradient]
     ) -> Gradient:
         """Run on model-sized pieces of the points. Out of memory halves the pieces and tries that one again."""
-        trusted = points is self._trusted
+        trusted = self._trusted is not None and points is self._trusted[0] and points._version == self._trusted[1]
         points = points.detach()
+        if not len(points):
+            nothing = points.new_empty(0, self.slots.aim.wanted.shape[1])
+            return Gradient(nothing.sum(1), points, nothing)
         if self.slots.region.threat.grid is not None:
             region = self.slots.region if owner is None else take(self.slots.region, owner)
             points, trusted = region.snap(points), False
         parts: list[Gradient] = []
         start = 0
-        while start < len(points) or not parts:
+        while start < len(points):
             where = slice(start, start + self.chunk.rows)
             whole = start == 0 and len(points) <= self.chunk.rows
             if owner is None and not whole:
@@ -141,7 +154,10 @@ class Judge(Evaluator):
     def _model(self, points: Tensor, rows: Tensor | None) -> Tensor:
         """Logits (Q, draws, C); counted."""
         repeated = points.repeat_interleave(self.draws, 0) if self.draws > 1 else points
+        version = repeated._version
         logits = self.model.forward(repeated)
+        if repeated._version != version:
+            raise ModelError("the model changes its input in place (x -= mean, or a first layer with inplace=True)")
         self._count(self.slots.forward, rows, len(points))
         self.model.queries.forward += len(repeated)
         return logits.view(len(points), self.draws, -1)

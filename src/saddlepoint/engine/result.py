@@ -199,8 +199,9 @@ def measure(points: Tensor, origin: Tensor) -> dict[str, Tensor]:
 
 def merge(parts: list[AttackResult]) -> AttackResult:
     """Results of disjoint samples of one run as one, in the order of the input."""
-    order = torch.cat([part.order for part in parts]).argsort()
-    columns = {name: torch.cat([part._tensors()[name] for part in parts])[order] for name in parts[0]._tensors()}
+    filled = [part._tensors() for part in parts if len(part)] or [parts[0]._tensors()]
+    order = torch.cat([part["order"] for part in filled]).argsort()
+    columns = {name: torch.cat([part[name] for part in filled])[order] for name in filled[0]}
     return _from_columns(
         columns,
         probe=sum(part.queries.probe for part in parts),

@@ -18,15 +18,16 @@ from saddlepoint.engine.budget import Budget
 from saddlepoint.engine.judge import ChunkSize, Judge
 from saddlepoint.engine.problem import Problem
 from saddlepoint.engine.result import STATUSES, AttackResult, Queries, measure, merge
-from saddlepoint.engine.slots import Keep, Recorder, Slots, beyond_confidence
+from saddlepoint.engine.slots import Keep, Pool, Recorder, Slots, beyond_confidence, split
 from saddlepoint.engine.source import Source
-from saddlepoint.errors import SaddlepointError
-from saddlepoint.goals import UNRESOLVED, Goal
+from saddlepoint.errors import InputError, SaddlepointError
+from saddlepoint.goals import UNRESOLVED, Goal, loss_named
 from saddlepoint.models.base import Classifier, Probe
+from saddlepoint.progress import bar
 from saddlepoint.rng import Keys
 from saddlepoint.taxonomy import Status
 from saddlepoint.threats import Threat
-from saddlepoint.trees import join, take
+from saddlepoint.trees import select
 
 _VOTES = 11  # fresh draws by which a success against a random model is confirmed
 _SLOT_BYTES = {"cpu": 2**25, "cuda": 2**30}  # inputs under attack at once, unless the caller says how many
@@ -65,61 +66,99 @@ class Run:
     batch_size: int | None
     progress: bool
     callback: Callable[[Record], None] | None
-    config: dict[str, Any]
 
     def __call__(self, source: Source, resume: AttackResult | None) -> AttackResult:
         """Attack everything that `source` yields. Errors: `Interrupted` on Ctrl-C."""
         started = time.perf_counter()
-        before = self.model.queries.forward
-        first = source.first()
-        # an empty input still has a result; nothing can be asked of the model then
-        probe = self.model.probe(first) if len(first) else Probe(0.0, self.model.num_classes or 2, False, (), 0)
-        spent = self.model.queries.forward - before
         self._deadline = started + self.budget.seconds if self.budget.seconds is not None else float("inf")
-        self._recorder = Recorder(self.keep, probe.tau)
-        self._draws = self.model.draws if probe.stochastic else 1
-        self._classes = probe.num_classes
-        self._stochastic = probe.stochastic
+        before = self.model.queries.forward
         self._unconfirmed = 0
-        capacity = self.batch_size or self._automatic(first)
-        self._chunk = ChunkSize(capacity)
         parts = [resume] if resume is not None else []
-        with self._progress(source) as report, self.model.frozen():
-            if probe.stochastic:
-                torch.manual_seed(self.seed)
-            try:
-                for part in self._finished(source, capacity):
+        first = torch.empty(0, 1)
+        # an empty input still has a result; nothing can be asked of the model then
+        self._bind(Probe(0.0, self.model.num_classes or 2, False, (), 0), first, resume)
+        spent = 0
+        try:
+            first = source.first()
+            if len(first):
+                self._bind(self.model.probe(first), first, resume)
+            spent = self.model.queries.forward - before
+            with bar(type(self.attack).__name__, source.total, show=self.progress) as report, self.model.frozen():
+                if self._probe.stochastic:
+                    torch.manual_seed(self.seed)
+                for part in self._finished(source, self._chunk.rows):
                     parts.append(part)
-                    report(part)
-            except KeyboardInterrupt:
-                raise Interrupted(self._assemble(parts, first, probe, spent, started)) from None
-        return self._assemble(parts, first, probe, spent, started)
+                    report(sum(len(p) for p in parts))
+        except KeyboardInterrupt:
+            raise Interrupted(self._assemble(parts, first, spent, started)) from None
+        return self._assemble(parts, first, spent, started)
+
+    def _bind(self, probe: Probe, first: Tensor, resume: AttackResult | None) -> None:
+        """What the run takes from the probe. A resumed run keeps its margin, so that it decides as if uninterrupted."""
+        self._probe = probe
+        tau = resume.tau if resume is not None and len(resume) else probe.tau
+        self._config = configuration(
+            self.model, self.attack, self.threat, self.goal, keep=self.keep, seed=self.seed, budget=self.budget
+        )
+        if resume is not None and len(resume) and len(first):
+            differing = [key for key in self._config if resume.config.get(key) != self._config[key]]
+            if differing:
+                raise InputError(f"this run differs from the one to resume in: {', '.join(differing)}")
+        self._recorder = Recorder(self.keep, tau, loss_named(self.attack.objective))
+        self._draws = self.model.draws if probe.stochastic else 1
+        for name in ("passes", "queries"):
+            limit = getattr(self.budget, name)
+            if limit is not None and limit < self._draws:
+                raise InputError(f"Budget({name}={limit}) pays for no prediction: each takes draws={self._draws} of this model")
+        self._chunk = ChunkSize(self.batch_size or self._automatic(first))
 
     def _finished(self, source: Source, capacity: int) -> Iterator[AttackResult]:
-        """Results of samples as they finish: waiting ones take the place of those that leave."""
-        slots: Slots | None = None
+        """Results of samples as they finish: waiting ones take the place of those that leave.
+
+        Small groups would waste the model's batch. So the clean predictions of those who enter, and the last looks and the
+        confirmations of those who leave, are made for `capacity` samples together, or when nothing else is left to do.
+        """
+        ready, active, ended, claimed = Pool(), Pool(), Pool(), Pool()
+        judge: Judge | None = None
         while True:
-            free = capacity - (len(slots) if slots is not None else 0)
-            if free == capacity or free * 8 >= capacity:
-                new = self._admit(source, free)
-                slots = new if slots is None else slots if new is None else join(slots, new)
-            if slots is None:
+            if (free := capacity - len(active)) * 8 >= capacity:
+                if len(ready) < free:
+                    ready.add(self._admit(source, capacity))
+                active.add(ready.pop(free))
+            idle = active.slots is None
+            if len(ended) >= capacity or (idle and len(ended)):
+                if (group := ended.pop(capacity)) is not None:
+                    self._look_at_last(self._judge(group))
+                    yield from self._retire(group, claimed)
+            elif len(claimed) >= capacity or (idle and len(claimed)):
+                if (group := claimed.pop(capacity)) is not None:
+                    leaving, refuted = split(group, self._confirm(group))
+                    ready.add(refuted)
+                    if leaving is not None:
+                        yield self._leave(leaving)
+            elif active.slots is None:
                 return
-            judge = self._judge(slots)
-            decided = self._recorder.decided(slots)
-            over = self._over(slots).to(decided.device)
-            if bool(over.any()):
-                self._look_at_last(judge, over & ~decided)
+            else:
+                slots = active.slots
                 decided = self._recorder.decided(slots)
-            leaving = decided | over
-            if bool(leaving.any()):
-                leaving = self._confirm(slots, leaving, over)
-                if bool(leaving.any()):
-                    yield self._leave(take(slots, leaving.nonzero()[:, 0]))
-                    staying = (~leaving).nonzero()[:, 0]
-                    slots = take(slots, staying) if len(staying) else None
-                continue
-            self._step(slots, judge)
+                over = self._over(slots) & ~decided
+                if bool((decided | over).any()):
+                    unlooked, rest = split(slots, over)
+                    ended.add(unlooked)
+                    gone, active.slots = split(rest, self._recorder.decided(rest)) if rest is not None else (None, None)
+                    if gone is not None:
+                        yield from self._retire(gone, claimed)
+                    continue
+                if judge is None or judge.slots is not slots:
+                    judge = self._judge(slots)
+                self._step(slots, judge)
+
+    def _retire(self, slots: Slots, claimed: Pool) -> Iterator[AttackResult]:
+        """Samples without a further step: those with a success wait for its confirmation, the others are results."""
+        successes, others = split(slots, slots.best.success & ~slots.wrong)
+        claimed.add(successes)
+        if others is not None:
+            yield self._leave(others)
 
     def _judge(self, slots: Slots) -> Judge:
         return Judge(self.model, slots, self._recorder, self.budget, self._chunk, draws=self._draws)
@@ -142,8 +181,10 @@ class Run:
         keys = Keys.of(self.seed, samples.ids.to(device))
         if source.every_target:
             keys = keys.absorb(targets)
-        targets = torch.where(targets == UNRESOLVED, self.goal.targets(labels, self._classes, keys.absorb(-1)), targets)
-        aim = self.goal.aim(labels, targets, self._classes)
+        classes = self._probe.num_classes
+        if bool((targets == UNRESOLVED).any()):
+            targets = torch.where(targets == UNRESOLVED, self.goal.targets(labels, classes, keys.absorb(-1)), targets)
+        aim = self.goal.aim(labels, targets, classes)
         slots = Slots.enter(
             samples.index.to(device), sample, samples.ids.to(device), labels, targets, region, aim, keys, state=None
         )
@@ -157,23 +198,23 @@ class Run:
         """Samples without a further step: the attack's iterations are done, or the budget doesn't pay for another."""
         over = slots.k >= self.attack.iterations
         if time.perf_counter() > self._deadline:
-            return torch.ones_like(over)
+            return torch.ones_like(slots.settled)
         forward, backward = (self._draws * passes for passes in self.attack.cost)
         last = self._draws * self._must_look(slots.k + 1)
         if self.budget.passes is not None:
             over |= slots.forward + slots.backward + forward + backward + last > self.budget.passes
         if self.budget.queries is not None:
             over |= slots.forward + forward + last > self.budget.queries
-        return over
+        return over.to(slots.settled.device)
 
     def _must_look(self, k: Tensor) -> Tensor:
         """Whether the iterate after k steps has not been evaluated yet, (B,)."""
         return torch.zeros_like(k) if self.attack.judge else torch.ones_like(k)
 
-    def _look_at_last(self, judge: Judge, rows: Tensor) -> None:
-        """Evaluate the last iterates of these rows (B,) where no step did and the budget allows it."""
+    def _look_at_last(self, judge: Judge) -> None:
+        """Evaluate the last iterates where no step did and the budget allows it."""
         slots = judge.slots
-        look = rows & ((self._must_look(slots.k) == 1) | (slots.k == 0)).to(rows.device)
+        look = ((self._must_look(slots.k) == 1) | (slots.k == 0)).to(slots.index.device)
         if time.perf_counter() > self._deadline:  # time is up, but everyone gets a clean prediction
             look &= slots.clean_prediction == UNRESOLVED
         owner = look.nonzero()[:, 0]
@@ -190,32 +231,28 @@ class Run:
             points = self.attack.current(slots.state)
             self.callback(Record(slots.ids, slots.k, points, slots.best.margin, slots.best.success))
 
-    def _confirm(self, slots: Slots, leaving: Tensor, over: Tensor) -> Tensor:
-        """Predict every success once more on the bare model. A refuted one goes on if it has steps left."""
-        rows = (leaving & slots.best.success).nonzero()[:, 0]
-        if not len(rows):
-            return leaving
-        if not bool(take(slots.region, rows).contains(slots.best.points[rows]).all()):
+    def _confirm(self, slots: Slots) -> Tensor:
+        """Predict every success once more on the bare model. Which leave, (B,) bool: a refuted one goes on if it can."""
+        best, rows = slots.best, torch.arange(len(slots), device=slots.index.device)
+        if not bool(slots.region.contains(best.points).all()):
             raise SaddlepointError(f"{self.attack} returned points outside its threat set: please report this")
-        votes = torch.zeros(len(rows), device=rows.device)
-        rounds = _VOTES if self._stochastic else 1
-        aim = take(slots.aim, rows)
-        for _ in range(rounds):
-            with torch.no_grad(), _full_precision(self.model.device.type):
-                logits = torch.cat(
-                    [self.model.forward(part) for part in torch.split(slots.best.points[rows], self._chunk.rows)]
-                )
-            votes += beyond_confidence(aim, logits) > 0
-        self.model.queries.forward += rounds * len(rows)
-        slots.verify[rows.cpu()] += rounds
-        refuted = rows[votes * 2 <= rounds]
-        if len(refuted):
-            self._unconfirmed += len(refuted)
-            success, value = slots.best.success.clone(), slots.best.value.clone()
-            success[refuted], value[refuted] = False, -torch.inf
-            slots.best = type(slots.best)(slots.best.points, slots.best.margin, value, slots.best.prediction, success)
-            leaving = leaving & ~(torch.isin(torch.arange(len(slots), device=rows.device), refuted) & ~over)
-        return leaving
+        judge, rounds = self._judge(slots), _VOTES if self._probe.stochastic else 1
+        with _full_precision(self.model.device.type):
+            logits = torch.stack([judge.bare(best.points, rows) for _ in range(rounds)])
+        votes = torch.stack([beyond_confidence(slots.aim, each) > 0 for each in logits]).sum(0)
+        self.model.queries.forward += rounds * len(slots)
+        slots.verify += rounds
+        refuted = votes * 2 <= rounds
+        if not bool(refuted.any()):
+            return ~refuted
+        self._unconfirmed += int(refuted.sum())
+        seen = logits.mean(0)
+        margin = beyond_confidence(slots.aim, seen).double()
+        worthless = torch.full_like(best.value, -torch.inf)
+        told = replace(best, margin=margin, value=worthless, prediction=seen.argmax(1), success=~refuted)
+        slots.best = select(refuted, told, best)
+        slots.settled = slots.settled & ~refuted
+        return ~refuted | self._over(slots) | self._recorder.decided(slots)
 
     def _leave(self, slots: Slots) -> AttackResult:
         best = slots.best
@@ -239,13 +276,12 @@ class Run:
             **{name: value.to(out) for name, value in columns.items()},
             distances={name: value.to(out) for name, value in measure(points, slots.region.origin).items()},
             queries=Queries(slots.forward.to(out), slots.backward.to(out), slots.verify.to(out)),
-            seconds=0.0, tau=self._recorder.tau, notes=(), config=self.config,
+            seconds=0.0, tau=self._recorder.tau, notes=(), config=self._config,
         )  # fmt: skip
 
-    def _assemble(self, parts: list[AttackResult], like: Tensor, probe: Probe, spent: int, started: float) -> AttackResult:
-        parts = parts or [self._nothing(like)]
-        whole = merge(parts)
-        notes = list(whole.notes) + list(probe.notes)
+    def _assemble(self, parts: list[AttackResult], like: Tensor, spent: int, started: float) -> AttackResult:
+        whole = merge(parts or [self._nothing(like)])
+        notes = list(whole.notes) + list(self._probe.notes)
         if self._chunk.halvings:
             notes.append(f"memory ran out: the model's batch was halved {self._chunk.halvings} times, to {self._chunk.rows}")
         if self._unconfirmed:
@@ -257,27 +293,16 @@ class Run:
             notes.append(f"NaN or infinite values came up for {int(whole.having(Status.ERROR).sum())} samples (status error)")
         queries = replace(whole.queries, probe=whole.queries.probe + spent)
         seconds = whole.seconds + time.perf_counter() - started
-        return replace(whole, notes=tuple(dict.fromkeys(notes)), queries=queries, seconds=seconds)
+        tau = self._recorder.tau
+        return replace(whole, notes=tuple(dict.fromkeys(notes)), queries=queries, seconds=seconds, tau=tau)
 
     def _nothing(self, like: Tensor) -> AttackResult:
         """The result for no samples at all."""
         self._output_device = like.device
         x, none = like[:0], torch.zeros(0, dtype=torch.int64)
         region = self.threat.around(x, self.model.bounds, none)
-        aim = self.goal.aim(none, none, self._classes)
+        aim = self.goal.aim(none, none, self._probe.num_classes)
         return self._leave(Slots.enter(none, none, none, none, none, region, aim, Keys.of(self.seed, none), state=None))
-
-    @contextmanager
-    def _progress(self, source: Source) -> Iterator[Callable[[AttackResult], None]]:
-        if not self.progress:
-            yield lambda part: None
-            return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, transient=True) as bar:
-            task = bar.add_task(type(self.attack).__name__, total=source.total)
-            yield lambda part: bar.advance(task, len(part))
 
 
 @contextmanager

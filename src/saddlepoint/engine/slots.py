@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from saddlepoint.engine.attack import State
-from saddlepoint.goals import UNRESOLVED, Aim
+from saddlepoint.goals import UNRESOLVED, Aim, Loss
 from saddlepoint.rng import Keys
 from saddlepoint.threats import Region
-from saddlepoint.trees import select, take, tree_map
+from saddlepoint.trees import join, select, take, tree_map
 
 Keep = Literal["first", "smallest", "margin", "loss", "last"]
 KEEPS: tuple[Keep, ...] = ("first", "smallest", "margin", "loss", "last")
@@ -23,7 +23,7 @@ class Candidate:
     """An evaluated point for each sample."""
 
     points: Tensor  # (B, ...)
-    margin: Tensor  # (B,) by how much the goal is reached beyond its confidence
+    margin: Tensor  # (B,) float64, by how much the goal is reached beyond its confidence
     value: Tensor  # (B,) float64, what `keep` ranks by
     prediction: Tensor  # (B,)
     success: Tensor  # (B,) bool
@@ -73,12 +73,43 @@ class Slots:
         false = torch.zeros(len(index), dtype=torch.bool, device=region.origin.device)
         unknown = torch.full_like(labels, UNRESOLVED)
         lowest = torch.full_like(region.eps, -torch.inf)
-        start = Candidate(region.origin, lowest.to(region.origin.dtype), lowest, unknown, false)
+        start = Candidate(region.origin, lowest, lowest, unknown, false)
         return Slots(
             index=index, sample=sample, ids=ids, labels=labels, targets=targets, region=region, aim=aim, keys=keys,
             state=state, best=start, clean_prediction=unknown, wrong=false, settled=false, broken=false,
             k=zero, forward=zero.clone(), backward=zero.clone(), verify=zero.clone(), zero_gradients=zero.clone(),
         )  # fmt: skip
+
+
+def split(slots: Slots, mask: Tensor) -> tuple[Slots | None, Slots | None]:
+    """The samples where mask (B,) is True, and the others; None for none."""
+    if bool(mask.all()):
+        return slots, None
+    if not bool(mask.any()):
+        return None, slots
+    return take(slots, mask.nonzero()[:, 0]), take(slots, (~mask).nonzero()[:, 0])
+
+
+class Pool:
+    """Samples that wait for the same thing, first come first served."""
+
+    def __init__(self) -> None:
+        self.slots: Slots | None = None
+
+    def __len__(self) -> int:
+        return 0 if self.slots is None else len(self.slots)
+
+    def add(self, more: Slots | None) -> None:
+        """Put samples at the end."""
+        if more is not None:
+            self.slots = more if self.slots is None else join(self.slots, more)
+
+    def pop(self, count: int) -> Slots | None:
+        """Take out the first `count`, None if there are none."""
+        if self.slots is None:
+            return None
+        first, self.slots = split(self.slots, torch.arange(len(self.slots), device=self.slots.index.device) < count)
+        return first
 
 
 @dataclass(frozen=True)
@@ -88,19 +119,19 @@ class Recorder:
     keep: "first" success, and the sample is done; the "smallest" success; the largest "margin"; the largest "loss" of the
     attack; the "last" iterate. Where "first" and "smallest" find no success, the largest margin is kept.
     tau: the margin that a success needs, beyond the goal's own confidence.
+    objective: the attack's loss.
     """
 
     keep: Keep
     tau: float
+    objective: Loss
 
     def decided(self, slots: Slots) -> Tensor:
         """Which samples need no further step, (B,) bool."""
         done = slots.settled | slots.broken
         return done | slots.best.success if self.keep == "first" else done
 
-    def record(
-        self, slots: Slots, points: Tensor, logits: Tensor, loss: Tensor | None, owner: Tensor | None, *, trusted: bool
-    ) -> None:
+    def record(self, slots: Slots, points: Tensor, logits: Tensor, owner: Tensor | None, *, trusted: bool) -> None:
         """Offer evaluated points (Q, ...) with logits (Q, C) to the samples that own them.
 
         The first point of a sample is its clean input (the engine sees to that). `trusted` points are known to be feasible.
@@ -108,17 +139,17 @@ class Recorder:
         fresh = slots.clean_prediction == UNRESOLVED
         first_look = bool(fresh.any())
         if first_look:
-            self._take_clean_prediction(slots, logits, fresh)
+            self._take_clean_prediction(slots, logits, fresh, owner)
         aim, region = (slots.aim, slots.region) if owner is None else (take(slots.aim, owner), take(slots.region, owner))
-        margin = beyond_confidence(aim, logits)
+        margin = beyond_confidence(aim, logits).double()
         sound = torch.isfinite(margin)
         feasible = sound if trusted else sound & region.contains(points)
         success = feasible & (margin >= self.tau)
-        value = margin.double()
+        value = margin
         if self.keep == "smallest":
             value = torch.where(success, -region.distance(points), value)
-        elif self.keep == "loss" and loss is not None:
-            value = loss.double()
+        elif self.keep == "loss":
+            value = self.objective(logits, aim).double()
         value = torch.where(feasible, value, torch.full_like(value, -torch.inf))
         candidate = Candidate(points, margin, value, logits.argmax(1), success)
         if owner is not None:
@@ -128,7 +159,8 @@ class Recorder:
         slots.best = select(better, candidate, slots.best)
         slots.broken = slots.broken | (~sound & ~slots.best.success)
         if first_look:
-            slots.settled = slots.settled | (fresh & (slots.wrong | slots.best.success))
+            looked_at = fresh & (slots.clean_prediction != UNRESOLVED)
+            slots.settled = slots.settled | (looked_at & (slots.wrong | slots.best.success))
 
     def _better(self, new: Candidate, old: Candidate) -> Tensor:
         if self.keep == "last":
@@ -140,18 +172,24 @@ class Recorder:
         return better & ~old.success if self.keep == "first" else better
 
     @staticmethod
-    def _take_clean_prediction(slots: Slots, logits: Tensor, fresh: Tensor) -> None:
-        goal, prediction = slots.aim.goal, logits.argmax(1)
-        slots.clean_prediction = torch.where(fresh, prediction, slots.clean_prediction)
-        targets = goal.resolve(slots.targets, logits, slots.labels)
-        if targets is not slots.targets:
-            slots.targets = torch.where(fresh, targets, slots.targets)
+    def _take_clean_prediction(slots: Slots, logits: Tensor, fresh: Tensor, owner: Tensor | None) -> None:
+        goal = slots.aim.goal
+        rows = torch.arange(len(slots), device=fresh.device) if owner is None else owner
+        rows, logits = rows[fresh[rows]], logits[fresh[rows]]
+        prediction = logits.argmax(1)
+        slots.clean_prediction = slots.clean_prediction.index_copy(0, rows, prediction)
+        open_targets = slots.targets[rows]
+        targets = goal.resolve(open_targets, logits, slots.labels[rows])
+        if targets is not open_targets:
+            slots.targets = slots.targets.index_copy(0, rows, targets)
             slots.aim = goal.aim(slots.labels, slots.targets, logits.shape[1])
         if not goal.targeted:
-            wrong = slots.aim.margin(logits) > 0
+            aim = take(slots.aim, rows)
+            margin = aim.margin(logits)
+            wrong = margin > 0
             if goal.top_k == 1:  # where logits tie, the predicted class counts
-                wrong = wrong | ~slots.aim.unwanted.gather(1, prediction[:, None])[:, 0]
-            slots.wrong = slots.wrong | (fresh & wrong)
+                wrong = wrong | ~aim.unwanted.gather(1, prediction[:, None])[:, 0]
+            slots.wrong = slots.wrong.index_copy(0, rows, wrong & torch.isfinite(margin))
 
 
 def beyond_confidence(aim: Aim, logits: Tensor) -> Tensor:

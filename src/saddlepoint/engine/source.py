@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saddlepoint.errors import InputError
+from saddlepoint.errors import CapabilityError, InputError
 from saddlepoint.goals import Goal, Targeted
 from saddlepoint.models.base import Classifier
-from saddlepoint.threats import Threat
+from saddlepoint.threats import L0, Threat
 from saddlepoint.trees import join, take
 
 Batches = Iterable[Any]  # (x, y) pairs, or x alone where the goal needs no labels; what a DataLoader yields is untyped
@@ -113,6 +113,8 @@ class Source:
         if self._shape is not None and x.shape[1:] != self._shape:
             raise InputError(f"inputs of shape {tuple(x.shape[1:])} follow inputs of shape {tuple(self._shape)}")
         self._shape = x.shape[1:]
+        if isinstance(self._threat, L0) and self._threat.per == "pixel" and x.dim() != 4:
+            raise CapabilityError(f'L0(per="pixel") needs images (N, C, H, W); the inputs have shape {tuple(x.shape)}')
         x = x.detach()
         self._check_grid(x)
         classes = self._model.num_classes or self._model.probe(x).num_classes
@@ -123,6 +125,8 @@ class Source:
         labels = check_labels(y, len(x), classes)
         sample = torch.arange(self._position, self._position + len(x))
         self._position += len(x)
+        if self._ids is not None and self._position > len(self._ids):
+            raise InputError(f"there are {len(self._ids)} ids, but a sample at position {self._position - 1}")
         ids = sample if self._ids is None else self._ids[sample].long().cpu()
         batch = Samples(x, labels.cpu(), self._given_targets(labels.cpu(), sample, classes), ids, sample, sample)
         if self.every_target:

@@ -57,7 +57,14 @@ class Classifier(ABC):
     A subclass implements `forward` and `networks`; everything else is final.
     """
 
-    def __init__(self, bounds: tuple[float, float] | None, access: Access, num_classes: int | None, draws: int = 1) -> None:
+    def __init__(
+        self,
+        bounds: tuple[float, float] | None,
+        access: Access,
+        num_classes: int | None,
+        draws: int = 1,
+        device: torch.device | str | None = None,
+    ) -> None:
         if bounds is not None:
             low, high = (float(end) for end in bounds)
             if not low < high:
@@ -72,6 +79,7 @@ class Classifier(ABC):
         self.num_classes = num_classes
         self.draws = draws
         self.queries = PassCount()
+        self._device = torch.device(device if device is not None else "cpu")
         self._probed: tuple[object, Probe] | None = None
 
     @abstractmethod
@@ -93,11 +101,11 @@ class Classifier(ABC):
     @property
     @final
     def device(self) -> torch.device:
-        """Where inputs must be: the device of the parameters (CPU if there are none)."""
+        """Where inputs must be: the device of the parameters (if there are none the stated one, default CPU)."""
         for net in self.networks():
             for parameter in net.parameters():
                 return parameter.device
-        return torch.device("cpu")
+        return self._device
 
     @property
     @final
@@ -131,14 +139,15 @@ class Classifier(ABC):
     @final
     def predict(self, x: Tensor, *, batch_size: int = 256) -> Tensor:
         """Predicted classes (N,) int64; counted."""
-        return self._forward_all(x, batch_size).argmax(1)
+        logits = self._forward_all(x, batch_size)
+        return logits.argmax(1) if len(logits) else torch.empty(0, dtype=torch.int64, device=self.device)
 
     @final
     def _forward_all(self, x: Tensor, batch_size: int) -> Tensor:
         with self.frozen(), torch.no_grad():
             parts = [self.forward(part.to(self.device)) for part in torch.split(x, batch_size)] if len(x) else []
         self.queries.forward += len(x)
-        return torch.cat(parts) if parts else torch.empty(0, self.num_classes or 0)
+        return torch.cat(parts) if parts else torch.empty(0, self.num_classes or 0, dtype=x.dtype, device=self.device)
 
     @final
     def check_inputs(self, x: Tensor) -> None:
@@ -178,7 +187,13 @@ class Classifier(ABC):
     def _probe(self, x: Tensor) -> Probe:
         with self.frozen(), torch.no_grad():
             first, again = self.forward(x), self.forward(x)
-            singles = torch.cat([self.forward(one) for one in torch.split(x, 1)])
+            try:
+                singles = torch.cat([self.forward(one) for one in torch.split(x, 1)])
+            except Exception as error:
+                raise ModelError(
+                    f"the model takes {len(x)} inputs at once, but not a single one ({type(error).__name__}: {error}); batch "
+                    "normalisation without running statistics, or a squeeze() that removes the batch dimension?"
+                ) from error
         self.queries.forward += 3 * len(x)
         classes = first.shape[1]
         if self.num_classes is not None and classes != self.num_classes:
@@ -188,10 +203,12 @@ class Classifier(ABC):
         finite = torch.isfinite(first).all(1) & torch.isfinite(again).all(1) & torch.isfinite(singles).all(1)
         if not bool(finite.all()):
             notes.append(f"the model gives NaN or infinite outputs for {int((~finite).sum())} of {len(x)} clean inputs")
+        precision = torch.finfo(first.dtype).eps
         first, again, singles = (t[finite].double() for t in (first, again, singles))
         scale = float(first.abs().max()) if len(first) else 1.0
         noise = float((first - singles).abs().max()) if len(first) else 0.0
-        stochastic = len(first) > 0 and not torch.equal(first, again)
+        repeated = float((first - again).abs().max()) if len(first) else 0.0
+        stochastic = repeated > _SCALE_FACTOR * scale  # below that tau makes up for it: sums in no fixed order on a GPU
         if stochastic:
             noise = 0.0
             if self.draws == 1:
@@ -199,13 +216,13 @@ class Classifier(ABC):
                     "two identical calls gave different outputs: the model is random. Wrap it, "
                     "sp.Defended(model, [], draws=10), so that gradients average over its randomness"
                 )
-        elif noise > _BATCH_DEPENDENCE * scale:
+        elif noise > max(_BATCH_DEPENDENCE, _NOISE_FACTOR * precision) * scale:
             noise = 0.0
             notes.append(
                 "an input's output depends on the batch that it is in (batch normalisation without running statistics?); "
                 "re-prediction of single samples can differ"
             )
-        if len(first) and bool((first >= 0).all()) and bool(((first.sum(1) - 1).abs() < 1e-4).all()):
+        if len(first) and bool((first >= 0).all()) and bool(((first.sum(1) - 1).abs() < max(1e-4, precision)).all()):
             notes.append(
                 "the outputs look like probabilities (non-negative, sum 1); attacks need logits: return them before the "
                 "softmax, or give Model(outputs=torch.log)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, final
 
@@ -36,9 +37,10 @@ class Ensemble(Classifier):
         if any(model.bounds != models[0].bounds for model in models):
             raise InputError(f"the members' bounds differ: {[model.bounds for model in models]}")
         weights = [1.0] * len(models) if weights is None else list(weights)
-        if len(weights) != len(models) or min(weights) < 0 or sum(weights) <= 0:
+        if len(weights) != len(models) or not min(weights) >= 0 or not 0 < sum(weights) < math.inf:
             raise InputError(f"weights must be {len(models)} numbers >= 0, not all 0; got {weights}")
-        super().__init__(models[0].bounds, min(m.access for m in models), None, max(m.draws for m in models))
+        access, draws = min(m.access for m in models), max(m.draws for m in models)
+        super().__init__(models[0].bounds, access, None, draws, models[0].device)
         self.models, self.fuse = tuple(models), fuse
         self.weights = tuple(w / sum(weights) for w in weights)
 
@@ -51,7 +53,7 @@ class Ensemble(Classifier):
             raise InputError(f"the members' outputs differ in shape: {[tuple(o.shape) for o in outputs]}")
         if self.fuse == "logits":
             return sum((w * o for w, o in zip(self.weights, outputs, strict=True)), torch.zeros_like(outputs[0]))
-        logs = [o.log_softmax(1) + torch.log(torch.tensor(w)) for w, o in zip(self.weights, outputs, strict=True)]
+        logs = [o.log_softmax(1) + math.log(w) for w, o in zip(self.weights, outputs, strict=True) if w]
         return torch.stack(logs).logsumexp(0)
 
     def features(self, x: Tensor, layer: str) -> Tensor:
@@ -77,11 +79,12 @@ class Defended(Classifier):
     def __init__(self, model: Classifier, transforms: Sequence[Transform] = (), draws: int | None = None) -> None:
         if draws is None:
             draws = max(model.draws, _DRAWS if any(t.random for t in transforms) else 1)
-        super().__init__(model.bounds, model.access, model.num_classes, draws)
+        super().__init__(model.bounds, model.access, model.num_classes, draws, model.device)
         self.model, self.transforms = model, tuple(transforms)
 
     def networks(self) -> tuple[nn.Module, ...]:
-        return self.model.networks()
+        functions = [function for t in self.transforms for function in (t.apply, t.backward)]
+        return self.model.networks() + tuple(function for function in functions if isinstance(function, nn.Module))
 
     def _transformed(self, x: Tensor) -> Tensor:
         for transform in self.transforms:
@@ -92,7 +95,8 @@ class Defended(Classifier):
         return self.model.forward(self._transformed(x))
 
     def features(self, x: Tensor, layer: str) -> Tensor:
-        return self.model.features(self._transformed(x), layer)
+        with self.frozen():
+            return self.model.features(self._transformed(x), layer)
 
     def describe(self) -> dict[str, object]:
         return {

@@ -48,11 +48,11 @@ class Model(Classifier):
         device: torch.device | str | None = None,
         outputs: Outputs | None = None,
     ) -> None:
-        if not callable(net):
-            raise InputError(f"net must be an nn.Module or a callable on tensors; got {type(net).__name__}")
         if isinstance(net, Classifier):
             raise InputError("net is a Saddlepoint model already; use it as it is")
-        super().__init__(bounds, access, num_classes)
+        if not callable(net):
+            raise InputError(f"net must be an nn.Module or a callable on tensors; got {type(net).__name__}")
+        super().__init__(bounds, access, num_classes, device=device)
         self.net = net
         self._mean, self._std = self._statistics("mean", mean), self._statistics("std", std)
         if self._std is not None and not bool((self._std > 0).all()):
@@ -95,6 +95,8 @@ class Model(Classifier):
         return (x - mean) / std
 
     def _broadcastable(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.dim() < 2:
+            raise InputError(f"x must be a batch (N, ...) of inputs; its shape is {tuple(x.shape)}")
         mean = self._mean if self._mean is not None else torch.zeros(())
         std = self._std if self._std is not None else torch.ones(())
         for name, value in (("mean", mean), ("std", std)):
@@ -103,7 +105,8 @@ class Model(Classifier):
                     f"{name} has {len(value)} values, but inputs of shape {tuple(x.shape)} have {x.shape[1]} channels"
                 )
         shape = (-1, *([1] * (x.dim() - 2)))
-        return mean.to(x).view(shape), std.to(x).view(shape)
+        with torch.inference_mode(False):  # what is kept for later calls must be fit for gradients
+            return mean.to(x.device, x.dtype).view(shape), std.to(x.device, x.dtype).view(shape)
 
     def _adapt(self, raw: Any) -> Tensor:  # Any: see Outputs
         found = raw
@@ -118,11 +121,11 @@ class Model(Classifier):
             case str() as name:
                 found = raw.get(name) if isinstance(raw, Mapping) else getattr(raw, name, None)
             case int() as index:
-                found = raw[index]
+                found = raw[index] if isinstance(raw, tuple | list | Tensor) and -len(raw) <= index < len(raw) else None
             case function:
                 found = function(raw)
         if not isinstance(found, Tensor):
-            names = f" with keys {sorted(raw)}" if isinstance(raw, Mapping) else ""
+            names = f" with keys {sorted(map(str, raw))}" if isinstance(raw, Mapping) else ""
             raise ModelError(
                 f"the network returned {type(raw).__name__}{names}, in which no logits were found: say where they are, "
                 "Model(net, outputs=key, attribute, index or function)"
@@ -140,15 +143,17 @@ class Model(Classifier):
         def keep(module: nn.Module, inputs: object, output: Tensor) -> None:
             kept.append(output)
 
-        handle = modules[layer].register_forward_hook(keep)
-        try:
-            with self.frozen():
+        with self.frozen():  # first, so that no other thread's pass meets the hook
+            handle = modules[layer].register_forward_hook(keep)
+            try:
                 self.forward(x)
-        finally:
-            handle.remove()
+            finally:
+                handle.remove()
         self.queries.forward += len(x)
         if not kept:
             raise ModelError(f"layer {layer!r} did not run in a forward pass")
+        if not isinstance(kept[-1], Tensor):
+            raise ModelError(f"layer {layer!r} gives a {type(kept[-1]).__name__}, not a tensor: ask a layer inside it")
         return kept[-1]
 
     def describe(self) -> dict[str, object]:
@@ -171,6 +176,10 @@ class Model(Classifier):
 
         A wrong mean, std or channel order shows here rather than as a model that seems easy to attack.
         """
+        if not 0 <= accuracy <= 1:
+            raise InputError(f"accuracy is a share in [0, 1]; got {accuracy}")
+        if not len(x) or y.shape != (len(x),):
+            raise InputError(f"check() needs inputs and one label each; the shapes are {tuple(x.shape)} and {tuple(y.shape)}")
         measured = float((self.predict(x).cpu() == y.cpu()).double().mean())
         if abs(measured - accuracy) > tolerance:
             raise ModelError(

@@ -63,7 +63,7 @@ def bit_depth(bits: int, *, low: float = 0.0, high: float = 1.0) -> Transform:
     """Round inputs to 2^bits levels (Xu, Evans & Qi 2018, arXiv:1704.01155). Its gradient is 0, so BPDA identity."""
     if not 1 <= bits <= 16:
         raise InputError(f"bits must be 1 to 16; got {bits}")
-    levels = 2**bits - 1
+    levels = (1 << bits) - 1
 
     def quantise(x: Tensor) -> Tensor:
         return torch.round((x - low) / (high - low) * levels) / levels * (high - low) + low

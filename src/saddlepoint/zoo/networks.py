@@ -114,15 +114,15 @@ def cnn_s(in_shape: Shape, num_classes: int) -> nn.Module:
 
 
 def digits_cnn(in_shape: Shape, num_classes: int) -> nn.Module:
-    """Two 3x3 convolutions of 16 and 32 channels, then 64 hidden units: enough for 8x8 digits."""
+    """Two 3x3 convolutions of 32 and 64 channels, then 128 hidden units: 8x8 digits, with the capacity to be hardened."""
     features = nn.Sequential(
-        nn.Conv2d(in_shape[0], 16, 3, padding=1),
+        nn.Conv2d(in_shape[0], 32, 3, padding=1),
         nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1),
         nn.ReLU(),
         nn.Flatten(),
     )
-    return nn.Sequential(*features, nn.Linear(_flat_size(features, in_shape), 64), nn.ReLU(), nn.Linear(64, num_classes))
+    return nn.Sequential(*features, nn.Linear(_flat_size(features, in_shape), 128), nn.ReLU(), nn.Linear(128, num_classes))
 
 
 class BasicBlock(nn.Module):

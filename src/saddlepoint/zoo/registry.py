@@ -61,7 +61,7 @@ ENTRIES: dict[str, Entry] = {
             "digits-cnn",
             networks.digits_cnn,
             DIGITS,
-            "two 3x3 convolutions and 64 hidden units, for 8x8 digits",
+            "two 3x3 convolutions and 128 hidden units, for 8x8 digits",
             "this project",
         ),
         Entry(
