@@ -1,0 +1,303 @@
+"""The report's plots as matplotlib Figures. No global state: no pyplot, no backend, no style that stays.
+
+Colours are those of Okabe & Ito (2008), which colour-blind people tell apart, darkened where they carry text.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from torch import Tensor
+
+from saddlepoint.evaluate import Cell, Comparison
+from saddlepoint.report.gallery import Example, Gallery, Shot
+from saddlepoint.report.verdict import measured, norms, radii
+from saddlepoint.report.words import attack_labels, class_name, percent, visible
+from saddlepoint.taxonomy import Norm, Status
+
+if TYPE_CHECKING:
+    from saddlepoint.report.document import History
+
+INK, MUTED, GRID = "#1c2128", "#667080", "#dde1e7"
+SERIES = ("#c65200", "#0072b2", "#00805f", "#b04f8c", "#a87400", "#3a8fc0")
+_DASHES = ((0, (1, 1.6)), (0, (5, 2)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (8, 3)), (0, (2, 3)))
+_STYLE: Any = {  # Any: the newest matplotlib types every key, older ones none
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "text.parse_math": False,  # a name with two dollar signs is a name
+    "text.usetex": False,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": GRID,
+    "axes.facecolor": "none",
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.labelcolor": MUTED,
+    "legend.fontsize": 9,
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 100,
+    "savefig.facecolor": "auto",
+    "savefig.bbox": None,
+    "svg.fonttype": "none",  # letters stay letters: they can be searched, copied and read aloud
+    "svg.hashsalt": "saddlepoint",
+}
+
+
+def security_curve(comparison: Comparison, norm: Norm | str | None = None) -> Figure:
+    """Accuracy over eps, one panel per norm (or the one given): thick, the worst over all attacks; thin, each attack."""
+    shown = norms(comparison) if norm is None else [Norm(norm)]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.6 if len(shown) == 1 else 5.2 * len(shown), 4.2))
+        for number, panel in enumerate(shown):
+            axes = figure.add_subplot(1, len(shown), number + 1)
+            _curves(axes, comparison, panel)
+            if len(shown) > 1:
+                axes.set_title(panel.value)
+        return figure
+
+
+def _curves(axes: Axes, comparison: Comparison, norm: Norm) -> None:
+    cells = [cell for cell in comparison.cells if cell.norm == norm]
+    labels = attack_labels(cell.attack for cell in comparison.cells)
+    attacks = list(dict.fromkeys(cell.attack for cell in cells))
+    ends: list[tuple[float, str, str]] = []
+    reach = max((eps for name in measured(comparison) for eps in radii(comparison, name, norm)), default=0.0)
+    reach = reach or _largest_distance(cells)
+    for place, name in enumerate(comparison.models):
+        color = SERIES[place % len(SERIES)]
+        own = [cell for cell in cells if cell.model == name]
+        if not own:
+            continue
+        for number, attack in enumerate(attacks):
+            x, y = _thin([cell for cell in own if cell.attack == attack], comparison.clean_accuracy(name), reach)
+            if len(attacks) > 1 or not radii(comparison, name, norm):
+                axes.plot(x, y, color=color, lw=1.0, alpha=0.75, ls=_DASHES[number % len(_DASHES)])
+        points = [point for point in comparison.curve(name, norm) if math.isfinite(point[0])]
+        if len(points) > 1:
+            axes.plot(
+                *zip(*points, strict=True), color=color, lw=2.4, marker="o", ms=6, mec="white", mew=1, clip_on=False, zorder=3
+            )
+            ends.append((points[-1][1], name, color))
+        elif own:
+            ends.append((min(cell.result.robust_accuracy for cell in own), name, color))
+    axes.set_ylim(0, 1.02)
+    axes.set_xlim(0, reach or 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_ylabel("accuracy")
+    axes.set_xlabel(f"size of the perturbation (eps, {norm.value})")
+    gap = 0.065
+    for height, (_, name, color) in zip(_apart([end[0] for end in ends], gap), ends, strict=True):
+        label = visible(name, 24)
+        axes.text(1.03, height / 1.02, label, color=color, weight="bold", va="center", transform=axes.transAxes)
+    if len(attacks) > 1:
+        for number, attack in enumerate(attacks):
+            axes.plot([], [], color=MUTED, lw=1.0, ls=_DASHES[number % len(_DASHES)], label=visible(labels[attack], 32))
+        axes.plot([], [], color=MUTED, lw=2.4, marker="o", ms=5, label="worst of all")
+        columns = min(len(attacks) + 1, 4)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, handlelength=3)
+
+
+def _thin(cells: Sequence[Cell], clean: float, reach: float) -> tuple[list[float], list[float]]:
+    """One attack's line: through its measured eps, or, where it sought the smallest perturbation, a step per sample."""
+    steps = [cell for cell in cells if math.isinf(cell.eps)]
+    if steps:
+        found = steps[0].result.distance
+        sizes = found[torch.isfinite(found) & (found <= reach)].double().sort().values.tolist()
+        shares = [1 - (i + 1) / len(found) for i in range(len(sizes))]
+        return np.repeat([0.0, *sizes], 2)[1:].tolist(), np.repeat([1.0, *shares], 2)[:-1].tolist()
+    points = sorted((cell.eps, cell.result.robust_accuracy) for cell in cells)
+    return [0.0, *(p[0] for p in points)], [clean, *(p[1] for p in points)]
+
+
+def _largest_distance(cells: Sequence[Cell]) -> float:
+    found = torch.cat([cell.result.distance.double() for cell in cells]) if cells else torch.zeros(0)
+    found = found[torch.isfinite(found)]
+    return float(found.max()) if len(found) else 0.0
+
+
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """The heights, moved as little as need be until labels don't overlap and none is below the axis."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    moved = list(heights)
+    for lower, upper in pairwise(order):
+        moved[upper] = max(moved[upper], moved[lower] + gap)
+    surplus = max(moved, default=0.0) - 1.0
+    return [max(height - max(surplus, 0.0), 0.0) for height in moved]
+
+
+def training(histories: Mapping[str, History]) -> Figure:
+    """Loss, and clean and robust validation accuracy, over the epochs of every training."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.6, 3.4))
+        loss, accuracy = figure.subplots(1, 2)
+        for place, (name, history) in enumerate(histories.items()):
+            color, label = SERIES[place % len(SERIES)], visible(name, 24)
+            marker = "o" if len(history.epochs) <= 20 else ""
+            kwargs: dict[str, Any] = {"color": color, "marker": marker, "ms": 3.5, "lw": 1.8}
+            loss.plot([e.epoch for e in history.epochs], [e.loss for e in history.epochs], label=label, **kwargs)
+            for measure, line in (("clean", "-"), ("robust", (0, (4, 2)))):
+                points = [(e.epoch, getattr(e, f"{measure}_accuracy")) for e in history.epochs]
+                points = [point for point in points if point[1] is not None]
+                if points:
+                    accuracy.plot(*zip(*points, strict=True), ls=line, label=f"{label}, {measure}", **kwargs)
+        loss.set_ylim(bottom=0)
+        accuracy.set_ylim(0, 1.02)
+        accuracy.yaxis.set_major_formatter(PercentFormatter(1))
+        for axes, title in ((loss, "loss in training"), (accuracy, "validation accuracy")):
+            axes.set_title(title)
+            axes.set_xlabel("epoch")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            if axes.lines:
+                axes.legend()
+            else:
+                axes.text(0.5, 0.5, "not measured", color=MUTED, ha="center", transform=axes.transAxes)
+        return figure
+
+
+def examples(gallery: Gallery, class_names: Sequence[str] = ()) -> Figure:
+    """Samples side by side: the original above, then for each model the perturbation and what the model sees in the result."""
+    with matplotlib.rc_context(_STYLE):
+        columns, rows = len(gallery.examples), 1 + 2 * len(gallery.models)
+        if gallery.kind == "features":
+            return _feature_bars(gallery, class_names)
+        figure = Figure(figsize=(1.25 * columns + 1.3, 1.42 * rows + 0.1))
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes in grid.flat:
+            axes.set(xticks=[], yticks=[])
+            axes.grid(visible=False)
+            for spine in axes.spines.values():
+                spine.set(visible=True, color=GRID)
+        for column, example in enumerate(gallery.examples):
+            grid[0, column].imshow(picture(example.original, gallery), interpolation="nearest")
+            grid[0, column].set_title(visible(class_name(example.label, class_names), 14), loc="center", fontsize=9)
+            for place, shot in enumerate(example.shots):
+                change, result = grid[1 + 2 * place : 3 + 2 * place, column]
+                change.imshow(change_picture(shot.delta, gallery.factor), interpolation="nearest")
+                result.imshow(picture(shot.adversarial, gallery), interpolation="nearest")
+                _caption(result, shot, class_names)
+        _side(grid[0, 0], "original", INK)
+        for place, name in enumerate(gallery.models):
+            color = SERIES[place % len(SERIES)]
+            _side(grid[1 + 2 * place, 0], f"change ×{gallery.factor:.3g}", MUTED)
+            _side(grid[2 + 2 * place, 0], f"what\n{visible(name, 14)}\nsees", color)
+        return figure
+
+
+def _side(axes: Axes, text: str, color: str) -> None:
+    axes.set_ylabel(text, color=color, rotation=0, ha="right", va="center", labelpad=8)
+
+
+def _caption(axes: Axes, shot: Shot, class_names: Sequence[str]) -> None:
+    """What the model says, in words, with a frame that tells fooled from not: dark and thick, or thin and light."""
+    fooled = shot.status in (Status.FOOLED, Status.ALREADY_WRONG)
+    confidence = "" if shot.confidence is None else f" {100 * shot.confidence:.0f}%"
+    text = f"{'✗' if fooled else '✓'} {visible(class_name(shot.predicted, class_names), 12)}{confidence}"
+    axes.set_xlabel(text, color=SERIES[0] if fooled else SERIES[2], fontsize=9, labelpad=3)
+    for spine in axes.spines.values():
+        spine.set(color=SERIES[0] if fooled else SERIES[2], linewidth=1.6)
+
+
+def _feature_bars(gallery: Gallery, class_names: Sequence[str]) -> Figure:
+    """The change of every feature, for tables."""
+    columns, rows = len(gallery.models), len(gallery.examples)
+    figure = Figure(figsize=(4.2 * columns, 1.15 * rows + 0.6))
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for line, example in zip(grid, gallery.examples, strict=True):
+        for place, (axes, shot) in enumerate(zip(line, example.shots, strict=True)):
+            axes.bar(range(shot.delta.numel()), shot.delta.tolist(), width=0.8, color=SERIES[place % len(SERIES)])
+            axes.axhline(0, color=GRID, lw=0.8)
+            axes.set_title(f"{visible(shot.model, 20)}: {_change(example, shot, class_names)}", fontsize=9, weight="normal")
+    for axes in grid[-1]:
+        axes.set_xlabel("feature")
+    return figure
+
+
+def _change(example: Example, shot: Shot, class_names: Sequence[str]) -> str:
+    before, after = (visible(class_name(c, class_names), 14) for c in (shot.clean_predicted, shot.predicted))
+    sure = "" if shot.confidence is None else f" ({percent(shot.confidence)})"
+    return f"{before} → {after}{sure}"
+
+
+def picture(image: Tensor, gallery: Gallery) -> npt.NDArray[np.uint8]:
+    """An image (C, H, W) with values in the gallery's range as bytes (H, W, 3)."""
+    return _bytes((image.double() - gallery.low) / ((gallery.high - gallery.low) or 1.0))
+
+
+def change_picture(delta: Tensor, factor: float) -> npt.NDArray[np.uint8]:
+    """A signed change (C, H, W), magnified around the middle: grey for none in colour images, white in the others.
+
+    One channel: red is brighter, blue is darker.
+    """
+    level = 0.5 + factor * delta.double()
+    if len(level) == 3:
+        return _bytes(level)
+    colors = matplotlib.colormaps["RdBu_r"](level[0].clamp(0, 1).numpy())[..., :3]
+    return _bytes(torch.from_numpy(np.moveaxis(colors, -1, 0)))
+
+
+def _bytes(levels: Tensor) -> npt.NDArray[np.uint8]:
+    levels = levels.expand(3, *levels.shape[1:]).nan_to_num().clamp(0, 1)
+    found: npt.NDArray[np.uint8] = (levels * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    return found
+
+
+def to_png(figure: Figure, scale: float = 2.0) -> bytes:
+    """The figure as PNG, by default at twice the size, for screens with many pixels."""
+    return _save(figure, format="png", dpi=100 * scale)
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """The figure as SVG to stand inside an HTML page: colours follow the page's, identifiers start with `name`."""
+    text = _save(figure, format="svg", transparent=True, metadata={"Date": None}).decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    variables = {INK: "ink", MUTED: "muted", GRID: "grid"} | {color: f"series-{i}" for i, color in enumerate(SERIES)}
+
+    def adapt(match: re.Match[str]) -> str:
+        tag = re.sub(r' xmlns(:\w+)?="[^"]*"| version="1.1"', "", match[0])
+        if tag.startswith("<svg"):
+            tag = re.sub(r' (width|height)="[^"]*"', "", tag)  # the viewBox is left, and CSS decides
+        tag = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", tag)
+        for color, variable in variables.items():
+            tag = tag.replace(color, f"var(--{variable})")
+        return tag
+
+    return re.sub(r"<[^>]+>", adapt, text)  # tags only: what is written between them stays as it is
+
+
+def _save(figure: Figure, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # a class name in a script that the font lacks: boxes in the figure, the name itself in the text
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
+        figure.savefig(stream, **options)
+    return stream.getvalue()

@@ -1,0 +1,104 @@
+"""Names and numbers as people read them, the same in the report, its figures and its file names."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from saddlepoint.engine import Attack
+from saddlepoint.taxonomy import Access
+from saddlepoint.threats import Threat
+
+
+def percent(share: float | None) -> str:
+    """A share with one decimal, a dash where there is none."""
+    return "–" if share is None or math.isnan(share) else f"{100 * share:.1f}%"
+
+
+def size(eps: float | None) -> str:
+    """An eps: 0.1, 8/255 (where that is what was meant), 12; a dash where there is none."""
+    if eps is None or not math.isfinite(eps):
+        return "–"
+    level = eps * 255
+    is_short = math.isclose(float(f"{eps:.3g}"), eps, rel_tol=1e-5)
+    if not is_short and 0.5 < level < 255 and math.isclose(level, round(level), rel_tol=1e-5):
+        return f"{round(level)}/255"
+    return f"{eps:.4g}"
+
+
+def length(distance: float | None) -> str:
+    """A measured distance with three digits; a dash where there is none."""
+    if distance is None or not math.isfinite(distance):
+        return "–"
+    return f"{distance:,.0f}" if distance >= 1000 else f"{distance:.3g}"
+
+
+def count(value: float) -> str:
+    """A number of passes: 40, 12.5, 1,234,567."""
+    return f"{value:,.0f}" if value >= 1000 or value == round(value) else f"{value:.1f}"
+
+
+def listed(items: Iterable[str]) -> str:
+    """a, b and c."""
+    *front, last = items
+    return f"{', '.join(front)} and {last}" if front else last
+
+
+def visible(name: str, limit: int = 40) -> str:
+    """A name for a figure: without control characters, which no font draws, and not longer than `limit`."""
+    clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+    return clean if len(clean) <= limit else clean[: limit - 1] + "…"
+
+
+def file_name(*parts: str) -> str:
+    """The parts as one name that is harmless on every file system."""
+    return "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", part).strip("._")[:60] or "_" for part in parts)
+
+
+def class_name(label: int, class_names: Sequence[str]) -> str:
+    """The class's name if it has one, otherwise its number."""
+    return str(class_names[label]) if 0 <= label < len(class_names) else str(label)
+
+
+def within(threat: Threat) -> str:
+    """The threat in words: `linf eps 0.1`, with what else limits it."""
+    eps = threat.settings()["eps"]
+    if threat.minimizes:
+        words = f"smallest {threat.norm}"
+    elif isinstance(eps, tuple):
+        words = f"{threat.norm} eps up to {size(max(eps))}, one per sample"
+    else:
+        words = f"{threat.norm} eps {size(float(threat.eps))}"  # type: ignore[arg-type]  # a Threat keeps numbers and tuples only
+    return words + (", on a grid" if threat.grid is not None else "") + (", masked" if threat.mask is not None else "")
+
+
+def is_noise(attack: Attack) -> bool:
+    """Whether this is a random baseline rather than a search: one draw that asks the model for nothing but a label."""
+    return attack.declaration.access <= Access.LABELS and not attack.declaration.iterative
+
+
+def attack_labels(attacks: Iterable[Attack]) -> dict[Attack, str]:
+    """A short name for each attack; the settings in which they differ are added where names would coincide."""
+    distinct = list(dict.fromkeys(attacks))
+    short = {attack: _short(attack.settings()) for attack in distinct}
+    labels = {}
+    for attack in distinct:
+        namesakes = [_flat(other.settings()) for other in distinct if short[other] == short[attack]]
+        own = _flat(attack.settings())
+        differing = [key for key in own if any(other.get(key) != own[key] for other in namesakes)]
+        labels[attack] = short[attack] + (f" {', '.join(f'{k}={own[k]}' for k in differing)}" if differing else "")
+    return labels
+
+
+def _short(settings: Mapping[str, object]) -> str:
+    inner = [_short(value) for value in settings.values() if isinstance(value, Mapping) and "name" in value]
+    return f"{settings['name']}({', '.join(inner)})" if inner else str(settings["name"])
+
+
+def _flat(settings: Mapping[str, object]) -> dict[str, object]:
+    """Nested settings in one level; the innermost attack's keys as they are."""
+    flat: dict[str, object] = {}
+    for key, value in settings.items():
+        flat |= _flat(value) if isinstance(value, Mapping) else {key: value}
+    return flat

@@ -1,0 +1,59 @@
+"""How an undefended network falls, and how training on one-step examples hides the gradient instead of helping."""
+
+from __future__ import annotations
+
+from saddlepoint.attacks import FGSM, PGD, RFGSM
+from saddlepoint.attacks.facade import attack
+from saddlepoint.defenses import Adversarial
+from saddlepoint.reproduce.frame import Context, Figure, Recipe, entry
+from saddlepoint.threats import Linf
+
+EPS = 0.3
+UNIT: tuple[float, float] = (0.0, 1.0)  # of these papers, examples stay images
+CNN = "convolutions of 16 and 32 channels, 5x5, each with pooling, then 128 hidden units; Adam 1e-3, batches of 128"
+
+
+@entry(
+    "R12",
+    "An undefended convolutional network",
+    "Madry et al. 2018, arXiv:1706.06083",
+    f"{CNN}, 5 epochs; eps 0.3, clipped to [0, 1]; PGD with 40 steps of 0.01",
+)
+def undefended(context: Context) -> list[Figure]:
+    """One step leaves little of its accuracy, forty leave none."""
+    model, x, y = context.model(Recipe(context.convolutional, epochs=5, bounds=UNIT)), context.test.x, context.test.y
+    one_step = attack(model, x, y, FGSM(), Linf(EPS), seed=context.seed)
+    iterated = attack(model, x, y, PGD(steps=40, step_size=0.01), Linf(EPS), seed=context.seed)
+    one_left, none_left = context.accept((0.0, 0.5), loose=(0.0, 0.5)), context.accept((0.0, 0.02), loose=(0.0, 0.2))
+    larger = "of a wider network"
+    return [
+        Figure("clean accuracy", one_step.clean_accuracy, paper=0.992, paper_note=larger, goal=0.9915),
+        Figure("FGSM accuracy", one_step.robust_accuracy, one_left, paper=0.064, paper_note=larger, goal=0.02),
+        Figure("PGD-40 accuracy", iterated.robust_accuracy, none_left, goal=0.0),
+    ]
+
+
+@entry(
+    "R15",
+    "A random step first: R+FGSM",
+    "Tramèr et al. 2018, arXiv:1705.07204",
+    f"{CNN}, 4 epochs on 20,000 images and as many FGSM examples (true labels); eps 0.3, alpha 0.15, clipped to [0, 1]",
+)
+def random_step_first(context: Context) -> list[Figure]:
+    """After training on FGSM examples, a random step before the gradient's finds the errors that FGSM itself no longer does."""
+    adversary = Adversarial(attack=FGSM(), threat=Linf(EPS), form="add")
+    recipe = Recipe(context.convolutional, epochs=4, adversary=adversary, bounds=UNIT, samples=20_000)
+    model, x, y = context.model(recipe), context.test.x, context.test.y
+    plain = attack(model, x, y, FGSM(), Linf(EPS), seed=context.seed)
+    random_first = attack(model, x, y, RFGSM(random_share=0.5), Linf(EPS), seed=context.seed)
+    error, with_random_step = 1 - plain.robust_accuracy, 1 - random_first.robust_accuracy
+    imagenet = "ImageNet, Inception v3, steps to the least likely class"
+    return [
+        Figure("clean accuracy", plain.clean_accuracy, context.accept(None, loose=(0.7, 1.0)), goal=0.972),
+        Figure("FGSM error", error, paper=0.266, paper_note=imagenet, goal=0.118),
+        Figure("R+FGSM error", with_random_step, paper=0.648, paper_note=imagenet, goal=0.792),
+        Figure(
+            "their difference", with_random_step - error, context.accept((0.05, 1.0)),
+            paper=0.382, paper_note=imagenet, goal=0.674,
+        ),
+    ]  # fmt: skip

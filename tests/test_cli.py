@@ -1,0 +1,237 @@
+"""The command line: every command on real digits, and every error as one line with status 2."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+import saddlepoint as sp
+from saddlepoint.cli import inputs, main
+
+NET = """
+import torch
+import saddlepoint as sp
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+model = sp.Model(net, bounds=(0, 1))
+number = 3
+def make():
+    return net
+def broken():
+    raise RuntimeError("no weights here")
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "net.py").write_text(NET)
+    return tmp_path
+
+
+def call(capsys, *words: str) -> tuple[int, str, str]:
+    status = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_evaluate_writes_report_results_and_configuration(here, capsys):
+    status, out, _ = call(
+        capsys, "evaluate", "--model", "net.py:net", "--model", "net.py:make", "--eps", "0.02,1/10", "--samples", "60",
+        "--attack", "fgsm", "--attack", "pgd:steps=3*2", "--out", "out",
+    )  # fmt: skip
+    assert status == 0
+    assert "report.html" in out
+    results = json.loads((here / "out" / "results.json").read_text())
+    assert results["complete"] is True
+    assert (here / "out" / "report.html").stat().st_size > 10_000
+    config = tomllib.loads((here / "out" / "config.toml").read_text())["evaluate"]
+    assert config["attack"] == ["fgsm", "pgd:steps=3*2"]
+    # the same run again, from the configuration that was written
+    status, _, _ = call(capsys, "evaluate", "--config", "out/config.toml", "--out", "again")
+    assert status == 0
+    again = json.loads((here / "again" / "results.json").read_text())
+    assert [m["curves"] for m in again["models"]] == [m["curves"] for m in results["models"]]
+
+
+def test_command_line_wins_over_the_file(here, capsys):
+    (here / "run.toml").write_text('model = ["net.py:net"]\neps = "0.3"\nsamples = 10\nattack = ["fgsm"]\n')
+    status, out, _ = call(capsys, "evaluate", "--config", "run.toml", "--eps", "0.125", "--out", "out")
+    assert status == 0
+    assert "0.125" in out
+    assert "0.3" not in out
+
+
+def test_attack_saves_what_the_library_gives(here, capsys):
+    status, out, _ = call(
+        capsys, "attack", "pgd:steps=5", "--model", "net.py:model", "--eps", "0.1", "--samples", "50", "--seed", "3", "--out", "out"
+    )
+    assert status == 0
+    assert "robust accuracy" in out
+    saved = sp.AttackResult.load(here / "out" / "result")
+    x, y = sp.data.load("digits").test.take(50).x, sp.data.load("digits").test.take(50).y
+    with torch.random.fork_rng():
+        model = inputs.network("net.py:model", sp.data.load("digits"))[1]
+    ours = sp.attack(model, x, y, sp.attacks.PGD(steps=5), sp.Linf(0.1), seed=3)
+    assert torch.equal(saved.adversarial, ours.adversarial)
+    # a second run does not overwrite the first
+    assert call(capsys, "attack", "fgsm", "--model", "net.py:model", "--samples", "5", "--out", "out")[0] == 0
+    assert (here / "out" / "result-2").is_dir()
+
+
+def test_train_then_evaluate_the_weights(here, capsys):
+    words = ["train", "--model", "zoo:mlp", "--epochs", "3", "--adversary", "fgsm", "--eps", "0.05", "--out", "trained"]
+    assert call(capsys, *words)[0] == 0
+    history = json.loads((here / "trained" / "history.json").read_text())
+    assert len(history["epochs"]) == 3
+    weights = here / "trained" / "weights.safetensors"
+    status, out, _ = call(capsys, "evaluate", "--model", f"zoo:mlp+{weights}", "--samples", "50", "--attack", "fgsm", "--out", "e")
+    assert status == 0
+    accuracy = json.loads((here / "e" / "results.json").read_text())["models"][0]["clean_accuracy"]
+    assert accuracy > 0.5
+    # the same command again finds its checkpoint, and has nothing left to do
+    status, out, _ = call(capsys, *words)
+    assert status == 0
+    assert "epoch 1" not in out
+
+
+def test_harden_reports_old_and_new_examples(here, capsys):
+    status, out, _ = call(capsys, "harden", "--model", "net.py:net", "--eps", "0.05", "--epochs", "2", "--out", "h")
+    assert status == 0
+    assert len(re.findall(r"accuracy of .*%", out)) == 3
+    assert (here / "h" / "weights.safetensors").exists()
+
+
+def test_list_attacks_is_a_query(here, capsys):
+    _, everything, _ = call(capsys, "list", "attacks")
+    assert all(cls.__name__ in everything for cls in sp.attacks.find())
+    _, labels, _ = call(capsys, "list", "attacks", "--access", "labels", "--norm", "l2")
+    assert "UniformNoise" in labels
+    assert "PGD" not in labels
+    assert "SignNoise" not in labels
+    _, targeted_only, _ = call(capsys, "list", "attacks", "--targeted")
+    assert "OTCM" in targeted_only
+
+
+def test_other_lists(here, capsys):
+    assert "digits" in call(capsys, "list", "data")[1]
+    assert "resnet20" in call(capsys, "list", "networks")[1]
+    assert "dlr" in call(capsys, "list", "losses")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("attack pdg --model net.py:net", "'PGD'"),
+        ("attack pgd:step=3 --model net.py:net", "'steps'"),
+        ("attack pgd:steps=many --model net.py:net", "many"),
+        ("attack pgd:schedule=cosin --model net.py:net", "'cosine'"),
+        ("attack pgd*x --model net.py:net", "restarts"),
+        ("attack fgsm*3 --model net.py:net", "random start"),
+        ("attack fgsm --model net.py:nett", "'net'"),
+        ("attack fgsm --model net.py:number", "int"),
+        ("attack fgsm --model net.py:broken", "no weights here"),
+        ("attack fgsm --model nothing.py:net", "nothing.py"),
+        ("attack fgsm --model net", "FILE.py:NAME"),
+        ("attack fgsm --model zoo:resnet21", "'resnet20'"),
+        ("attack fgsm --model zoo:mlp+bad.pt", "bad.pt"),
+        ("attack fgsm --model zoo:mlp+evil.pt", "evil.pt"),
+        ("attack fgsm --model syntax.py:net", "SyntaxError"),
+        ("attack fgsm --model net.py:net --data digit", "'digits'"),
+        ("attack fgsm --model net.py:net --eps big", "8/255"),
+        ("attack fgsm --model net.py:net --eps 0.1,0.2", "one eps"),
+        ("attack fgsm --model net.py:net --eps -1", "eps"),
+        ("attack fgsm --model net.py:net --norm l2", "linf"),
+        ("attack fgsm --model net.py:net --targeted nearest", "next"),
+        ("attack fgsm --model net.py:net --targeted 12", "0 to 9"),
+        ("attack fgsm --model net.py:model --mean 0.5", "--mean"),
+        ("attack fgsm --model net.py:net --mean 1,2", "channel"),
+        ("evaluate --model net.py:net --config missing.toml", "missing.toml"),
+        ("evaluate --model net.py:net --config bad.toml", "bad.toml"),
+        ("evaluate --model net.py:net --config typo.toml", "'samples'"),
+        ("list attacks --access label", "'labels'"),
+        ("train --model net.py:net --adversary pgd --eps 0.1,0.2", "one eps"),
+    ],
+)
+def test_errors_are_one_line_and_status_2(here, capsys, words, text):
+    (here / "bad.pt").write_bytes(b"nothing")
+    torch.save({"weights": Path("pickled")}, here / "evil.pt")
+    (here / "syntax.py").write_text("net = (")
+    (here / "bad.toml").write_text("= 3")
+    (here / "typo.toml").write_text("sample = 3")
+    status, _, err = call(capsys, *words.split())
+    assert status == 2
+    assert text in err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_usage_errors_have_status_2(here, capsys):
+    assert call(capsys, "evaluate")[0] == 2
+    assert call(capsys, "attack", "fgsm", "--model", "net.py:net", "--norm", "l3")[0] == 2
+    assert call(capsys, "nonsense")[0] == 2
+
+
+def test_debug_shows_the_traceback(here, capsys):
+    status, _, err = call(capsys, "attack", "pdg", "--model", "net.py:net", "--debug")
+    assert status == 2
+    assert "Traceback" in err
+
+
+def test_inputs_outside_the_bounds_are_one_line(here, capsys):
+    (here / "narrow.py").write_text(NET.replace("bounds=(0, 1)", "bounds=(0, 0.5)"))
+    status, _, err = call(capsys, "attack", "fgsm", "--model", "narrow.py:model")
+    assert status == 2
+    assert "bounds" in err
+
+
+def test_ctrl_c_keeps_what_is_finished(here, capsys):
+    (here / "slow.py").write_text(
+        NET
+        + """
+class Stops(torch.nn.Module):
+    calls = 0
+    def forward(self, x):
+        Stops.calls += 1
+        if Stops.calls == 41:
+            raise KeyboardInterrupt
+        return net(x)
+stops = Stops()
+"""
+    )
+    status, out, _ = call(
+        capsys, "evaluate", "--model", "slow.py:stops", "--eps", "0.05,0.1,0.2", "--attack", "fgsm", "--attack", "pgd:steps=20",
+        "--samples", "50", "--out", "out",
+    )  # fmt: skip
+    assert status == 130
+    results = json.loads((here / "out" / "results.json").read_text())
+    assert results["complete"] is False
+    assert 1 <= len(results["models"][0]["cells"]) < 6
+
+
+def test_demo_runs_end_to_end(here, capsys, monkeypatch):
+    """The whole job, with shorter training."""
+    import saddlepoint.cli.demo as demo
+
+    monkeypatch.setattr(demo, "train", lambda *args, **kw: sp.train(*args, **{**kw, "epochs": min(kw["epochs"], 8)}))
+    status, out, _ = call(capsys, "demo", "--out", "d")
+    assert status == 0
+    assert "report.html" in out
+    results = json.loads((here / "d" / "results.json").read_text())
+    assert [m["name"] for m in results["models"]] == ["undefended", "hardened"]
+
+
+def test_module_and_help_start_without_heavy_imports():
+    """`saddlepoint --help` does not wait for matplotlib or scikit-learn."""
+    code = (
+        "import sys; from saddlepoint.cli import main; main(['--help']); "
+        "print([m for m in ('matplotlib', 'sklearn', 'jinja2', 'pandas') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip().splitlines()[-1] == "[]"

@@ -1,0 +1,93 @@
+"""What the documents show runs."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+import saddlepoint
+import saddlepoint as sp
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(name: str, language: str) -> list[str]:
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / name).read_text(encoding="utf-8"), flags=re.M | re.S)
+    return [text for found, text in fences if found == language]
+
+
+def modules() -> list[str]:
+    found = pkgutil.walk_packages(saddlepoint.__path__, "saddlepoint.")
+    return ["saddlepoint", *(m.name for m in found if not m.name.endswith("__main__"))]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_docstring_examples(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
+
+
+def test_some_docstrings_have_examples():
+    finder = doctest.DocTestFinder()
+    examples = sum(len(t.examples) for name in modules() for t in finder.find(importlib.import_module(name)))
+    assert examples >= 15
+
+
+def test_readme_example_runs_and_shows_what_it_says(capsys):
+    (code,) = blocks("README.md", "python")
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)  # noqa: S102  # the README's own example
+    printed = capsys.readouterr().out
+    assert "robust accuracy" in printed
+    assert float(printed.splitlines()[-1]) > names["result"].robust_accuracy + 0.2
+
+
+def test_readme_commands_are_known(capsys):
+    from saddlepoint.cli import main
+
+    lines = [line for block in blocks("README.md", "") for line in block.splitlines() if line.startswith("saddlepoint ")]
+    assert len(lines) >= 6
+    for line in lines:
+        words = line.split()[1:]
+        command = words[:2] if words[0] in ("list", "data") else words[:1]
+        assert main([*command, "--help"]) == 0
+        shown = capsys.readouterr().out
+        for option in (word for word in words if word.startswith("--")):
+            assert option in shown, f"{line}: {option}"
+
+
+def test_contributing_example_is_a_whole_attack(monkeypatch):
+    from saddlepoint.attacks import registry
+
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    code = blocks("CONTRIBUTING.md", "python")[0]
+    names: dict[str, object] = {"__name__": "greedy"}
+    exec(compile(code, "CONTRIBUTING.md", "exec"), names)  # noqa: S102  # the guide's own example
+    model = sp.Model(torch.nn.Linear(5, 3))
+    x = torch.rand(40, 5)
+    y = model.predict(x)
+    result = sp.attack(model, x, y, sp.attacks.get("greedysearch")(steps=30), sp.Linf(0.2))
+    baseline = sp.attack(model, x, y, sp.attacks.UniformNoise(), sp.Linf(0.2))
+    assert int(result.success.sum()) > int(baseline.success.sum())
+    assert int(result.queries.backward.sum()) == 0
+    assert bool((result.distance <= 0.2).all())
+
+
+def test_plain_pytorch_example():
+    assert runpy.run_path(str(ROOT / "examples" / "plain_pytorch.py"))["main"](epochs=4) > 0.3
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's own
+def test_lightning_example():
+    pytest.importorskip("lightning")
+    assert runpy.run_path(str(ROOT / "examples" / "lightning_module.py"))["main"](epochs=4) > 0.3
+
+
+def test_changelog_and_licence_are_there():
+    assert "Unreleased" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")

@@ -1,0 +1,282 @@
+"""The frame for re-running papers' figures, and its entries in quick versions; the full ones are marked slow."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+import saddlepoint as sp
+from saddlepoint import reproduce
+from saddlepoint.cli.reproduce import cells, remarks
+from saddlepoint.cli.reproduce import reproduce as command
+from saddlepoint.reproduce import ENTRIES, Context, Entry, Figure, Recipe, frame
+from saddlepoint.reproduce.goodfellow import worst_case_loss
+
+DIGITS = sp.data.load("digits")
+FIRST = ["R1", "R2", "R3", "R4", "R5", "R6", "R12", "R15"]
+
+
+@pytest.fixture(scope="module")
+def quick() -> Context:
+    """Entries share networks, so tests share the context."""
+    return Context(data=DIGITS, quick=True)
+
+
+@pytest.fixture
+def no_mnist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SADDLEPOINT_DATA", str(tmp_path / "nothing"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def as_mnist(train: int = 64, test: int = 32) -> sp.data.Dataset:
+    """A few digits under MNIST's name, for what depends on the name."""
+    return sp.data.Dataset("mnist", DIGITS.train.take(train), DIGITS.test.take(test), DIGITS.class_names, "test")
+
+
+def fixed(id: str, *figures: Figure) -> Entry:
+    return Entry(id, "a title", "a paper", "a setting", lambda context: list(figures))
+
+
+def only_entries(monkeypatch: pytest.MonkeyPatch, *entries: Entry) -> None:
+    monkeypatch.setattr(frame, "ENTRIES", {entry.id: entry for entry in entries})
+
+
+def call(*arguments: str) -> tuple[int, str]:
+    """Exit status and standard output of the command."""
+    app = typer.Typer()
+    app.command()(command)
+    result = CliRunner().invoke(app, list(arguments))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout
+
+
+@pytest.mark.parametrize(
+    ("ours", "must", "inside", "verdict"),
+    [
+        (0.5, (0.5, 0.7), True, "inside"),
+        (0.7, (0.5, 0.7), True, "inside"),
+        (0.49, (0.5, 0.7), False, "OUTSIDE"),
+        (0.71, (0.5, 0.7), False, "OUTSIDE"),
+        (math.nan, (0.0, 1.0), False, "OUTSIDE"),
+        (0.5, None, None, "not judged"),
+    ],
+)
+def test_a_range_holds_its_ends_and_never_nan(ours, must, inside, verdict):
+    figure = Figure("f", ours, must)
+    assert (figure.inside, figure.verdict) == (inside, verdict)
+
+
+def test_an_outcome_passes_unless_a_judged_figure_is_outside(quick):
+    good, bad, unjudged = Figure("g", 1.0, (0.0, 1.0)), Figure("b", 2.0, (0.0, 1.0)), Figure("u", 9.0)
+    assert fixed("X1", good, unjudged)(quick).passed
+    assert not fixed("X1", good, bad)(quick).passed
+
+
+def test_the_papers_ranges_and_goals_hold_for_full_runs_on_mnist_alone():
+    entry = Entry("X1", "t", "r", "s", lambda c: [Figure("f", 0.5, c.accept((0.9, 1.0), loose=(0.1, 1.0)), goal=0.95)])
+    for data, is_quick, must, goal in [
+        (as_mnist(), False, (0.9, 1.0), 0.95),
+        (as_mnist(), True, (0.1, 1.0), None),
+        (DIGITS, False, (0.1, 1.0), None),
+        (DIGITS, True, (0.1, 1.0), None),
+    ]:
+        outcome = entry(Context(data=data, quick=is_quick))
+        assert outcome.figures[0].must == must
+        assert outcome.figures[0].goal == goal
+        assert ("on digits, epochs times" in outcome.setting) == (data is DIGITS)
+        assert ("at most 6000 training" in outcome.setting) == is_quick
+        assert (outcome.data, outcome.stand_in, outcome.quick) == (data.name, data is DIGITS, is_quick)
+
+
+def test_a_figure_without_a_loose_range_is_not_judged_on_a_stand_in():
+    assert Context(data=DIGITS).accept((0.9, 1.0)) is None
+
+
+def test_equal_recipes_share_a_network_and_the_seed_decides_it():
+    recipe = Recipe("softmax", epochs=1)
+    context = Context(data=as_mnist())
+    model = context.model(recipe)
+    assert context.model(Recipe("softmax", epochs=1)) is model
+    assert context.model(Recipe("softmax", epochs=2)) is not model
+    weights = [Context(data=as_mnist(), seed=seed).model(recipe).net[1].weight for seed in (0, 0, 1)]
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_global_random_state_and_threads_are_left_alone(quick):
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    ENTRIES["R2"](quick)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+
+
+def test_an_unfinished_training_is_no_network(monkeypatch):
+    monkeypatch.setattr(sp.Model, "forward", _interrupt)
+    context = Context(data=as_mnist())
+    with pytest.raises(KeyboardInterrupt):
+        context.model(Recipe("softmax", epochs=1))
+    assert not context.trained
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_data_without_a_training_part_is_refused():
+    with pytest.raises(sp.DataError, match="no training part"):
+        Context(data=sp.data.Dataset("mnist", None, DIGITS.test, DIGITS.class_names, "test"))
+
+
+def test_only_keeps_and_renumbers_classes():
+    kept = frame.only(DIGITS.test, (3, 7))
+    assert len(kept) == 100
+    torch.testing.assert_close(kept.x[kept.y == 1], DIGITS.test.x[DIGITS.test.y == 7])
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_worst_case_loss_beats_every_corner_of_the_ball(sign):
+    """In 6 dimensions, all 64 corners can be tried: the largest logistic loss is at one of them."""
+    w, b, x = torch.linspace(-1, 2, 6).double(), torch.tensor(0.3).double(), torch.linspace(0, 1, 6).double()[None]
+    corners = torch.cartesian_prod(*[torch.tensor([-0.25, 0.25]).double()] * 6)
+    losses = torch.nn.functional.softplus(-sign * ((x + corners) @ w + b))
+    torch.testing.assert_close(worst_case_loss(w, b, x, torch.tensor([sign]), 0.25), losses.max()[None])
+
+
+def test_ids_are_unique_and_the_first_entries_are_there():
+    assert list(ENTRIES) == FIRST
+    with pytest.raises(sp.InputError, match="R1 already"):
+        frame.entry("R1", "t", "r", "s")(lambda context: [])
+
+
+def test_find_takes_any_case_once_and_suggests():
+    assert [e.id for e in reproduce.find(["r5", "R5", "R1"])] == ["R5", "R1"]
+    assert [e.id for e in reproduce.find()] == FIRST
+    with pytest.raises(sp.UnknownNameError, match=r"did you mean .*'R1'"):
+        reproduce.find(["R1x"])
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_entries_quickly_on_the_stand_in(name, quick):
+    outcome = ENTRIES[name](quick)
+    assert outcome.stand_in
+    assert outcome.passed, [(f.name, f.ours, f.must) for f in outcome.figures if f.inside is False]
+    assert any(figure.inside for figure in outcome.figures), "something must be judged"
+    assert all(math.isfinite(figure.ours) for figure in outcome.figures)
+
+
+def test_entries_notice_an_attack_that_does_nothing(monkeypatch, quick):
+    monkeypatch.setattr("saddlepoint.reproduce.goodfellow.fgsm", lambda model, x, y, eps, bounds=None: x)
+    fresh = Context(data=DIGITS, quick=True, trained=copy.copy(quick.trained))
+    assert not any(ENTRIES[name](fresh).passed for name in ("R1", "R2", "R3"))
+
+
+@pytest.mark.usefixtures("no_mnist")
+def test_without_mnist_digits_stand_in_and_say_so(monkeypatch, tmp_path):
+    only_entries(monkeypatch, fixed("X1", Figure("f", 0.5, (0.0, 1.0), paper=0.6, paper_note="of another network")))
+    status, text = call("X1")
+    assert status == 0
+    assert "STAND-IN: these figures were measured on digits" in text
+    assert "Why: dataset 'mnist': not found" in text
+    assert "the paper's figure is of another network" in text
+    with pytest.raises(sp.DataError, match="mnist"):  # who names a root wants MNIST from there
+        call("X1", "--root", str(tmp_path))
+
+
+@pytest.mark.usefixtures("no_mnist")
+def test_a_figure_outside_gives_status_1(monkeypatch):
+    good, bad = fixed("X1", Figure("f", 0.5, (0.0, 1.0))), fixed("X2", Figure("wrong one", 1.5, (0.0, 1.0)))
+    only_entries(monkeypatch, good, bad)
+    assert call("X1")[0] == 0
+    status, text = call()
+    assert status == 1
+    assert "OUTSIDE" in text
+    assert "1 of 2 judged figures are inside" in text
+    assert "outside: X2 wrong one" in text
+
+
+@pytest.mark.usefixtures("no_mnist")
+def test_json(monkeypatch):
+    figures = Figure("f", 0.5, (0.25, 1.0), 0.6, "a note", 0.7), Figure("no errors", math.nan, unit="")
+    only_entries(monkeypatch, fixed("X1", *figures))
+    status, text = call("--json", "--quick", "--seed", "3")
+    found = json.loads(text, parse_constant=pytest.fail)  # NaN is no JSON
+    assert status == 0
+    assert {k: found[k] for k in ("schema", "passed", "complete", "stand_in", "quick", "seed", "threads")} == {
+        "schema": 1, "passed": True, "complete": True, "stand_in": True, "quick": True, "seed": 3, "threads": 1,
+    }  # fmt: skip
+    assert found["data"] == {"name": "digits", "source": "scikit-learn", "fingerprint": DIGITS.fingerprint()}
+    assert set(found["versions"]) == {"torch", "python"}
+    (outcome,) = found["outcomes"]
+    assert set(outcome) == {
+        "id", "title", "reference", "setting", "data", "stand_in", "quick", "seed", "figures", "seconds", "passed",
+    }  # fmt: skip
+    assert outcome["figures"] == [
+        {
+            "name": "f", "ours": 0.5, "must": [0.25, 1.0], "paper": 0.6, "paper_note": "a note", "goal": None, "unit": "share",
+            "inside": True, "verdict": "inside",
+        },
+        {
+            "name": "no errors", "ours": None, "must": None, "paper": None, "paper_note": "", "goal": None, "unit": "",
+            "inside": None, "verdict": "not judged",
+        },
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_mnist")
+def test_ctrl_c_keeps_what_is_finished(monkeypatch):
+    only_entries(monkeypatch, fixed("X1", Figure("f", 0.5)), Entry("X2", "t", "r", "s", _interrupt))
+    status, text = call("--json")
+    found = json.loads(text)
+    assert status == 130
+    assert [outcome["id"] for outcome in found["outcomes"]] == ["X1"]
+    assert (found["complete"], found["passed"]) == (False, False)
+
+
+@pytest.mark.usefixtures("no_mnist")
+def test_list_runs_nothing(monkeypatch):
+    only_entries(monkeypatch, Entry("X1", "a title", "a paper", "a setting", _interrupt))
+    status, text = call("--list")
+    assert status == 0
+    assert all(part in text for part in ("X1", "a title", "a paper", "a setting"))
+    (row,) = json.loads(call("--list", "--json")[1])["entries"]
+    assert row == {"id": "X1", "title": "a title", "reference": "a paper", "setting": "a setting"}
+
+
+@pytest.mark.usefixtures("no_mnist")
+def test_an_unknown_entry_is_refused_before_anything_runs():
+    with pytest.raises(sp.UnknownNameError, match="did you mean"):
+        call("R1", "R12x")
+
+
+def test_text_of_figures_and_remarks(quick):
+    assert cells(Figure("f", 0.9995, (0.995, 1.0), 0.999, "a note", 1.0)) == (
+        "99.95%",
+        "99.90%*",
+        "99.50% to 100.00%",
+        "100.00%",
+    )
+    assert cells(Figure("f", 1.2e-7, (0.0, 1e-6), unit="")) == ("1.2e-07", "", "0 to 1e-06", "")
+    assert remarks([], Context(data=as_mnist())) == ["0 of 0 judged figures are inside their ranges."]
+    assert any("QUICK" in line for line in remarks([], quick))
+
+
+@pytest.fixture(scope="module")
+def mnist() -> Context:
+    try:
+        return Context(data=sp.data.load("mnist"))
+    except sp.DataError as error:
+        pytest.skip(f"needs MNIST: {error}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIRST)
+def test_entries_on_mnist(name, mnist):
+    outcome = ENTRIES[name](mnist)
+    assert not outcome.stand_in
+    assert outcome.passed, [(f.name, f.ours, f.must) for f in outcome.figures if f.inside is False]
