@@ -108,6 +108,15 @@ class TestProjection:
         feasible = region.contains(points)
         assert torch.equal(once[feasible], points[feasible])
 
+    @pytest.mark.parametrize("kind", [L2, L1])
+    def test_feasible_points_stay_beside_infeasible_ones(self, kind: type[Threat]) -> None:
+        x = inputs((50,), None, torch.float32, 0)
+        points = noise(x, 1e-3, 1)
+        points[0] += 5
+        found = kind(1.0).project(points, x, None)
+        assert torch.equal(found[1:], points[1:])
+        assert not torch.equal(found[0], points[0])
+
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("bounds", BOUNDS)
     def test_linf_loses_next_to_nothing(self, dtype: torch.dtype, bounds: Bounds) -> None:
@@ -313,6 +322,12 @@ class TestGrid:
         far = region.snap(region.project(x + 9))
         reach = ((x.double() * 255).round() + math.floor(eps * 255 + 1e-6)).clamp(max=255 if bounds else INF)
         assert torch.equal((far.double() * 255).round(), reach)
+
+    def test_linf_keeps_every_whole_level(self) -> None:
+        x = torch.zeros(1, 3)
+        for level in range(256):
+            for eps in (level / 255, level * (1 / 255), float(torch.tensor(level / 255))):
+                assert (Linf(eps, grid=GRID).around(x).upper * 255).round().tolist() == [[level] * 3]
 
     @pytest.mark.parametrize("threat", [L2(0.3, grid=GRID), L1(1.0, grid=GRID), L0(7, grid=GRID)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -8,7 +8,7 @@
 8
 """
 
-from saddlepoint import attacks, data, zoo
+from saddlepoint import attacks, data, models, zoo
 from saddlepoint.attacks.facade import attack, perturb
 from saddlepoint.defenses import Adversarial, Standard, harden, train
 from saddlepoint.engine import AttackResult, Budget, Interrupted
@@ -34,5 +34,5 @@ __all__ = [
     "L0", "L1", "L2", "Access", "Adversarial", "AttackResult", "Budget", "CapabilityError", "Classifier", "DataError",
     "Defended", "Ensemble", "FalsePositive", "InputError", "Interrupted", "Linf", "Minimize", "MissingExtraError", "Model",
     "ModelError", "Norm", "SaddlepointError", "SaddlepointWarning", "Scope", "Standard", "Status", "Targeted", "Transform",
-    "UnknownNameError", "Untargeted", "attack", "attacks", "compare", "data", "harden", "perturb", "train", "zoo",
+    "UnknownNameError", "Untargeted", "attack", "attacks", "compare", "data", "harden", "models", "perturb", "train", "zoo",
 ]  # fmt: skip

@@ -270,18 +270,25 @@ class Threat(ABC):
 
 def _ball_end(origin: Tensor, radius: Tensor, side: int) -> Tensor:
     """origin + side * radius, pulled towards the origin until its distance is <= radius both exactly and rounded."""
-    precision = torch.finfo(origin.dtype).eps
-    exact = origin.double()
-    largest = torch.full_like(radius, torch.finfo(origin.dtype).max)
-    limit = torch.where(torch.isinf(radius), radius, largest)  # a finite radius has finite ends
-    end = torch.clamp(exact + side * radius, -limit, limit).to(origin.dtype)
-    for _ in range(4):  # each pull is one or two units in the last place of the larger of |end| and radius
-        outside = ((end - origin).abs().double() > radius) | ((end.double() - exact).abs() > radius)
-        pull = torch.maximum(end.double().abs(), radius) * precision
-        end = torch.where(outside, (end.double() - side * pull).to(origin.dtype), end)
-    outside = ((end - origin).abs().double() > radius) | ((end.double() - exact).abs() > radius)
-    crossed = (end - origin) * side < 0
-    return torch.where(outside | crossed, origin, end)
+    whole = _rounded_down(radius, origin.dtype)
+    rest = torch.where(torch.isfinite(whole), _rounded_down(radius - whole.double(), origin.dtype), torch.zeros_like(whole))
+    end = origin + side * whole
+    moved = end - origin
+    error = (origin - (end - moved)).add_(side * whole - moved)  # origin + side * whole = end + error exactly (Knuth's two-sum)
+    outside = error * side + rest < 0
+    for _ in range(4):
+        outside |= (end - origin).abs_() > whole
+        if not bool(outside.any()):
+            return end
+        end = torch.where(outside, _step_towards(origin, end), end)
+        outside = torch.zeros_like(outside)
+    return torch.where((end - origin).abs_() > whole, origin, end)
+
+
+def _rounded_down(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest number of `dtype` that is no larger than value >= 0."""
+    near = value.to(dtype)
+    return torch.where(near.double() > value, _step_towards(torch.zeros_like(near), near), near)
 
 
 def _step_towards(origin: Tensor, points: Tensor) -> Tensor:

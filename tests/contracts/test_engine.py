@@ -156,7 +156,7 @@ def test_resume(after: int, mlp: nn.Module, samples: Samples) -> None:
     resumed = sp.attack(model, *samples, attack, threat, batch_size=4, resume=partial)
     same(whole, resumed)
     if len(partial):
-        with pytest.raises(sp.InputError, match="differs.*seed"):
+        with pytest.raises(sp.InputError, match=r"differs.*seed"):
             sp.attack(model, *samples, attack, threat, batch_size=4, resume=partial, seed=1)
         shuffled = partial.index.tolist()
         assert shuffled == sorted(shuffled)
@@ -173,10 +173,10 @@ def test_streams(model: sp.Model, samples: Samples) -> None:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ((torch.full((2, 1, 8, 8), 2.0), torch.zeros(2, dtype=torch.int64)), "batch 3: .*bounds"),
-        ((torch.zeros(2, 1, 8, 8), torch.tensor([0, 10])), "batch 3: .*classes 0 to 9"),
-        ((torch.zeros(2, 1, 4, 16), torch.zeros(2, dtype=torch.int64)), "batch 3: .*follow inputs of shape"),
-        (torch.zeros(2, 1, 8, 8), "batch 3: .*labels"),
+        ((torch.full((2, 1, 8, 8), 2.0), torch.zeros(2, dtype=torch.int64)), r"batch 3: .*bounds"),
+        ((torch.zeros(2, 1, 8, 8), torch.tensor([0, 10])), r"batch 3: .*classes 0 to 9"),
+        ((torch.zeros(2, 1, 4, 16), torch.zeros(2, dtype=torch.int64)), r"batch 3: .*follow inputs of shape"),
+        (torch.zeros(2, 1, 8, 8), r"batch 3: .*labels"),
     ],
 )
 def test_errors_in_streams_name_the_batch(model: sp.Model, samples: Samples, broken: object, message: str) -> None:
@@ -204,10 +204,10 @@ def test_out_of_memory(attack: Attack, mlp: nn.Module, samples: Samples) -> None
     found = sp.attack(sp.Model(Small(mlp)), *samples, attack, sp.Linf(0.1), batch_size=24)
     same(whole, found, exact=False)
     assert any("memory" in note for note in found.notes)
+    model = sp.Model(Small(mlp))
+    model.probe(samples[0])
+    model.net.limit = 0
     with pytest.raises(sp.ModelError, match="memory"):
-        model = sp.Model(Small(mlp))
-        model.probe(samples[0])
-        model.net.limit = 0
         sp.attack(model, *samples, attack, sp.Linf(0.1))
 
 

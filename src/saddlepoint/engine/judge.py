@@ -68,7 +68,7 @@ class Judge(Evaluator):
     def forward(self, points: Tensor, owner: Tensor | None) -> Tensor:
         def run(part: Tensor, rows: Tensor | None, where: slice, trusted: bool) -> Gradient:
             with torch.no_grad():
-                logits = self._model(part, rows).mean(1)
+                logits = self._averaged(self._model(part, rows))
             self.recorder.record(self.slots, part, logits, rows, trusted=trusted)
             return Gradient(logits[:, 0], part, logits)
 
@@ -98,11 +98,11 @@ class Judge(Evaluator):
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
                 drawn = self._model(leaf, rows)
-                logits = drawn.detach().mean(1)
+                logits = self._averaged(drawn.detach())
                 if first_look := bool((self.slots.clean_prediction == UNRESOLVED).any()):
                     # targets that wait for the first prediction must be known before the loss is
                     self.recorder.record(self.slots, part, logits, rows, trusted=trusted)
-                values = loss(drawn.flatten(0, 1), self._aim(rows), where).view(len(part), -1).mean(1)
+                values = self._averaged(loss(drawn.flatten(0, 1), self._aim(rows), where).view(len(part), -1))
             if not first_look:
                 self.recorder.record(self.slots, part, logits, rows, trusted=trusted)
             decided = self.recorder.decided(self.slots)
@@ -162,6 +162,10 @@ class Judge(Evaluator):
         self.model.queries.forward += len(repeated)
         return logits.view(len(points), self.draws, -1)
 
+    def _averaged(self, drawn: Tensor) -> Tensor:
+        """The mean over the draws, of (Q, draws, ...)."""
+        return drawn.mean(1) if self.draws > 1 else drawn[:, 0]
+
     def _count(self, counter: Tensor, rows: Tensor | None, points: int) -> None:
         if rows is None:
             counter += self.draws
@@ -170,7 +174,7 @@ class Judge(Evaluator):
 
     def _checked(self, gradient: Tensor, rows: Tensor | None) -> Tensor:
         """Zero the gradients that are NaN or infinite and mark their samples; count the vanished ones."""
-        peak = torch.linalg.vector_norm(gradient.flatten(1), ord=torch.inf, dim=1)
+        peak = gradient.flatten(1).abs().amax(1)  # vector_norm's infinity norm is 18 times slower on the CPU
         bad, zero = ~torch.isfinite(peak), peak == 0
         if bool(zero.any()):
             self._count_rows(self.slots.zero_gradients, zero, rows)

@@ -156,7 +156,10 @@ class Recorder:
             sound = torch.ones_like(slots.broken).index_put((owner[~sound],), torch.zeros_like(owner[~sound], dtype=torch.bool))
             candidate = _best_of_each_owner(candidate, owner, slots.best)
         better = self._better(candidate, slots.best)
-        slots.best = select(better, candidate, slots.best)
+        if bool(better.all()):
+            slots.best = candidate
+        elif bool(better.any()):
+            slots.best = select(better, candidate, slots.best)
         slots.broken = slots.broken | (~sound & ~slots.best.success)
         if first_look:
             looked_at = fresh & (slots.clean_prediction != UNRESOLVED)

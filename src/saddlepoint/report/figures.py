@@ -76,7 +76,7 @@ def security_curve(comparison: Comparison, norm: Norm | str | None = None) -> Fi
     """Accuracy over eps, one panel per norm (or the one given): thick, the worst over all attacks; thin, each attack."""
     shown = norms(comparison) if norm is None else [Norm(norm)]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(7.6 if len(shown) == 1 else 5.2 * len(shown), 4.2))
+        figure = Figure(figsize=(6.6 if len(shown) == 1 else 5.2 * len(shown), 3.9))
         for number, panel in enumerate(shown):
             axes = figure.add_subplot(1, len(shown), number + 1)
             _curves(axes, comparison, panel)
@@ -123,7 +123,7 @@ def _curves(axes: Axes, comparison: Comparison, norm: Norm) -> None:
             axes.plot([], [], color=MUTED, lw=1.0, ls=_DASHES[number % len(_DASHES)], label=visible(labels[attack], 32))
         axes.plot([], [], color=MUTED, lw=2.4, marker="o", ms=5, label="worst of all")
         columns = min(len(attacks) + 1, 4)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, handlelength=3)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns, handlelength=3)
 
 
 def _thin(cells: Sequence[Cell], clean: float, reach: float) -> tuple[list[float], list[float]]:
@@ -157,7 +157,7 @@ def _apart(heights: Sequence[float], gap: float) -> list[float]:
 def training(histories: Mapping[str, History]) -> Figure:
     """Loss, and clean and robust validation accuracy, over the epochs of every training."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(7.6, 3.4))
+        figure = Figure(figsize=(6.6, 3.1))
         loss, accuracy = figure.subplots(1, 2)
         for place, (name, history) in enumerate(histories.items()):
             color, label = SERIES[place % len(SERIES)], visible(name, 24)

@@ -143,7 +143,8 @@ def _page(
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": words.percent, "size": words.size, "length_of": words.length, "count": words.count, "code": _code, "pretty": _pretty,
+        "percent": words.percent, "size": words.size, "length_of": words.length, "count": words.count,
+        "code": _code, "pretty": _pretty,
     }  # fmt: skip
     page = environment.get_template("report.html.j2").render(
         document=document,

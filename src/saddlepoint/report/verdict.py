@@ -79,11 +79,11 @@ def _norm(comparison: Comparison, norm: Norm) -> list[str]:
         if kept - left > 0.1:
             sentences.append(f"Random noise of that size leaves it {percent(kept)}: the direction does it, not the size.")
     sentences += [_beside(comparison, norm, eps, first, other) for other in others]
-    for name in (first, *others):
-        largest = radii(comparison, name, norm)[-1]
-        at_most = comparison.robust_accuracy(name, norm, largest)
-        if largest > eps and not targeted and at_most < comparison.robust_accuracy(name, norm, eps):
-            sentences.append(f"At the largest size tried, {norm} eps {size(largest)}, `{name}` is left with {percent(at_most)}.")
+    largest = max(radii(comparison, first, norm))
+    if largest > eps and not targeted:
+        reached = [name for name in (first, *others) if largest in radii(comparison, name, norm)]
+        left_over = (f"{percent(comparison.robust_accuracy(name, norm, largest))} of `{name}`" for name in reached)
+        sentences.append(f"At the largest size tried, eps {size(largest)}, that is {listed(left_over)}.")
     return sentences
 
 

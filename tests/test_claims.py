@@ -1,0 +1,145 @@
+"""What the introductions to the field say, shown on a small network and real digits."""
+
+import math
+
+import pytest
+import torch
+
+import saddlepoint as sp
+
+DIGITS = sp.data.load("digits")
+X, Y = DIGITS.test.take(200).x, DIGITS.test.take(200).y
+
+
+@pytest.fixture(scope="module")
+def model():
+    return sp.train(sp.zoo.build("mlp", in_shape=(1, 8, 8)), DIGITS.train, epochs=15).model
+
+
+def test_random_directions_are_mostly_safe(model):
+    """Noise as large as FGSM's step, even the best of ten draws, fools a small share of what one gradient step does."""
+    fgsm = sp.attack(model, X, Y, sp.attacks.FGSM(), sp.Linf(0.15)).success_rate
+    for noise in (sp.attacks.UniformNoise(), sp.attacks.SignNoise(), sp.attacks.GaussianNoise()):
+        tried = sp.attack(model, X, Y, sp.attacks.Restarts(noise, 10), sp.Linf(0.15)).success_rate
+        assert tried < fgsm / 3
+
+
+def test_untargeted_is_easier_than_targeted(model):
+    untargeted = sp.attack(model, X, Y, sp.attacks.PGD(steps=20), sp.Linf(0.1)).success_rate
+    targeted = sp.attack(model, X, Y, sp.attacks.PGD(steps=20), sp.Linf(0.1), sp.Targeted("random")).success_rate
+    least_likely = sp.attack(model, X, Y, sp.attacks.ILLC(steps=20), sp.Linf(0.1)).success_rate
+    assert least_likely < targeted < untargeted
+
+
+def test_iterating_beats_one_step(model):
+    rates = [
+        sp.attack(model, X, Y, attack, sp.Linf(0.1)).success_rate
+        for attack in (sp.attacks.FGSM(), sp.attacks.BIM(), sp.attacks.Restarts(sp.attacks.PGD(), 3))
+    ]
+    assert rates == sorted(rates)
+    assert rates[0] < rates[-1]
+
+
+def test_the_sign_lengthens_the_step_and_turns_it():
+    """For n dense gradient entries, sign(g) has length sqrt(n) whatever g is, and meets g at cos = ||g||_1 / (sqrt(n) ||g||_2)."""
+    net = torch.nn.Linear(400, 2).double()
+    x, y = torch.rand(8, 400, dtype=torch.float64), torch.zeros(8, dtype=torch.int64)
+    free = sp.Model(net, bounds=None)
+    eps = 0.1
+    sign = sp.attack(free, x, y, sp.attacks.FGSM(), sp.Linf(eps), keep="last").adversarial - x
+    value = sp.attack(free, x, y, sp.attacks.FGM(), sp.L2(eps), keep="last").adversarial - x
+    gradient = (net.weight[1] - net.weight[0]).detach()
+    right = free.predict(x) == y
+    assert bool(right.any())
+    torch.testing.assert_close(sign.norm(dim=1)[right], torch.full((int(right.sum()),), eps * math.sqrt(400)).double())
+    cosine = gradient.abs().sum() / (math.sqrt(400) * gradient.norm())
+    torch.testing.assert_close(torch.cosine_similarity(sign[right], gradient[None]), cosine.expand(int(right.sum())))
+    torch.testing.assert_close(torch.cosine_similarity(value[right], gradient[None]), torch.ones(int(right.sum())).double())
+
+
+def test_growth_of_a_linear_activation_is_eps_times_the_l1_norm():
+    """w.(x + eps sign(w)) - w.x = eps ||w||_1 = eps m n: it grows with the dimension n while ||eta||_inf does not."""
+    growth = []
+    for n in (10, 100, 1000):
+        net = torch.nn.Linear(n, 1).double().requires_grad_(False)
+        torch.nn.init.uniform_(net.weight, -1, 1)
+        x = torch.rand(1, n, dtype=torch.float64)
+        label = torch.zeros(1, dtype=torch.int64)
+        torch.nn.init.constant_(net.bias, -float(x @ net.weight[0]) - 1)  # f(x) = -1: class 0
+        moved = sp.attack(sp.Model(net, bounds=None), x, label, sp.attacks.FGSM(), sp.Linf(0.01), keep="last").adversarial
+        growth.append(float(net(moved) - net(x)))
+        assert growth[-1] == pytest.approx(0.01 * float(net.weight.abs().sum()), rel=1e-6)
+    assert growth[2] > 50 * growth[0]
+
+
+def test_perturbations_below_the_precision_are_dropped(model):
+    """On an 8-bit grid eps < 1/255 leaves nothing, and larger ones act in whole levels."""
+    x = torch.round(X * 255) / 255
+    below = sp.attack(model, x, Y, sp.attacks.PGD(steps=5), sp.Linf(0.9 / 255, grid=1 / 255), keep="last")
+    assert torch.equal(below.adversarial, x)
+    above = sp.attack(model, x, Y, sp.attacks.PGD(steps=5), sp.Linf(20.5 / 255, grid=1 / 255))
+    levels = above.adversarial * 255
+    torch.testing.assert_close(levels, levels.round(), atol=1e-3, rtol=0)
+    assert float((levels - x * 255).abs().max()) <= 20 + 1e-3
+    assert above.success_rate > 0.1
+
+
+def test_rubbish_is_taken_for_digits(model):
+    """From noise in the input range, a few steps give a confident digit (false positives)."""
+    noise = torch.rand(50, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    goal = sp.FalsePositive(target=3, probability=0.99)
+    result = sp.attack(model, noise, None, sp.attacks.PGD(steps=40), sp.Linf(0.5), goal)
+    assert result.success_rate > 0.9
+    confidence = model.logits(result.adversarial).softmax(1)[:, 3]
+    assert bool((confidence[result.success] >= 0.99).all())
+
+
+def test_confidence_and_top_k_ask_for_more(model):
+    def rate(goal):
+        return sp.attack(model, X, Y, sp.attacks.PGD(steps=20, loss="margin"), sp.Linf(0.12), goal).success_rate
+
+    assert rate(sp.Untargeted(confidence=5.0)) < rate(sp.Untargeted())
+    assert rate(sp.Untargeted(top_k=3)) < rate(sp.Untargeted())
+
+
+def test_class_groups_ask_for_more(model):
+    """Confusing 3 with 8 is no success where both are the same group."""
+    grouped = sp.Untargeted(groups=(frozenset({3, 8, 9, 5}),))
+    plain = sp.attack(model, X, Y, sp.attacks.PGD(steps=20), sp.Linf(0.12))
+    strict = sp.attack(model, X, Y, sp.attacks.PGD(steps=20), sp.Linf(0.12), grouped)
+    assert int(strict.success.sum()) < int(plain.success.sum())
+    fooled = strict.having("fooled")
+    members = torch.tensor([3, 8, 9, 5])
+    both = torch.isin(strict.predicted[fooled], members) & torch.isin(Y[fooled], members)
+    assert not bool(both.any())
+
+
+def test_a_randomised_defense_falls_to_the_average_over_draws(model):
+    """Expectation over transformation: gradients over draws break what single draws don't average out."""
+    noisy = sp.Defended(model, [sp.models.gaussian_noise(0.3)], draws=16)
+    result = sp.attack(noisy, X[:60], Y[:60], sp.attacks.PGD(steps=20), sp.Linf(0.25))
+    assert result.success_rate > 0.5
+
+
+def test_masked_gradients_still_have_adversarial_examples(model):
+    """Bit-depth reduction has a zero gradient: exact differentiation finds nothing, BPDA does, and the result says why."""
+    exact = sp.Transform(name="rounding", apply=sp.models.bit_depth(3).apply)
+    naive = sp.attack(sp.Defended(model, [exact]), X, Y, sp.attacks.BIM(), sp.Linf(0.15))
+    adaptive = sp.attack(sp.Defended(model, [sp.models.bit_depth(3)]), X, Y, sp.attacks.BIM(), sp.Linf(0.15))
+    assert naive.success_rate == 0
+    assert any("zero" in note for note in naive.notes)
+    assert adaptive.success_rate > 0.5
+
+
+def test_training_forms_raise_robustness():
+    """Each form of adversarial training beats clean training on the attack that it trains against."""
+    attack, threat = sp.attacks.FGSM(), sp.Linf(0.1)
+
+    def robust(adversary):
+        net = sp.zoo.build("mlp", in_shape=(1, 8, 8))
+        trained = sp.train(net, DIGITS.train, adversary=adversary, epochs=12, batch_size=64)
+        return sp.attack(trained.model, X, Y, sp.attacks.PGD(steps=20), threat).robust_accuracy
+
+    clean = robust(None)
+    for form in ("replace", "add", "regularize"):
+        assert robust(sp.Adversarial(attack=attack, threat=threat, form=form)) > clean + 0.1
