@@ -70,7 +70,19 @@ def test_command_line_wins_over_the_file(here, capsys):
 
 def test_attack_saves_what_the_library_gives(here, capsys):
     status, out, _ = call(
-        capsys, "attack", "pgd:steps=5", "--model", "net.py:model", "--eps", "0.1", "--samples", "50", "--seed", "3", "--out", "out"
+        capsys,
+        "attack",
+        "pgd:steps=5",
+        "--model",
+        "net.py:model",
+        "--eps",
+        "0.1",
+        "--samples",
+        "50",
+        "--seed",
+        "3",
+        "--out",
+        "out",
     )
     assert status == 0
     assert "robust accuracy" in out
@@ -91,7 +103,9 @@ def test_train_then_evaluate_the_weights(here, capsys):
     history = json.loads((here / "trained" / "history.json").read_text())
     assert len(history["epochs"]) == 3
     weights = here / "trained" / "weights.safetensors"
-    status, out, _ = call(capsys, "evaluate", "--model", f"zoo:mlp+{weights}", "--samples", "50", "--attack", "fgsm", "--out", "e")
+    status, out, _ = call(
+        capsys, "evaluate", "--model", f"zoo:mlp+{weights}", "--samples", "50", "--attack", "fgsm", "--out", "e"
+    )
     assert status == 0
     accuracy = json.loads((here / "e" / "results.json").read_text())["models"][0]["clean_accuracy"]
     assert accuracy > 0.5
@@ -205,7 +219,7 @@ class Stops(torch.nn.Module):
 stops = Stops()
 """
     )
-    status, out, _ = call(
+    status, _out, _ = call(
         capsys, "evaluate", "--model", "slow.py:stops", "--eps", "0.05,0.1,0.2", "--attack", "fgsm", "--attack", "pgd:steps=20",
         "--samples", "50", "--out", "out",
     )  # fmt: skip

@@ -41,7 +41,7 @@ def test_some_docstrings_have_examples():
 def test_readme_example_runs_and_shows_what_it_says(capsys):
     (code,) = blocks("README.md", "python")
     names: dict[str, object] = {}
-    exec(compile(code, "README.md", "exec"), names)  # noqa: S102  # the README's own example
+    exec(compile(code, "README.md", "exec"), names)  # the README's own example
     printed = capsys.readouterr().out
     assert "robust accuracy" in printed
     assert float(printed.splitlines()[-1]) > names["result"].robust_accuracy + 0.2
@@ -67,7 +67,7 @@ def test_contributing_example_is_a_whole_attack(monkeypatch):
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     code = blocks("CONTRIBUTING.md", "python")[0]
     names: dict[str, object] = {"__name__": "greedy"}
-    exec(compile(code, "CONTRIBUTING.md", "exec"), names)  # noqa: S102  # the guide's own example
+    exec(compile(code, "CONTRIBUTING.md", "exec"), names)  # the guide's own example
     model = sp.Model(torch.nn.Linear(5, 3))
     x = torch.rand(40, 5)
     y = model.predict(x)

@@ -450,8 +450,9 @@ class TestInputs:
         self.model.check_inputs(torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.5]]))
         self.model.check_inputs(torch.empty(0, 5))
         Model(linear(), bounds=None).check_inputs(torch.full((1, 5), 1e9))
-        with pytest.raises(InputError, match="nan"):
-            Model(linear(), bounds=None).check_inputs(torch.full((1, 5), float("nan")))
+        for value in (float("nan"), float("inf"), -float("inf")):
+            with pytest.raises(InputError, match=f"= {value}"):
+                Model(linear(), bounds=None).check_inputs(torch.full((1, 5), value))
         Model(lambda x: x).check_inputs(torch.zeros(1, 5, dtype=torch.float64))
 
     def test_constructor(self) -> None:

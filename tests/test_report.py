@@ -259,6 +259,15 @@ def test_examples_are_the_same_samples_with_true_confidences(pair: Comparison) -
     assert shown.factor == pytest.approx(0.5 / 0.11, rel=0.05)
 
 
+def test_wrong_from_the_start_comes_last_and_was_fooled_by_nothing() -> None:
+    x, y = samples((1, 4, 4), 4)  # distances 0.02, 0.02, 0.04, 0.04
+    models = {"standard": sp.Model(threshold(0.0))}
+    shown = gallery(compare(models, x, y ^ torch.tensor([1, 0, 0, 0]), [sp.attacks.FGSM()], [sp.Linf(0.03)]), 4)
+    assert [example.index for example in shown.examples] == [1, 2, 3, 0]
+    last = shown.examples[-1].shots[0]
+    assert (last.status, last.smallest, float(last.delta.abs().max())) == (Status.ALREADY_WRONG, None, 0.0)
+
+
 def test_labels_only_models_have_no_confidence() -> None:
     x, y = samples((4,))
     model = sp.Model(threshold(0.0), access=sp.Access.LABELS)

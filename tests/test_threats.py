@@ -111,9 +111,9 @@ class TestProjection:
     @pytest.mark.parametrize("kind", [L2, L1])
     def test_feasible_points_stay_beside_infeasible_ones(self, kind: type[Threat]) -> None:
         x = inputs((50,), None, torch.float32, 0)
-        points = noise(x, 1e-3, 1)
-        points[0] += 5
-        found = kind(1.0).project(points, x, None)
+        points = noise(x, 0.1, 1)  # x + (points - x) is not points, where x is near 0
+        points[0] += 50
+        found = kind(10.0).project(points, x, None)
         assert torch.equal(found[1:], points[1:])
         assert not torch.equal(found[0], points[0])
 
@@ -328,6 +328,8 @@ class TestGrid:
         for level in range(256):
             for eps in (level / 255, level * (1 / 255), float(torch.tensor(level / 255))):
                 assert (Linf(eps, grid=GRID).around(x).upper * 255).round().tolist() == [[level] * 3]
+        tenths = Linf(0.3, grid=0.1).around(x)  # 0.3 / 0.1 is below 3 in float64
+        torch.testing.assert_close(tenths.upper, torch.full_like(x, 0.3))
 
     @pytest.mark.parametrize("threat", [L2(0.3, grid=GRID), L1(1.0, grid=GRID), L0(7, grid=GRID)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -590,7 +592,7 @@ class TestSteepest:
         zero = region.steepest(torch.zeros_like(x), self.sizes(2.0), x)
         assert zero.dtype == dtype
         assert (zero == 0).all()
-        smallest = torch.finfo(dtype).smallest_normal
+        smallest = torch.finfo(dtype).smallest_normal / 16
         for scale in (smallest, min(torch.finfo(dtype).max / 8, 1e150)):
             g = torch.full_like(x, scale)
             d = region.steepest(g, self.sizes(2.0), x)

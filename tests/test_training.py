@@ -315,9 +315,7 @@ def test_harden_tells_old_examples_from_new_ones():
     """Static retraining fits the old examples; a new attack on the new network still succeeds more often."""
     standard = sp.train(make_net(), DIGITS.train, epochs=8, learning_rate=5e-3).model
     before = weights(standard.networks()[0])
-    outcome = sp.harden(
-        standard, DIGITS.train, DIGITS.test, sp.attacks.FGSM(), sp.Linf(0.15), epochs=8, learning_rate=5e-3
-    )
+    outcome = sp.harden(standard, DIGITS.train, DIGITS.test, sp.attacks.FGSM(), sp.Linf(0.15), epochs=8, learning_rate=5e-3)
     assert same(before, weights(standard.networks()[0]))
     assert outcome.old_examples_accuracy > outcome.before.robust_accuracy + 0.2
     assert outcome.old_examples_accuracy > outcome.after.robust_accuracy

@@ -19,6 +19,7 @@ from saddlepoint.attacks import find
 from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.cli import config as configuration
 from saddlepoint.cli import inputs
+from saddlepoint.cli.reproduce import reproduce
 from saddlepoint.defenses import Adversarial, EpochRecord, Hardening, Training
 from saddlepoint.defenses import harden as run_harden
 from saddlepoint.defenses import train as run_train
@@ -60,8 +61,19 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...")]
 Passes = Annotated[int | None, typer.Option(min=1, help="At most so many passes (forward and backward) a sample.")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from saddlepoint import __version__
+
+        console.print(f"saddlepoint {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option(help="Show tracebacks of errors.")] = False) -> None:
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)] = False,
+) -> None:
     """Options of every command; `run` looks at --debug wherever it stands."""
 
 
@@ -267,6 +279,9 @@ def harden(
         f"accuracy of {retrained} under a new attack:     {outcome.after.robust_accuracy:7.2%}   <- the honest figure",
         markup=False,
     )
+
+
+app.command()(reproduce)
 
 
 @listing.command("attacks")

@@ -105,8 +105,8 @@ class AttackResult:
 
     @property
     def robust_accuracy(self) -> float:
-        """Share of all samples, wrong ones included, for which the attack did not reach its goal."""
-        return _mean(~self.success)
+        """Share of all samples that survived; those that were wrong before, or gave NaN, did not."""
+        return _mean(self.having(Status.SURVIVED))
 
     @property
     def success_rate(self) -> float:

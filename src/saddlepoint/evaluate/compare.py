@@ -14,7 +14,7 @@ from saddlepoint.engine import Attack, AttackResult, Budget, Interrupted
 from saddlepoint.errors import InputError
 from saddlepoint.goals import Goal
 from saddlepoint.models.base import Classifier
-from saddlepoint.taxonomy import Norm
+from saddlepoint.taxonomy import Norm, Status
 from saddlepoint.threats import Threat
 
 
@@ -52,17 +52,22 @@ class Comparison:
     complete: bool = True
 
     def clean_accuracy(self, model: str) -> float:
-        """Accuracy on the unperturbed samples."""
-        return next(cell.result.clean_accuracy for cell in self.cells if cell.model == model)
+        """Accuracy on the unperturbed samples. Errors: `InputError` if no attack on the model has finished."""
+        for cell in self.cells:
+            if cell.model == model:
+                return cell.result.clean_accuracy
+        raise InputError(f"no attack on {model!r} has finished")
 
     def robust_accuracy(self, model: str, norm: Norm | str, eps: float) -> float:
-        """Share of samples that no attack fooled within eps: a success in a smaller ball counts too."""
-        fooled = [
-            cell.result.success for cell in self.cells if cell.model == model and cell.norm == Norm(norm) and cell.eps <= eps
+        """Share of samples that survived every attack within eps: a success in a smaller ball counts too."""
+        lost = [
+            ~cell.result.having(Status.SURVIVED)
+            for cell in self.cells
+            if cell.model == model and cell.norm == Norm(norm) and cell.eps <= eps
         ]
-        if not fooled:
+        if not lost:
             raise InputError(f"no attack on {model!r} was run within {norm} {eps:g}")
-        return float(1 - torch.stack(fooled).any(0).double().mean())
+        return float(1 - torch.stack(lost).any(0).double().mean())
 
     def curve(self, model: str, norm: Norm | str) -> list[tuple[float, float]]:
         """The security curve: (eps, robust accuracy) from (0, clean accuracy) upwards."""

@@ -24,7 +24,7 @@ MAX_BARS = 128  # more features than this make no bar chart that one can read
 class Shot:
     """One sample under attack on one model. Confidences are None where the model gives labels only.
 
-    smallest: the smallest measured eps within which any attack fooled it, None if none did.
+    smallest: the smallest measured eps within which any attack fooled it; None if none did, or if it was wrong from the start.
     """
 
     model: str
@@ -125,7 +125,7 @@ def _rows(cells: list[Cell], count: int) -> Tensor:
     usable = ~torch.stack([result.having(Status.ERROR) for result in results]).any(0)
     right = torch.stack([result.clean_predicted == result.labels for result in results]).all(0)
     fooled = torch.stack([result.having(Status.FOOLED) for result in results])
-    kinds = (right & fooled[0], right & fooled.any(0), right, torch.ones_like(right))
+    kinds = (right & fooled[0], right & fooled.any(0), fooled.any(0), right, torch.ones_like(right))
     chosen: list[int] = []
     for kind in kinds:
         rows = [row for row in (kind & usable).nonzero()[:, 0].tolist() if row not in chosen]
@@ -161,7 +161,7 @@ def _shots(comparison: Comparison, cell: Cell, rows: Tensor, originals: Tensor, 
             adversarial=points[i],
             delta=(points[i] - originals[i]) / span,
             distance=float(result.distance[row]),
-            smallest=min((c.eps for c in others if bool(c.result.success[row])), default=None),
+            smallest=min((c.eps for c in others if bool(c.result.having(Status.FOOLED)[row])), default=None),
         )
         for i, row in enumerate(rows.tolist())
     ]

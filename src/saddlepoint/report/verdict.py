@@ -47,9 +47,15 @@ def verdict(comparison: Comparison) -> str:
     models = measured(comparison)
     if not models:
         return "The run was stopped before the first attack had finished: there are no figures."
+    first = comparison.cells[0]
     clean = [f"`{name}` gets {percent(comparison.clean_accuracy(name))}" for name in models]
     sentences = [
         f"Of {len(comparison.y)} clean inputs, {'the network ' if len(models) == 1 else ''}{listed(clean)} right.",
+        *(
+            f"`{name}` is hardly better than guessing, so that its figures under attack say little."
+            for name in models
+            if comparison.clean_accuracy(name) <= 1.5 / (comparison.models[name].num_classes or 2) and not _targeted(first)
+        ),
         *(sentence for norm in norms(comparison) for sentence in _norm(comparison, norm)),
     ]
     if not comparison.complete:
@@ -82,8 +88,8 @@ def _norm(comparison: Comparison, norm: Norm) -> list[str]:
     largest = max(radii(comparison, first, norm))
     if largest > eps and not targeted:
         reached = [name for name in (first, *others) if largest in radii(comparison, name, norm)]
-        left_over = (f"{percent(comparison.robust_accuracy(name, norm, largest))} of `{name}`" for name in reached)
-        sentences.append(f"At the largest size tried, eps {size(largest)}, that is {listed(left_over)}.")
+        left_over = (f"`{name}` is left with {percent(comparison.robust_accuracy(name, norm, largest))}" for name in reached)
+        sentences.append(f"At the largest size tried, eps {size(largest)}, {listed(left_over)}.")
     return sentences
 
 

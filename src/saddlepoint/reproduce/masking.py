@@ -45,8 +45,8 @@ def undefended(context: Context) -> list[Figure]:
 def random_step_first(context: Context) -> list[Figure]:
     """After training on FGSM examples, a random step before the gradient's finds errors that FGSM itself no longer does.
 
-    It takes training until the gradient hides. With clean images in equal parts these few epochs are too short for that, so
-    that form is shown and not judged.
+    In so short a training its form decides: with clean images in equal parts there is hardly a difference, so that form is
+    shown and not judged (docs/reproductions.md).
     """
     clean, plain, random_first = _errors(context, "replace")
     _, plain_mixed, random_first_mixed = _errors(context, "add")
