@@ -42,7 +42,7 @@ def input_gradient(values: Tensor, points: Tensor) -> Tensor:
             "the model's output does not depend differentiably on its input (detach(), no_grad() or numpy inside?): put a "
             "non-differentiable input transformation into sp.Defended with a backward, or use an attack without gradients"
         )
-    (gradient,) = torch.autograd.grad(values.sum(), points, allow_unused=True)
+    (gradient,) = torch.autograd.grad(values, points, torch.ones_like(values), allow_unused=True)
     return torch.zeros_like(points) if gradient is None else gradient
 
 
