@@ -269,20 +269,18 @@ class Threat(ABC):
 
 
 def _ball_end(origin: Tensor, radius: Tensor, side: int) -> Tensor:
-    """origin + side * radius, pulled towards the origin until its distance is <= radius both exactly and rounded."""
+    """origin + side * radius, at most so far away that its distance is <= radius both exactly and rounded.
+
+    With the radius rounded down, end + error = origin + side * radius holds exactly (Knuth's two-sum), so the end is outside
+    where the error points inwards. The error is at most half a unit in the last place: one step inwards mends it.
+    """
     whole = _rounded_down(radius, origin.dtype)
-    rest = torch.where(torch.isfinite(whole), _rounded_down(radius - whole.double(), origin.dtype), torch.zeros_like(whole))
-    end = origin + side * whole
+    reach = side * whole
+    end = origin + reach
     moved = end - origin
-    error = (origin - (end - moved)).add_(side * whole - moved)  # origin + side * whole = end + error exactly (Knuth's two-sum)
-    outside = error * side + rest < 0
-    for _ in range(4):
-        outside |= (end - origin).abs_() > whole
-        if not bool(outside.any()):
-            return end
-        end = torch.where(outside, _step_towards(origin, end), end)
-        outside = torch.zeros_like(outside)
-    return torch.where((end - origin).abs_() > whole, origin, end)
+    error = (end - moved).neg_().add_(origin).add_(reach - moved)
+    outside = error < 0 if side > 0 else error > 0
+    return torch.where(outside, _step_towards(origin, end), end)
 
 
 def _rounded_down(value: Tensor, dtype: torch.dtype) -> Tensor:
