@@ -38,7 +38,7 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 
 
 def batch_of(net, split, *, progress=0.0, seed=0):
-    return Batch(net, split.x, split.y, torch.arange(len(split)), (0.0, 1.0), seed, progress)
+    return Batch(sp.Model(net), split.x, split.y, torch.arange(len(split)), seed, progress)
 
 
 def test_standard_training_learns():
@@ -95,7 +95,7 @@ def test_danskin_the_parameter_gradient_at_the_maximiser_is_that_of_the_maximum(
     net = nn.Linear(6, 2).double()
     x, y = torch.rand(20, 6, dtype=torch.float64), torch.arange(20) % 2
     objective = sp.Adversarial(attack=sp.attacks.FGSM(), threat=sp.Linf(0.05))
-    batch = Batch(net, x, y, torch.arange(20), None, 0, 0.0)
+    batch = Batch(sp.Model(net, bounds=None), x, y, torch.arange(20), 0, 0.0)
     (gradient,) = torch.autograd.grad(objective.loss(batch), net.weight)
     numeric = torch.zeros_like(gradient)
     for index in np.ndindex(*gradient.shape):
@@ -200,7 +200,7 @@ def test_patience_stops_and_restores_the_best_weights():
         """Learns for two epochs, then unlearns."""
 
         def loss(self, batch):
-            loss = cross_entropy(batch.net(batch.x), batch.y)
+            loss = cross_entropy(batch.model.forward(batch.x), batch.y)
             return loss if batch.progress < 2 else -loss.clamp(max=20)
 
         def settings(self):

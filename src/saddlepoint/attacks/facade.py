@@ -158,7 +158,7 @@ class _Plain(Evaluator):
 
 
 def perturb(
-    forward: Callable[[Tensor], Tensor],
+    net: Callable[[Tensor], Tensor] | Classifier,
     x: Tensor,
     y: Tensor,
     attack: Attack,
@@ -173,12 +173,12 @@ def perturb(
 ) -> Tensor:
     """The attack's last iterate, for training loops: same `init` and `step`, nothing else. Returns (N, ...), detached.
 
-    forward: the network (or a function) that gives logits (N, C) for inputs in `bounds`. x (N, ...), y (N,) integer classes,
-    or anything that `loss` understands (soft labels, a clean model's outputs). loss: (logits, y) -> (N,) or a scalar sum to
-    ascend in place of the attack's own, such as TRADES' divergence.
+    net: a network (or a function) that gives logits (N, C) for inputs in `bounds`, or an `sp.Model`, which has its own bounds.
+    x (N, ...), y (N,) integer classes, or anything that `loss` understands (soft labels, a clean model's outputs).
+    loss: (logits, y) -> (N,) or a scalar sum to ascend in place of the attack's own, such as TRADES' divergence.
     seed: change it every epoch; ids (N,): names of the samples, default their positions in the batch.
-    mode: what normalisation and dropout layers do during the attack if `forward` is a module. "eval": as in deployment;
-    "train": as in training, but running statistics stay as they were. The module's mode is restored.
+    mode: what normalisation and dropout layers do during the attack. "eval": as in deployment; "train": as in training, but
+    running statistics stay as they were. The modules' mode is restored.
 
     No stopping, no success check and no counts: a training step wants the loss's maximum. Errors: `CapabilityError`.
     """
@@ -189,12 +189,18 @@ def perturb(
         check_combination(attack, threat, goal)
     if mode not in ("eval", "train"):
         raise InputError(f'mode must be "eval" or "train"; got {mode!r}')
+    modules: tuple[nn.Module, ...] = (net,) if isinstance(net, nn.Module) else ()
+    forward: Callable[[Tensor], Tensor]
+    if isinstance(net, Classifier):
+        forward, modules, bounds = net.forward, net.networks(), net.bounds
+    else:
+        forward = net
     region = threat.around(x.detach(), bounds)
     keys = Keys.of(seed, torch.arange(len(x), device=x.device) if ids is None else ids.to(x.device))
-    net = forward if isinstance(forward, nn.Module) else None
-    with frozen([net] if net is not None else []):
-        if net is not None and mode == "train":
-            net.train()
+    with frozen(modules):
+        if mode == "train":
+            for module in modules:
+                module.train()
         evaluator = _Plain(forward, y, goal, keys, loss)
         k = torch.zeros(len(x), dtype=torch.int64)
         state = attack.init(Problem(region, y, k, keys, evaluator))

@@ -19,6 +19,7 @@ from saddlepoint.attacks import find
 from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.cli import config as configuration
 from saddlepoint.cli import inputs
+from saddlepoint.cli.config import ConfigFile
 from saddlepoint.cli.reproduce import reproduce
 from saddlepoint.defenses import Adversarial, EpochRecord, Hardening, Training
 from saddlepoint.defenses import harden as run_harden
@@ -44,10 +45,6 @@ app.add_typer(fetching, name="data")
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option(help="TOML file with these options; the command line wins.", callback=configuration.read, is_eager=True),
-]
 ModelText = Annotated[str, typer.Option("--model", help="FILE.py:NAME or zoo:NAME[+weights.safetensors].", show_default=False)]
 DataText = Annotated[str, typer.Option(help="digits, mnist, fashion-mnist, cifar10, a folder of images by class, or a .npz.")]
 Root = Annotated[Path | None, typer.Option(help="Where the data lies; default SADDLEPOINT_DATA or the user's cache.")]

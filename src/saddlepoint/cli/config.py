@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -56,3 +56,9 @@ def write(context: typer.Context, folder: Path) -> Path:
     path = folder / "config.toml"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(help="TOML file with these options; the command line wins.", callback=read, is_eager=True),
+]

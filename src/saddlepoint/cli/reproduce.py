@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from saddlepoint.cli.config import ConfigFile
 from saddlepoint.reproduce import Context, Entry, Figure, Outcome, find, find_data
 
 SCHEMA = 1
@@ -30,6 +31,7 @@ def reproduce(
     root: Annotated[
         Path | None, typer.Option(help="Where MNIST lies; default SADDLEPOINT_DATA or the user's cache, else digits stand in.")
     ] = None,
+    config: ConfigFile = None,
 ) -> None:
     """Re-run papers' figures. The exit status is 0 when all are inside their ranges, and 1 otherwise."""
     entries = find(names or ())

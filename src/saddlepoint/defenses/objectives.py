@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -14,21 +13,21 @@ from torch.nn.functional import cross_entropy
 from saddlepoint.attacks.facade import check_combination, perturb
 from saddlepoint.engine import Attack
 from saddlepoint.errors import InputError
-from saddlepoint.threats import Bounds, Threat
+from saddlepoint.models.base import Classifier
+from saddlepoint.threats import Threat
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What an objective is given: the network in train mode, inputs (B, ...), classes (B,), and the samples' ids (B,).
+    """What an objective is given: the model in train mode, inputs (B, ...), classes (B,), and the samples' ids (B,).
 
     seed: another one each epoch. progress: epochs done, with fraction.
     """
 
-    net: Callable[[Tensor], Tensor]
+    model: Classifier
     x: Tensor
     y: Tensor
     ids: Tensor
-    bounds: Bounds
     seed: int
     progress: float
 
@@ -56,7 +55,7 @@ class Standard(Objective):
     """Mean cross-entropy on the clean inputs."""
 
     def loss(self, batch: Batch) -> Tensor:
-        return cross_entropy(batch.net(batch.x), batch.y)
+        return cross_entropy(batch.model.forward(batch.x), batch.y)
 
     def settings(self) -> dict[str, object]:
         return {"name": "Standard"}
@@ -104,17 +103,16 @@ class Adversarial(Objective):
             assert isinstance(threat.eps, float | int)  # __post_init__ saw to it
             threat = threat.at(threat.eps * batch.progress / self.warmup)
         adversarial = perturb(
-            batch.net, batch.x, batch.y, self.attack, threat,
-            bounds=batch.bounds, seed=batch.seed, ids=batch.ids, mode=self.mode,
+            batch.model, batch.x, batch.y, self.attack, threat, seed=batch.seed, ids=batch.ids, mode=self.mode
         )  # fmt: skip
         match self.form:
             case "replace":
-                return cross_entropy(batch.net(adversarial), batch.y)
+                return cross_entropy(batch.model.forward(adversarial), batch.y)
             case "add":
-                return cross_entropy(batch.net(torch.cat([batch.x, adversarial])), torch.cat([batch.y, batch.y]))
+                return cross_entropy(batch.model.forward(torch.cat([batch.x, adversarial])), torch.cat([batch.y, batch.y]))
             case "regularize":
-                clean = cross_entropy(batch.net(batch.x), batch.y)
-                return self.alpha * clean + (1 - self.alpha) * cross_entropy(batch.net(adversarial), batch.y)
+                clean = cross_entropy(batch.model.forward(batch.x), batch.y)
+                return self.alpha * clean + (1 - self.alpha) * cross_entropy(batch.model.forward(adversarial), batch.y)
 
     def settings(self) -> dict[str, object]:
         return {

@@ -175,7 +175,6 @@ class _Loop:
             raise InputError("patience must be at least 1 epoch, and needs validation samples")
         assert isinstance(self.model.net, nn.Module)
         self.net = self.model.net
-        self.forward = _AsModule(self.model)
         parameters = [p for p in self.net.parameters() if p.requires_grad]
         if not parameters:
             raise InputError("the network has no parameters that require gradients: there is nothing to train")
@@ -250,10 +249,8 @@ class _Loop:
             x = self.augment(x)
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * self._factor(number)
-        batch = Batch(
-            self.forward, x, y, index.to(device), self.model.bounds, self._epoch_seed(), self.at.epoch + number / self.batches
-        )
-        loss = self.objective.loss(batch)
+        progress = self.at.epoch + number / self.batches
+        loss = self.objective.loss(Batch(self.model, x, y, index.to(device), self._epoch_seed(), progress))
         value = float(loss.detach())
         if not math.isfinite(value):
             raise ModelError(
@@ -342,15 +339,3 @@ class _Loop:
             raise
         except Exception as error:
             raise DataError(f"the checkpoint {self.checkpoint} is damaged or none of Saddlepoint's: {error}") from error
-
-
-class _AsModule(nn.Module):
-    """A model, normalisation included, as a module, so that `perturb` can set its mode."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.nets = nn.ModuleList(model.networks())
-        self._forward = model.forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._forward(x)
