@@ -708,17 +708,17 @@ def test_check_against_a_stated_accuracy() -> None:
     model, x = Model(linear()), tables(200)
     y = model.predict(x)
     y[:50] = (y[:50] + 1) % 3
-    assert model.check(x, y, 0.75) == 0.75
-    assert model.check(x, y, 0.755) == 0.75
+    assert model.check((x, y), 0.75) == 0.75
+    assert model.check((x, y), 0.755) == 0.75
     with pytest.raises(ModelError, match=r"75.00%.*90.00%"):
-        model.check(x, y, 0.9)
-    assert model.check(x, y, 0.9, tolerance=0.2) == 0.75
+        model.check((x, y), 0.9)
+    assert model.check((x, y), 0.9, tolerance=0.2) == 0.75
     with pytest.raises(InputError, match="share"):
-        model.check(x, y, 75.0)
+        model.check((x, y), 75.0)
     with pytest.raises(InputError, match="label"):
-        model.check(x, y[:, None], 0.75)
+        model.check((x, y[:, None]), 0.75)
     with pytest.raises(InputError, match="inputs"):
-        model.check(x[:0], y[:0], 0.75)
+        model.check((x[:0], y[:0]), 0.75)
 
 
 def test_the_functional_reference() -> None:

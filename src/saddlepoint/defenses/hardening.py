@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from saddlepoint.attacks.facade import attack as run_attack
-from saddlepoint.defenses.training import Pairs, Training, train
+from saddlepoint.defenses.training import Training, train
 from saddlepoint.engine import Attack, AttackResult
 from saddlepoint.errors import InputError
-from saddlepoint.models.torch_model import Model
+from saddlepoint.models.torch_model import Labelled, Model
 from saddlepoint.threats import Threat
 
 
@@ -36,7 +36,7 @@ class Hardening:
 
 
 def harden(
-    model: Model, train_data: Pairs, test: Pairs, attack: Attack, threat: Threat, *, seed: int = 0, **settings: Any
+    model: Model, train_data: Labelled, test: Labelled, attack: Attack, threat: Threat, *, seed: int = 0, **settings: Any
 ) -> Hardening:
     """Attack the test set; retrain a copy of the network on the training set and its adversarial examples; test again.
 

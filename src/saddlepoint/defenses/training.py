@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +19,12 @@ from saddlepoint.defenses.objectives import Batch, Objective, Standard
 from saddlepoint.engine.source import check_labels
 from saddlepoint.errors import DataError, InputError, ModelError
 from saddlepoint.models.freeze import global_random_state_kept
-from saddlepoint.models.torch_model import Model
+from saddlepoint.models.torch_model import Labelled, Model
 from saddlepoint.progress import bar
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 LearningRateSchedule = Literal["constant", "linear", "cosine", "cyclic"]
 _CHECKPOINT_SECONDS = 60.0
-
-
-class Pairs(Protocol):
-    """Inputs with their classes, such as `sp.data.load("digits").train`."""
-
-    @property
-    def x(self) -> Tensor: ...
-
-    @property
-    def y(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -75,10 +65,10 @@ class _Progress:
 
 def train(
     net: nn.Module | Model,
-    data: Pairs | tuple[Tensor, Tensor],
+    data: Labelled | tuple[Tensor, Tensor],
     *,
     adversary: Objective | None = None,
-    validation: Pairs | tuple[Tensor, Tensor] | None = None,
+    validation: Labelled | tuple[Tensor, Tensor] | None = None,
     epochs: int = 10,
     batch_size: int = 128,
     learning_rate: float = 1e-3,
@@ -126,7 +116,7 @@ def train(
     return loop.run()
 
 
-def _pairs(data: Pairs | tuple[Tensor, Tensor], model: Model, name: str) -> tuple[Tensor, Tensor]:
+def _pairs(data: Labelled | tuple[Tensor, Tensor], model: Model, name: str) -> tuple[Tensor, Tensor]:
     if isinstance(data, tuple):
         x, y = data
     elif hasattr(data, "x") and hasattr(data, "y"):

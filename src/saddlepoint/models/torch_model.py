@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,16 @@ from saddlepoint.taxonomy import Access
 
 Outputs = str | int | Callable[[Any], Tensor]  # Any: what a user's network returns is the user's own type
 Statistics = float | Sequence[float] | Tensor
+
+
+class Labelled(Protocol):
+    """Inputs (N, ...) with their classes (N,), such as `sp.data.load("digits").test`."""
+
+    @property
+    def x(self) -> Tensor: ...
+
+    @property
+    def y(self) -> Tensor: ...
 
 
 @final
@@ -171,13 +181,14 @@ class Model(Classifier):
             "parameters": count,
         }
 
-    def check(self, x: Tensor, y: Tensor, accuracy: float, *, tolerance: float = 0.01) -> float:
-        """The clean accuracy on (x, y); `ModelError` if it is not within `tolerance` of the stated `accuracy`.
+    def check(self, data: Labelled | tuple[Tensor, Tensor], accuracy: float, *, tolerance: float = 0.01) -> float:
+        """The clean accuracy on labelled data; `ModelError` if it is not within `tolerance` of the stated `accuracy`.
 
         A wrong mean, std or channel order shows here rather than as a model that seems easy to attack.
         """
         if not 0 <= accuracy <= 1:
             raise InputError(f"accuracy is a share in [0, 1]; got {accuracy}")
+        x, y = data if isinstance(data, tuple) else (data.x, data.y)
         if not len(x) or y.shape != (len(x),):
             raise InputError(f"check() needs inputs and one label each; the shapes are {tuple(x.shape)} and {tuple(y.shape)}")
         measured = float((self.predict(x).cpu() == y.cpu()).double().mean())
