@@ -41,7 +41,7 @@ class Iterate:
 class Recipe:
     """The settings of one member of the family.
 
-    step_size: absolute, in input units; None means `relative_step` times eps. start_radius: share of eps of the random start.
+    step_size: absolute, in input units; None means `path` * eps / steps. start_radius: share of eps of the random start.
     direction: "steepest"; "scaled", the gradient stretched to the step's norm; "raw", step size times the gradient.
     momentum: decay mu of the accumulated g / ||g||_1.
     """
@@ -49,7 +49,7 @@ class Recipe:
     steps: int
     loss: str | Loss = "cross_entropy"
     step_size: float | None = None
-    relative_step: float = 1.0
+    path: float = 1.0
     schedule: Schedule = "constant"
     start: Start = "origin"
     start_radius: float = 1.0
@@ -58,8 +58,8 @@ class Recipe:
     look_ahead: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InputError(f"steps must be at least 1; got {self.steps}")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise InputError(f"steps must be a whole number >= 1; got {self.steps}")
         if self.step_size is not None and not (self.step_size > 0 and math.isfinite(self.step_size)):
             raise InputError(f"step_size must be a positive number or None; got {self.step_size}")
         if self.schedule not in ("constant", "linear", "cosine"):
@@ -81,7 +81,7 @@ class Recipe:
 
     def sizes(self, problem: Problem) -> Tensor:
         """Step size of each sample at its iteration, (B,) float64."""
-        base = self.relative_step * problem.eps if self.step_size is None else torch.full_like(problem.eps, self.step_size)
+        base = self.path / self.steps * problem.eps if self.step_size is None else torch.full_like(problem.eps, self.step_size)
         return base * self.factors()[problem.k].to(base.device) if self.schedule != "constant" else base
 
 
@@ -266,9 +266,7 @@ class RFGSM(SteepestAscent):
     def recipe(self) -> Recipe:
         if not 0 < self.random_share < 1:
             raise InputError(f"random_share must lie in (0, 1); got {self.random_share}")
-        return Recipe(
-            steps=1, loss=self.loss, start="sign", start_radius=self.random_share, relative_step=1 - self.random_share
-        )
+        return Recipe(steps=1, loss=self.loss, start="sign", start_radius=self.random_share, path=1 - self.random_share)
 
 
 _LEAST_LIKELY = "Kurakin, Goodfellow & Bengio 2017, arXiv:1611.01236"
@@ -328,7 +326,7 @@ class BIM(SteepestAscent):
     loss: str | Loss = "cross_entropy"
 
     def recipe(self) -> Recipe:
-        return Recipe(steps=self.steps, loss=self.loss, step_size=self.step_size, relative_step=1 / max(self.steps, 1))
+        return Recipe(steps=self.steps, loss=self.loss, step_size=self.step_size)
 
 
 @register(
@@ -355,7 +353,7 @@ class ILLC(SteepestAscent):
     loss: str | Loss = "cross_entropy"
 
     def recipe(self) -> Recipe:
-        return Recipe(steps=self.steps, loss=self.loss, step_size=self.step_size, relative_step=1 / max(self.steps, 1))
+        return Recipe(steps=self.steps, loss=self.loss, step_size=self.step_size)
 
     def default_goal(self) -> Goal:
         return Targeted("least_likely")
@@ -398,7 +396,7 @@ class PGD(SteepestAscent):
             steps=self.steps,
             loss=self.loss,
             step_size=self.step_size,
-            relative_step=2.5 / max(self.steps, 1),
+            path=2.5,
             schedule=self.schedule,
             start="uniform" if self.random_start else "origin",
         )
@@ -433,7 +431,6 @@ class MIFGSM(SteepestAscent):
             steps=self.steps,
             loss=self.loss,
             step_size=self.step_size,
-            relative_step=1 / max(self.steps, 1),
             momentum=self.momentum,
         )
 
@@ -468,7 +465,6 @@ class NIFGSM(SteepestAscent):
             steps=self.steps,
             loss=self.loss,
             step_size=self.step_size,
-            relative_step=1 / max(self.steps, 1),
             momentum=self.momentum,
             look_ahead=True,
         )
