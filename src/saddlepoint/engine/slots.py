@@ -150,7 +150,7 @@ class Recorder:
             value = torch.where(success, -region.distance(points), value)
         elif self.keep == "loss":
             value = self.objective(logits, aim).double()
-        value = torch.where(feasible, value, torch.full_like(value, -torch.inf))
+        value = value.masked_fill(~feasible, -torch.inf)
         candidate = Candidate(points, margin, value, logits.argmax(1), success)
         if owner is not None:
             sound = torch.ones_like(slots.broken).index_put((owner[~sound],), torch.zeros_like(owner[~sound], dtype=torch.bool))
@@ -169,7 +169,7 @@ class Recorder:
         if self.keep == "last":
             return new.value > -torch.inf
         higher = new.value > old.value
-        if self.keep == "loss":
+        if self.keep in ("loss", "margin"):  # a larger margin is never less of a success
             return higher
         better = (new.success & ~old.success) | ((new.success == old.success) & higher)
         return better & ~old.success if self.keep == "first" else better
