@@ -170,6 +170,11 @@ def test_other_lists(here, capsys):
         ("evaluate --model net.py:net --config bad.toml", "bad.toml"),
         ("evaluate --model net.py:net --config typo.toml", "'samples'"),
         ("list attacks --access label", "'labels'"),
+        ("attack fgsm --model net.py:net --device gpu0", "gpu0"),
+        ("attack fgsm --model net.py:net --device cuda", "cuda"),
+        ("attack net.py:Nothing --model net.py:net", "Nothing"),
+        ("attack net.py:number --model net.py:net", "no attack"),
+        ("attack fgsm --model narrow.py:net", "fails on inputs"),
         ("train --model net.py:net --adversary pgd --eps 0.1,0.2", "one eps"),
     ],
 )
@@ -179,6 +184,7 @@ def test_errors_are_one_line_and_status_2(here, capsys, words, text):
     (here / "syntax.py").write_text("net = (")
     (here / "bad.toml").write_text("= 3")
     (here / "typo.toml").write_text("sample = 3")
+    (here / "narrow.py").write_text("import torch; net = torch.nn.Linear(3, 2)")
     status, _, err = call(capsys, *words.split())
     assert status == 2
     assert text in err
@@ -203,6 +209,19 @@ def test_inputs_outside_the_bounds_are_one_line(here, capsys):
     status, _, err = call(capsys, "attack", "fgsm", "--model", "narrow.py:model")
     assert status == 2
     assert "bounds" in err
+
+
+def test_an_attack_of_ones_own_file(here, capsys):
+    (here / "mine.py").write_text(
+        "from dataclasses import dataclass\nimport saddlepoint as sp\n"
+        "from saddlepoint.attacks.ascent import Recipe, SteepestAscent\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass Mine(SteepestAscent):\n    steps: int = 2\n"
+        "    declaration = sp.attacks.BIM.declaration\n"
+        "    def recipe(self):\n        return Recipe(steps=self.steps)\n"
+    )
+    status, out, _ = call(capsys, "attack", "mine.py:Mine:steps=3", "--model", "net.py:net", "--samples", "20", "--out", "o")
+    assert status == 0
+    assert "Mine within Linf(0.1)" in out
 
 
 def test_ctrl_c_keeps_what_is_finished(here, capsys):

@@ -5,6 +5,9 @@ import importlib
 import pkgutil
 import re
 import runpy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,11 +69,17 @@ def test_contributing_example_is_a_whole_attack(monkeypatch):
 
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     code = blocks("CONTRIBUTING.md", "python")[0]
+    ruff = shutil.which("ruff", path=str(Path(sys.executable).parent))
+    if ruff:  # it comes with the development tools
+        checked = subprocess.run(
+            [ruff, "check", "--stdin-filename", "src/x.py", "-"], input=code, text=True, cwd=ROOT, capture_output=True
+        )
+        assert checked.returncode == 0, checked.stdout
     names: dict[str, object] = {"__name__": "greedy"}
     exec(compile(code, "CONTRIBUTING.md", "exec"), names)  # the guide's own example
     torch.manual_seed(0)
-    model = sp.Model(torch.nn.Linear(5, 3))
-    x = torch.rand(40, 5)
+    model = sp.Model(torch.nn.Linear(5, 3, bias=False), bounds=(-1, 1))
+    x = 2 * torch.rand(40, 5) - 1
     y = model.predict(x)
     result = sp.attack(model, x, y, sp.attacks.get("greedysearch")(steps=30), sp.Linf(0.2))
     baseline = sp.attack(model, x, y, sp.attacks.UniformNoise(), sp.Linf(0.2))

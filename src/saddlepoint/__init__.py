@@ -1,4 +1,4 @@
-"""Saddlepoint: attack, defend, detect and verify classifiers with adversarial examples.
+"""Saddlepoint: adversarial examples on PyTorch. Attack classifiers, harden them, and see what was found.
 
 >>> import torch, saddlepoint as sp
 >>> model = sp.Model(torch.nn.Linear(4, 3), bounds=(0, 1))
@@ -10,7 +10,7 @@
 
 from saddlepoint import attacks, data, models, zoo
 from saddlepoint.attacks.facade import attack, perturb
-from saddlepoint.defenses import Adversarial, Standard, harden, train
+from saddlepoint.defenses import Adversarial, Hardening, Standard, Training, harden, train
 from saddlepoint.engine import AttackResult, Budget, Interrupted
 from saddlepoint.errors import (
     CapabilityError,
@@ -22,7 +22,7 @@ from saddlepoint.errors import (
     SaddlepointWarning,
     UnknownNameError,
 )
-from saddlepoint.evaluate import compare
+from saddlepoint.evaluate import Comparison, compare
 from saddlepoint.goals import FalsePositive, Targeted, Untargeted
 from saddlepoint.models import Classifier, Defended, Ensemble, Model, Transform
 from saddlepoint.taxonomy import Access, Norm, Scope, Status
@@ -31,8 +31,9 @@ from saddlepoint.threats import L0, L1, L2, Linf, Minimize
 __version__ = "0.1.0"
 
 __all__ = [
-    "L0", "L1", "L2", "Access", "Adversarial", "AttackResult", "Budget", "CapabilityError", "Classifier", "DataError",
-    "Defended", "Ensemble", "FalsePositive", "InputError", "Interrupted", "Linf", "Minimize", "MissingExtraError", "Model",
-    "ModelError", "Norm", "SaddlepointError", "SaddlepointWarning", "Scope", "Standard", "Status", "Targeted", "Transform",
-    "UnknownNameError", "Untargeted", "attack", "attacks", "compare", "data", "harden", "models", "perturb", "train", "zoo",
+    "L0", "L1", "L2", "Access", "Adversarial", "AttackResult", "Budget", "CapabilityError", "Classifier", "Comparison",
+    "DataError", "Defended", "Ensemble", "FalsePositive", "Hardening", "InputError", "Interrupted", "Linf", "Minimize",
+    "MissingExtraError", "Model", "ModelError", "Norm", "SaddlepointError", "SaddlepointWarning", "Scope", "Standard",
+    "Status", "Targeted", "Training", "Transform", "UnknownNameError", "Untargeted", "attack", "attacks", "compare",
+    "data", "harden", "models", "perturb", "train", "zoo",
 ]  # fmt: skip

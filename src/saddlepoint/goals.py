@@ -98,7 +98,12 @@ class Goal(ABC):
 
     def settings(self) -> dict[str, object]:
         """What defines this goal, ready for JSON."""
-        return {"name": type(self).__name__, "confidence": self.confidence, "top_k": self.top_k}
+        return {
+            "name": type(self).__name__,
+            "targeted": self.targeted,
+            "confidence": self.confidence,
+            "top_k": self.top_k,
+        }
 
 
 def _checked(aim: Aim) -> Aim:

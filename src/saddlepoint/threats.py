@@ -539,7 +539,8 @@ def Minimize(  # noqa: N802  # reads as the thing it makes, beside Linf(...) and
 ) -> Threat:
     """In place of a threat: find the smallest perturbation in `norm`. It is the ball with eps = inf.
 
-    Example: `sp.attack(model, x, y, attack, sp.Minimize("l2"))`. Errors: `InputError` for an unknown norm.
+    For attacks that declare `minimizes=True`; the attacks of this release need a ball of stated size.
+    Errors: `InputError` for an unknown norm.
     """
     threat = replace(ball(norm, math.inf), mask=mask, grid=grid)
     return replace(threat, per=per) if isinstance(threat, L0) else threat

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from saddlepoint.attacks.registry import get
+from saddlepoint.attacks.registry import as_attack, find
 from saddlepoint.engine import (
     KEEPS,
     Attack,
@@ -21,9 +21,8 @@ from saddlepoint.engine import (
     Run,
     Source,
 )
-from saddlepoint.engine.judge import input_gradient
-from saddlepoint.engine.problem import Evaluator, Gradient
-from saddlepoint.engine.source import Batches
+from saddlepoint.engine.problem import Evaluator, Gradient, input_gradient
+from saddlepoint.engine.source import Batches, fingerprint
 from saddlepoint.errors import CapabilityError, InputError, UnknownNameError
 from saddlepoint.goals import Aim, Goal, Loss, Targeted, loss_named
 from saddlepoint.models.base import Classifier
@@ -37,16 +36,27 @@ __all__ = ["Interrupted", "attack", "check_combination", "perturb"]
 
 def check_combination(attack: Attack, threat: Threat, goal: Goal) -> None:
     """Raise `CapabilityError` where the attack cannot do what is asked."""
+    if not isinstance(threat, Threat):
+        raise InputError(f"threat must be such as sp.Linf(8 / 255) or sp.Minimize('l2'); got {threat!r}")
+    if not isinstance(goal, Goal):
+        raise InputError(f"goal must be such as sp.Untargeted() or sp.Targeted(3); got {goal!r}")
     name, can = type(attack).__name__, attack.declaration
     if threat.norm not in can.norms:
         norms = ", ".join(sorted(norm.value for norm in can.norms))
         raise CapabilityError(f"{name} works in {norms}; the threat is {type(threat).__name__} ({threat.norm.value})")
     if threat.minimizes and not can.minimizes:
-        raise CapabilityError(f"{name} needs a ball of stated size, such as {type(threat).__name__}(eps); it can't minimise")
+        raise CapabilityError(
+            f"{name} needs a ball of stated size, such as {type(threat).__name__}(eps); it can't minimise{_who_minimises()}"
+        )
     if goal.targeted and not can.targeted:
         raise CapabilityError(f"{name} is untargeted only; the goal is {goal}")
     if not goal.targeted and not can.untargeted:
         raise CapabilityError(f"{name} is targeted only; the goal is {goal}: give a Targeted one, or none for its default")
+
+
+def _who_minimises() -> str:
+    names = [cls.__name__ for cls in find() if cls.declaration.minimizes]
+    return f"; {', '.join(names)} can" if names else ", and no attack here can yet"
 
 
 def attack(
@@ -81,13 +91,9 @@ def attack(
     Errors: `InputError` for bad inputs, `CapabilityError` where attack, threat, goal and model don't fit (before any query),
     `Interrupted` on Ctrl-C.
     """
-    chosen = get(attack)() if isinstance(attack, str) else attack
-    if not isinstance(chosen, Attack):
-        raise InputError(f"attack must be an attack such as sp.attacks.PGD() or a name; got {attack!r}")
+    chosen = as_attack(attack)
     if not isinstance(model, Classifier):
         raise InputError(f"model must be a Saddlepoint model: sp.Model(net, ...); got {type(model).__name__}")
-    if not isinstance(threat, Threat):
-        raise InputError(f"threat must be such as sp.Linf(8 / 255) or sp.Minimize('l2'); got {threat!r}")
     if keep is not None and keep not in get_args(Keep):
         raise UnknownNameError("keep", keep, KEEPS)
     if batch_size is not None and batch_size < 1:
@@ -101,7 +107,8 @@ def attack(
     keep = keep or ("smallest" if threat.minimizes else "first")
     skip = frozenset(resume.order.tolist()) if resume is not None else frozenset[int]()
     source = Source(x, y, ids, model=model, threat=threat, goal=goal, skip=skip)
-    run = Run(model, chosen, threat, goal, keep, seed, budget, batch_size, progress, callback)
+    data = fingerprint(x, y) if isinstance(x, Tensor) else None
+    run = Run(model, chosen, threat, goal, keep, seed, budget, batch_size, progress, callback, data)
     return run(source, resume)
 
 
@@ -161,7 +168,7 @@ def perturb(
     net: Callable[[Tensor], Tensor] | Classifier,
     x: Tensor,
     y: Tensor,
-    attack: Attack,
+    attack: Attack | str,
     threat: Threat,
     loss: PerSampleLoss | None = None,
     *,
@@ -182,6 +189,7 @@ def perturb(
 
     No stopping, no success check and no counts: a training step wants the loss's maximum. Errors: `CapabilityError`.
     """
+    attack = as_attack(attack)
     goal = goal if goal is not None else attack.default_goal()
     if loss is None:
         if y.is_floating_point() or y.dim() != 1:
@@ -206,4 +214,4 @@ def perturb(
         state = attack.init(Problem(region, y, k, keys, evaluator))
         for step in range(attack.iterations):
             state = attack.step(Problem(region, y, k + step, keys, evaluator), state)
-    return attack.current(state).detach()
+    return region.snap(attack.current(state).detach())

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from saddlepoint.engine import Attack, Declaration
-from saddlepoint.errors import UnknownNameError
+from saddlepoint.errors import InputError, UnknownNameError
 from saddlepoint.taxonomy import Access, Norm
 
 A = TypeVar("A", bound=type[Attack])
@@ -31,6 +31,15 @@ def get(name: str) -> type[Attack]:
     if key not in _REGISTRY:
         raise UnknownNameError("attack", name, (cls.__name__ for cls in _REGISTRY.values()))
     return _REGISTRY[key]
+
+
+def as_attack(attack: Attack | str) -> Attack:
+    """The attack itself, or the one of that name with its defaults. Errors: `InputError`."""
+    if isinstance(attack, str):
+        return get(attack)()
+    if not isinstance(attack, Attack):
+        raise InputError(f"attack must be an attack such as sp.attacks.PGD() or a name; got {attack!r}")
+    return attack
 
 
 def find(*, access: Access | None = None, norm: Norm | str | None = None, targeted: bool | None = None) -> list[type[Attack]]:

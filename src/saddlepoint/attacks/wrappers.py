@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from saddlepoint.attacks.registry import as_attack
 from saddlepoint.engine import Attack, Problem, State
 from saddlepoint.errors import InputError
 from saddlepoint.goals import Goal, Loss
@@ -36,7 +37,8 @@ class Restarts(Attack):
     attack: Attack
     times: int
 
-    def __init__(self, attack: Attack, times: int) -> None:
+    def __init__(self, attack: Attack | str, times: int) -> None:
+        attack = as_attack(attack)
         object.__setattr__(self, "attack", attack)
         object.__setattr__(self, "times", times)
         if not isinstance(times, int) or times < 1:

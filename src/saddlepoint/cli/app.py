@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from saddlepoint import data, zoo
+from saddlepoint import data as data_module
+from saddlepoint import zoo
 from saddlepoint.attacks import find
 from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.cli import config as configuration
@@ -29,10 +30,11 @@ from saddlepoint.errors import InputError, SaddlepointError, SaddlepointWarning,
 from saddlepoint.evaluate import Cell, Comparison, compare
 from saddlepoint.goals import LOSSES
 from saddlepoint.models import Model
+from saddlepoint.report.words import size
 from saddlepoint.taxonomy import Access, Norm
 
 app = typer.Typer(
-    help="Attack, defend, detect and verify classifiers. For testing your own models.",
+    help="Attack and harden classifiers, and show what was found. For testing your own models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -118,6 +120,7 @@ def evaluate(
     threats = inputs.threats(norm, eps)
     chosen = [inputs.attack(text) for text in attack]
     models = inputs.models(model, found, mean=mean, std=std, device=device)
+    _warn_of_random_weights(model)
     split = inputs.samples(found, samples)
     result = compare(
         models, split.x, split.y, chosen, threats, seed=seed, batch_size=batch_size, budget=Budget(passes=passes), progress=True
@@ -154,6 +157,7 @@ def attack(
         raise InputError("attack takes one eps; saddlepoint evaluate takes several")
     chosen, goal = inputs.attack(name), inputs.goal(targeted)
     _, victim = inputs.model(model, found, mean=mean, std=std, device=device)
+    _warn_of_random_weights([model])
     split = inputs.samples(found, samples)
     interrupted = False
     try:
@@ -165,7 +169,7 @@ def attack(
         result, interrupted = stop.result, True
     folder = _fresh(out / "result")
     result.save(folder)
-    configuration.write(context, out)
+    configuration.write(context, folder)
     console.print(escape(result.summary()))
     console.print(f"\nadversarial inputs: [bold]{escape(str(folder))}[/]   (sp.AttackResult.load)")
     if interrupted:
@@ -194,7 +198,10 @@ def train(
         Literal["constant", "linear", "cosine", "cyclic"], typer.Option(help="Of the learning rate.")
     ] = "linear",
     patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs without progress.")] = None,
-    validation: Annotated[int, typer.Option(min=1, help="Validate on the first N test samples.")] = 500,
+    validation: Annotated[
+        int | None,
+        typer.Option(min=1, help="Hold out the last N training samples for validation; default a tenth, 500 at most."),
+    ] = None,
     seed: Seed = 0,
     mean: Mean = None,
     std: Std = None,
@@ -216,8 +223,13 @@ def train(
         if more:
             raise InputError("train takes one eps")
         objective = Adversarial(attack=inputs.attack(adversary), threat=threat, form=form, warmup=warmup)
+    held_out = validation or min(500, len(found.train) // 10 + 1)
+    if held_out >= len(found.train):
+        raise InputError(f"--validation {held_out} leaves nothing of the {len(found.train)} training samples")
+    kept = found.train.take(len(found.train) - held_out)
+    rest = data_module.Split(found.train.x[len(kept) :], found.train.y[len(kept) :])
     result = run_train(
-        victim, found.train, adversary=objective, validation=found.test.take(validation), epochs=epochs, batch_size=batch_size,
+        victim, kept, adversary=objective, validation=rest, epochs=epochs, batch_size=batch_size,
         learning_rate=learning_rate, schedule=schedule, patience=patience, checkpoint=out / "checkpoint.pt", seed=seed,
         progress=True, on_epoch=_show_epoch,
     )  # fmt: skip
@@ -301,14 +313,15 @@ def list_attacks(
         steps = "iterative" if can.iterative else "one step"
         console.print(f"[bold]{cls.__name__:<18}[/] {norms:<14} {goals:<20} {can.access.name.lower():<10} {steps}")
         console.print(f"{'':<18} {escape(can.summary)} ({escape(can.reference)})", soft_wrap=True)
+    console.print("NAME:setting=value,... sets hyperparameters; NAME*5 runs a randomised attack from five starts", markup=False)
 
 
 @listing.command("data")
 def list_data() -> None:
     """Datasets by name."""
-    for name in data.names():
+    for name in data_module.names():
         try:
-            found = data.load(name)
+            found = data_module.load(name)
             train_size = len(found.train) if found.train is not None else "no"
             console.print(f"{name:<15} {train_size} training and {len(found.test)} test samples, {escape(found.source)}")
         except SaddlepointError:
@@ -334,7 +347,13 @@ def list_losses() -> None:
 @fetching.command("fetch")
 def fetch_data(name: Annotated[str, typer.Argument(help="mnist, fashion-mnist or cifar10.")], root: Root = None) -> None:
     """Download a dataset, with checksums; an interrupted download is continued."""
-    console.print(f"in {escape(str(data.fetch(name, root=root)))}")
+    console.print(f"in {escape(str(data_module.fetch(name, root=root)))}")
+
+
+def _warn_of_random_weights(texts: list[str]) -> None:
+    for text in texts:
+        if text.startswith("zoo:") and "+" not in text:
+            console.print(f"note: {text} has random weights; for trained ones write {text}+weights.safetensors", markup=False)
 
 
 def _fresh(path: Path) -> Path:
@@ -348,7 +367,7 @@ def _fresh(path: Path) -> Path:
 def _report(
     context: typer.Context,
     result: Comparison,
-    found: data.Dataset,
+    found: data_module.Dataset,
     out: Path,
     title: str,
     seed: int,
@@ -377,7 +396,7 @@ def _show(result: Comparison) -> None:
         table.add_column("eps")
         curves = {name: result.curve(name, norm) for name in dict.fromkeys(c.model for c in result.cells if c.norm == norm)}
         for eps in sorted({eps for curve in curves.values() for eps, _ in curve}):
-            table.add_column(f"{eps:.3g}" if eps else "0 (clean)", justify="right")
+            table.add_column(size(eps) if eps else "0 (clean)", justify="right")
         for name, curve in curves.items():
             table.add_row(escape(name), *(f"{accuracy:.1%}" for _, accuracy in curve))
         console.print(table)

@@ -45,10 +45,16 @@ def threats(norm: str, eps: str) -> list[Threat]:
 
 
 def attack(text: str) -> Attack:
-    """An attack by name, with settings and restarts: `pgd`, `pgd:steps=100,loss=margin`, `pgd:steps=20*5` (five restarts)."""
+    """An attack by name, with settings and restarts: `pgd`, `pgd:steps=100,loss=margin`, `pgd:steps=20*5` (five restarts).
+
+    `FILE.py:NAME` in place of the name takes a class from the user's own file.
+    """
     text, _, times = text.partition("*")
-    name, _, rest = text.partition(":")
-    cls = get(name)
+    file, own, rest = text.rpartition(".py:")
+    name, _, rest = rest.partition(":")
+    cls = _from_file(f"{file}.py", name, "attack") if own else get(name)
+    if not (isinstance(cls, type) and issubclass(cls, Attack)):
+        raise InputError(f"{name} in {file}.py is no attack class")
     known = {f.name: f for f in fields(cls)}
     hints = get_type_hints(cls)
     settings: dict[str, Any] = {}  # Any: the values of an arbitrary attack's fields
@@ -123,9 +129,17 @@ def network(text: str, found: data.Dataset, *, seed: int = 0) -> tuple[str, nn.M
     file, colon, name = text.rpartition(":")
     if not colon or not file.endswith(".py"):
         raise InputError(f"--model is FILE.py:NAME or zoo:NAME[+weights.safetensors]; got {text!r}")
+    net = _from_file(file, name, "--model")
+    if not isinstance(net, nn.Module | Classifier):
+        raise InputError(f"--model: {name} in {file} is a {type(net).__name__}, neither an nn.Module nor an sp.Model")
+    return name, net
+
+
+def _from_file(file: str, name: str, what: str) -> Any:  # Any: whatever the user's file defines
+    """What the user's own Python file calls `name`; a function or a network class is called to make the network."""
     path = Path(file)
     if not path.is_file():
-        raise InputError(f"--model: there is no file {file}")
+        raise InputError(f"{what}: there is no file {file}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -134,20 +148,22 @@ def network(text: str, found: data.Dataset, *, seed: int = 0) -> tuple[str, nn.M
     try:
         spec.loader.exec_module(module)
         if not hasattr(module, name):
-            public = [key for key in vars(module) if not key.startswith("_")]
+            public = [k for k, v in vars(module).items() if not k.startswith("_") and not isinstance(v, types.ModuleType)]
             raise UnknownNameError(f"name in {file}", name, public or ["(nothing)"])
-        net = getattr(module, name)
-        if not isinstance(net, nn.Module | Classifier) and callable(net):
-            net = net()  # a class or function that makes the network
+        found = getattr(module, name)
+        if isinstance(found, nn.Module | Classifier) or not callable(found) or _is_attack(found):
+            return found
+        return found()  # a class or function that makes the network
     except SaddlepointError:
         raise
     except Exception as error:  # whatever the user's own code raises
-        raise InputError(f"--model: {name} of {file} failed: {type(error).__name__}: {error}") from error
+        raise InputError(f"{what}: {name} of {file} failed: {type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)
-    if not isinstance(net, nn.Module | Classifier):
-        raise InputError(f"--model: {name} in {file} is a {type(net).__name__}, neither an nn.Module nor an sp.Model")
-    return name, net
+
+
+def _is_attack(found: object) -> bool:
+    return isinstance(found, type) and issubclass(found, Attack)
 
 
 def model(
@@ -160,7 +176,10 @@ def model(
             raise InputError(f"{name} is an sp.Model with its own normalisation: leave out --mean and --std")
         return name, net
     if device is not None:
-        net = net.to(torch.device(device))
+        try:
+            net = net.to(torch.device(device))
+        except (RuntimeError, AssertionError) as error:  # torch has no one type for a device that isn't there
+            raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from None
     statistics = {key: numbers(value) for key, value in (("mean", mean), ("std", std)) if value}
     return name, Model(net, bounds=found.bounds, num_classes=None, **statistics)  # type: ignore[arg-type]  # keys are mean, std
 

@@ -23,7 +23,7 @@ class Hardening:
 
     before: the attack on the test set of the old network. after: the same attack made anew on the new network, which is the
     honest test. old_examples_accuracy: the new network's accuracy on the examples that were made for the old one, which is
-    easy to confuse with robustness. crafted: how many training samples were turned into examples.
+    easy to confuse with robustness. crafted: how many training samples were right before and became examples.
     """
 
     old: Model
@@ -50,7 +50,7 @@ def harden(
     crafted = run_attack(model, train_data.x, train_data.y, attack, threat, seed=seed)
     new = copy.deepcopy(model)
     both: tuple[Tensor, Tensor] = (torch.cat([train_data.x, crafted.adversarial]), torch.cat([train_data.y, train_data.y]))
-    training = train(new, both, validation=(test.x, test.y), seed=seed, **settings)
+    training = train(new, both, seed=seed, **settings)
     after = run_attack(new, test.x, test.y, attack, threat, seed=seed)
     on_old = float((new.predict(before.adversarial).to(test.y.device) == test.y).double().mean())
-    return Hardening(model, new, training, before, after, on_old, int(crafted.success.sum()))
+    return Hardening(model, new, training, before, after, on_old, int(crafted.having("fooled").sum()))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from saddlepoint.attacks.facade import check_combination, perturb
+from saddlepoint.attacks.registry import as_attack
 from saddlepoint.engine import Attack
 from saddlepoint.errors import InputError
 from saddlepoint.models.base import Classifier
@@ -75,7 +76,7 @@ class Adversarial(Objective):
     `sp.perturb`.
     """
 
-    attack: Attack
+    attack: Attack | str
     threat: Threat
     form: Literal["replace", "add", "regularize"] = "replace"
     alpha: float = 0.5
@@ -89,13 +90,15 @@ class Adversarial(Objective):
             raise InputError(f"alpha must lie in [0, 1]; got {self.alpha}")
         if not self.warmup >= 0:
             raise InputError(f"warmup must be >= 0 epochs; got {self.warmup}")
+        attack = as_attack(self.attack)
+        object.__setattr__(self, "attack", attack)
+        check_combination(attack, self.threat, attack.default_goal())
         if not isinstance(self.threat.eps, float | int):
             raise InputError("training needs one eps for all samples")
-        check_combination(self.attack, self.threat, self.attack.default_goal())
 
     @property
     def adversary(self) -> tuple[Attack, Threat]:
-        return self.attack, self.threat
+        return as_attack(self.attack), self.threat
 
     def loss(self, batch: Batch) -> Tensor:
         threat = self.threat
@@ -116,6 +119,6 @@ class Adversarial(Objective):
 
     def settings(self) -> dict[str, object]:
         return {
-            "name": "Adversarial", "attack": self.attack.settings(), "threat": self.threat.settings(), "form": self.form,
+            "name": "Adversarial", "attack": self.adversary[0].settings(), "threat": self.threat.settings(), "form": self.form,
             "alpha": self.alpha, "warmup": self.warmup, "mode": self.mode,
         }  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.defenses.objectives import Batch, Objective, Standard
-from saddlepoint.engine.source import check_labels
+from saddlepoint.engine.source import check_labels, fingerprint
 from saddlepoint.errors import DataError, InputError, ModelError
 from saddlepoint.models.freeze import global_random_state_kept
 from saddlepoint.models.torch_model import Labelled, Model
@@ -107,6 +107,8 @@ def train(
     model = net if isinstance(net, Model) else Model(net, bounds=bounds)
     if not isinstance(model.net, nn.Module):
         raise InputError("train needs a network with parameters, an nn.Module")
+    if adversary is not None and not isinstance(adversary, Objective):
+        raise InputError(f"adversary must be such as sp.Adversarial(attack=..., threat=...); got {adversary!r}")
     loop = _Loop(
         model, _pairs(data, model, "data"), adversary or Standard(),
         _pairs(validation, model, "validation") if validation is not None else None,
@@ -130,7 +132,7 @@ def _pairs(data: Labelled | tuple[Tensor, Tensor], model: Model, name: str) -> t
         model.check_inputs(x)
         if not len(x):
             raise InputError("there are no samples")
-        return x, check_labels(y, len(x), model.num_classes or int(y.max()) + 1)
+        return x, check_labels(y, len(x), model.probe(x).num_classes)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
 
@@ -182,7 +184,7 @@ class _Loop:
         optimizer = {k: v for k, v in self.optimizer.state_dict()["param_groups"][0].items() if k != "params"}
         optimizer["lr"] = self.base_rates[0]
         config = {
-            "objective": self.objective.settings(), "samples": len(self.data[0]), "epochs": self.epochs,
+            "objective": self.objective.settings(), "data": fingerprint(*self.data), "epochs": self.epochs,
             "batch_size": self.batch_size, "optimizer": {"name": type(self.optimizer).__name__, **optimizer},
             "schedule": self.schedule, "patience": self.patience, "seed": self.seed, "model": self.model.describe(),
         }  # fmt: skip

@@ -25,7 +25,3 @@ class Budget:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"Budget({name}=...) must be positive; got {value}")
-
-    def allows(self, forward: int, backward: int) -> bool:
-        """Whether one sample may have made this many passes."""
-        return (self.passes is None or forward + backward <= self.passes) and (self.queries is None or forward <= self.queries)

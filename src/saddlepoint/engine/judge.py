@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saddlepoint.engine.budget import Budget
-from saddlepoint.engine.problem import Evaluator, Gradient
+from saddlepoint.engine.problem import Evaluator, Gradient, input_gradient
 from saddlepoint.engine.slots import Recorder, Slots
 from saddlepoint.errors import ModelError
 from saddlepoint.goals import UNRESOLVED, Aim, Loss, loss_named
@@ -33,17 +33,6 @@ class ChunkSize:
 
 def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def input_gradient(values: Tensor, points: Tensor) -> Tensor:
-    """Gradient of sum(values) with respect to points alone; parameters are not touched. `ModelError` if there is none."""
-    if not values.requires_grad:
-        raise ModelError(
-            "the model's output does not depend differentiably on its input (detach(), no_grad() or numpy inside?): put a "
-            "non-differentiable input transformation into sp.Defended with a backward, or use an attack without gradients"
-        )
-    (gradient,) = torch.autograd.grad(values, points, torch.ones_like(values), allow_unused=True)
-    return torch.zeros_like(points) if gradient is None else gradient
 
 
 class Judge(Evaluator):

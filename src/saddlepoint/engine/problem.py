@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saddlepoint.errors import ModelError
 from saddlepoint.goals import Aim, Loss
 from saddlepoint.rng import Keys
 from saddlepoint.threats import Region
@@ -21,6 +22,17 @@ class Gradient(NamedTuple):
     loss: Tensor  # (Q,)
     gradient: Tensor  # (Q, ...), of the loss with respect to the points
     logits: Tensor  # (Q, C)
+
+
+def input_gradient(values: Tensor, points: Tensor) -> Tensor:
+    """Gradient of sum(values) with respect to points alone; parameters are not touched. `ModelError` if there is none."""
+    if not values.requires_grad:
+        raise ModelError(
+            "the model's output does not depend differentiably on its input (detach(), no_grad() or numpy inside?): put a "
+            "non-differentiable input transformation into sp.Defended with a backward, or use an attack without gradients"
+        )
+    (gradient,) = torch.autograd.grad(values, points, torch.ones_like(values), allow_unused=True)
+    return torch.zeros_like(points) if gradient is None else gradient
 
 
 class Evaluator(ABC):

@@ -32,6 +32,8 @@ class Queries:
     """Passes of each sample, (N,) int64: one sample once through the network, forward or backward.
 
     verify: the forward passes that confirmed successes. probe: rows spent on looking at the model before the run.
+    A step's backward pass is made for its whole batch unless all of it is decided, so `backward` of a sample that is wrong
+    already or is fooled in that step can depend on the batch size by one.
     """
 
     forward: Tensor
@@ -45,7 +47,7 @@ class Queries:
         return self.forward + self.backward
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AttackResult:
     """The outcome for N samples, in the order of the input.
 
@@ -81,6 +83,9 @@ class AttackResult:
     def __len__(self) -> int:
         return len(self.codes)
 
+    def __repr__(self) -> str:
+        return f"AttackResult({len(self)} samples, robust accuracy {self.robust_accuracy:.2%}; print .summary() for more)"
+
     @property
     def status(self) -> npt.NDArray[np.str_]:
         """One of `Status` per sample, as strings: `result.status == "fooled"`."""
@@ -100,13 +105,29 @@ class AttackResult:
 
     @property
     def clean_accuracy(self) -> float:
-        """Share of inputs that the model gets right; nan for an empty result."""
-        return _mean(self.clean_predicted == self.labels)
+        """Share of samples that the model gets right; nan without labels or samples."""
+        return _mean((self.clean_predicted == self.labels)[self.labels >= 0])
+
+    @property
+    def robust(self) -> Tensor:
+        """Which samples the model gets right and no attempt fooled, (N,) bool; without labels, which were not fooled.
+
+        A sample that was attacked towards several targets is robust if it survived all of them.
+        """
+        survived = self.having(Status.SURVIVED)
+        if self.config["goal"]["targeted"]:  # untargeted goals know samples that are wrong already by their status
+            survived &= (self.clean_predicted == self.labels) | (self.labels < 0)
+        _, group = torch.unique(self.index, return_inverse=True)
+        worst = torch.ones_like(self.index).scatter_reduce(0, group, survived.long(), "amin")
+        return worst[group].bool()
 
     @property
     def robust_accuracy(self) -> float:
-        """Share of all samples that survived; those that were wrong before, or gave NaN, did not."""
-        return _mean(self.having(Status.SURVIVED))
+        """Share of samples that are `robust`; those that were wrong before, or gave NaN, are not."""
+        first = torch.ones_like(self.index, dtype=torch.bool)
+        if len(self):  # one row for each sample, however many targets it was attacked towards
+            first[1:] = self.index[1:] != self.index[:-1]
+        return _mean(self.robust[first])
 
     @property
     def success_rate(self) -> float:
@@ -118,12 +139,17 @@ class AttackResult:
         fooled = self.having(Status.FOOLED)
         norm = str(self.config["threat"]["norm"])
         count = max(len(self), 1)
+        inputs = len(torch.unique(self.index))
+
+        def share(value: float) -> str:
+            return "-" if value != value else f"{value:.2%}"
+
         lines = [
-            ("samples", f"{len(self)}"),
+            ("samples", f"{inputs}" + (f" towards {len(self) / max(inputs, 1):g} targets" if inputs < len(self) else "")),
             *((status.value.replace("_", " "), f"{int(self.having(status).sum())}") for status in STATUSES),
-            ("clean accuracy", f"{self.clean_accuracy:.2%}"),
-            ("robust accuracy (all samples)", f"{self.robust_accuracy:.2%}"),
-            ("success rate (of those attacked)", f"{self.success_rate:.2%}"),
+            ("clean accuracy", share(self.clean_accuracy)),
+            ("robust accuracy (all samples)", share(self.robust_accuracy)),
+            ("success rate (of those attacked)", share(self.success_rate)),
             (
                 f"median {norm} distance of fooled",
                 f"{float(self.distance[fooled].median()):.4g}" if bool(fooled.any()) else "-",
@@ -133,7 +159,15 @@ class AttackResult:
             ("seconds", f"{self.seconds:.2f}"),
         ]
         width = max(len(name) for name, _ in lines)
-        title = f"{self.config['attack']['name']} on {self.config['threat']['name']} {norm} eps={self.config['threat']['eps']}"
+        threat = self.config["threat"]
+        size = (
+            norm
+            if threat["eps"] is None
+            else f"{threat['eps']:g}"
+            if isinstance(threat["eps"], float | int)
+            else "one eps each"
+        )
+        title = f"{_attack_name(self.config['attack'])} within {threat['name']}({size})"
         return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in lines), *(f"  ! {n}" for n in self.notes)])
 
     def to_pandas(self) -> pd.DataFrame:
@@ -186,6 +220,13 @@ class AttackResult:
             return _from_columns(tensors, notes=tuple(document["notes"]), **{name: document[name] for name in names})
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is no result saved by Saddlepoint, or it is damaged: {error!r}") from error
+
+
+def _attack_name(settings: dict[str, Any]) -> str:
+    """`PGD`, or `Restarts(PGD, 5)`."""
+    if "attack" not in settings:
+        return str(settings["name"])
+    return f"{settings['name']}({_attack_name(settings['attack'])}, {settings['times']})"
 
 
 def _mean(mask: Tensor) -> float:

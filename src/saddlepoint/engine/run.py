@@ -25,7 +25,7 @@ from saddlepoint.goals import UNRESOLVED, Goal, loss_named
 from saddlepoint.models.base import Classifier, Probe
 from saddlepoint.progress import bar
 from saddlepoint.rng import Keys
-from saddlepoint.taxonomy import Status
+from saddlepoint.taxonomy import Norm, Status
 from saddlepoint.threats import Threat
 from saddlepoint.trees import select
 
@@ -66,6 +66,7 @@ class Run:
     batch_size: int | None
     progress: bool
     callback: Callable[[Record], None] | None
+    data: str | None  # fingerprint of the inputs and labels, None for a stream
 
     def __call__(self, source: Source, resume: AttackResult | None) -> AttackResult:
         """Attack everything that `source` yields. Errors: `Interrupted` on Ctrl-C."""
@@ -100,8 +101,9 @@ class Run:
         self._config = configuration(
             self.model, self.attack, self.threat, self.goal, keep=self.keep, seed=self.seed, budget=self.budget
         )
-        if resume is not None and len(resume) and len(first):
-            differing = [key for key in self._config if resume.config.get(key) != self._config[key]]
+        self._config["data"] = self.data
+        if resume is not None and len(resume):
+            differing = [key for key in self._config if _known(resume.config.get(key)) != _known(self._config[key])]
             if differing:
                 raise InputError(f"this run differs from the one to resume in: {', '.join(differing)}")
         self._recorder = Recorder(self.keep, tau, loss_named(self.attack.objective))
@@ -285,16 +287,38 @@ class Run:
         if self._chunk.halvings:
             notes.append(f"memory ran out: the model's batch was halved {self._chunk.halvings} times, to {self._chunk.rows}")
         if self._unconfirmed:
-            notes.append(f"{self._unconfirmed} successes were refuted by re-prediction on the bare model and not counted")
+            notes.append(f"{self._unconfirmed} claims of success were refuted by re-prediction on the bare model")
+        cut = whole.having(Status.SURVIVED) & (whole.iterations < self.attack.iterations)
+        if bool(cut.any()):
+            made = float(whole.iterations[cut].double().mean())
+            notes.append(
+                f"the budget ended the attack on {int(cut.sum())} survivors after {made:.1f} of {self.attack.iterations} steps "
+                "on average; they count as survivors all the same"
+            )
+        span = self.model.bounds[1] - self.model.bounds[0] if self.model.bounds is not None else float("inf")
+        if self.threat.norm is Norm.LINF and not self.threat.minimizes and self._largest_eps() >= span:
+            notes.append(
+                f"eps = {self._largest_eps():g} covers the whole input range {self.model.bounds}: is it meant in 1/255?"
+            )
         vanished = int((whole.zero_gradients > 0).sum())
         if vanished:
-            notes.append(f"the gradient was exactly zero at least once for {vanished} samples: is it masked?")
+            notes.append(
+                f"the gradient was exactly zero at least once for {vanished} samples: is it masked, or the softmax saturated? "
+                'Try loss="margin"'
+            )
         if bool(whole.having(Status.ERROR).any()):
             notes.append(f"NaN or infinite values came up for {int(whole.having(Status.ERROR).sum())} samples (status error)")
         queries = replace(whole.queries, probe=whole.queries.probe + spent)
         seconds = whole.seconds + time.perf_counter() - started
         tau = self._recorder.tau
         return replace(whole, notes=tuple(dict.fromkeys(notes)), queries=queries, seconds=seconds, tau=tau)
+
+    def _largest_eps(self) -> float:
+        return (
+            float(self.threat.eps_for(torch.arange(1)).max())
+            if not isinstance(self.threat.eps, tuple)
+            else max(self.threat.eps)
+        )
 
     def _nothing(self, like: Tensor) -> AttackResult:
         """The result for no samples at all."""
@@ -303,6 +327,11 @@ class Run:
         region = self.threat.around(x, self.model.bounds, none)
         aim = self.goal.aim(none, none, self._probe.num_classes)
         return self._leave(Slots.enter(none, none, none, none, none, region, aim, Keys.of(self.seed, none), state=None))
+
+
+def _known(setting: Any) -> Any:  # Any: JSON
+    """The setting without the number of classes, which is not known before the first prediction."""
+    return {k: v for k, v in setting.items() if k != "num_classes"} if isinstance(setting, dict) else setting
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from saddlepoint.threats import Region
 from saddlepoint.trees import join, select, take, tree_map
 
 Keep = Literal["first", "smallest", "margin", "loss", "last"]
+NO_CLASS = -2  # what a model predicts that gives NaN
 KEEPS: tuple[Keep, ...] = ("first", "smallest", "margin", "loss", "last")
 
 
@@ -180,7 +181,8 @@ class Recorder:
         rows = torch.arange(len(slots), device=fresh.device) if owner is None else owner
         rows, logits = rows[fresh[rows]], logits[fresh[rows]]
         prediction = logits.argmax(1)
-        slots.clean_prediction = slots.clean_prediction.index_copy(0, rows, prediction)
+        known = torch.where(torch.isfinite(logits).all(1), prediction, torch.full_like(prediction, NO_CLASS))
+        slots.clean_prediction = slots.clean_prediction.index_copy(0, rows, known)
         open_targets = slots.targets[rows]
         targets = goal.resolve(open_targets, logits, slots.labels[rows])
         if targets is not open_targets:

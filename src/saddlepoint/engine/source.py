@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saddlepoint.errors import CapabilityError, InputError
-from saddlepoint.goals import Goal, Targeted
+from saddlepoint.goals import UNRESOLVED, Goal, Targeted
 from saddlepoint.models.base import Classifier
 from saddlepoint.threats import L0, Threat
 from saddlepoint.trees import join, take
@@ -61,6 +62,8 @@ class Source:
         goal: Goal,
         skip: frozenset[int] = frozenset(),
     ) -> None:
+        if not isinstance(x, Tensor) and hasattr(x, "__array__"):
+            raise InputError("x is an array: give a tensor, torch.from_numpy(x)")
         self._model, self._threat, self._goal, self._skip = model, threat, goal, skip
         self.every_target = isinstance(goal, Targeted) and isinstance(goal.classes, str) and goal.classes == "all"
         self.total = len(x) if isinstance(x, Tensor) else None
@@ -101,7 +104,11 @@ class Source:
 
     def _load(self) -> Iterator[Samples]:
         for number, item in enumerate(self._batches):
-            x, y = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
+            if isinstance(item, tuple | list) and len(item) != 2:
+                raise InputError(
+                    f"batch {number} has {len(item)} parts; give (x, y) pairs, or x alone where no labels are needed"
+                )
+            x, y = item if isinstance(item, tuple | list) else (item, None)
             where = "" if self.total is not None else f"batch {number}: "
             try:
                 yield self._check(x, y)
@@ -121,8 +128,9 @@ class Source:
         if y is None:
             if self._goal.needs_labels:
                 raise InputError(f"{type(self._goal).__name__} needs the true labels y (N,)")
-            y = torch.zeros(len(x), dtype=torch.int64)
-        labels = check_labels(y, len(x), classes)
+            labels = torch.full((len(x),), UNRESOLVED)
+        else:
+            labels = check_labels(y, len(x), classes)
         sample = torch.arange(self._position, self._position + len(x))
         self._position += len(x)
         if self._ids is not None and self._position > len(self._ids):
@@ -167,13 +175,28 @@ class Source:
                 targets = check_labels(torch.full_like(labels, given), len(sample), classes, "targets")
             case frozenset():
                 check_labels(torch.tensor(sorted(given)), len(given), classes, "targets")
-                return torch.full_like(labels, -1)
+                own = torch.isin(labels, torch.tensor(sorted(given)))
+                self._refuse_own_label(own.nonzero()[:, 0], sample, labels)
+                return torch.full_like(labels, UNRESOLVED)
             case _:
-                return torch.full_like(labels, -1)
-        same = (targets == labels).nonzero()[:, 0]
-        if len(same):
-            raise InputError(
-                f"the target of sample {int(sample[same[0]])} is its own label {int(labels[same[0]])} "
-                f"({len(same)} such samples): leave those samples out, or choose another target"
-            )
+                return torch.full_like(labels, UNRESOLVED)
+        self._refuse_own_label((targets == labels).nonzero()[:, 0], sample, labels)
         return targets
+
+    @staticmethod
+    def _refuse_own_label(rows: Tensor, sample: Tensor, labels: Tensor) -> None:
+        if len(rows):
+            raise InputError(
+                f"the target of sample {int(sample[rows[0]])} is its own label {int(labels[rows[0]])} "
+                f"({len(rows)} such samples): leave those samples out, or choose another target"
+            )
+
+
+def fingerprint(x: Tensor, y: Tensor | None) -> str:
+    """A checksum of inputs and labels, by which a resumed run knows its data again."""
+    checksum = 0
+    for tensor in (x, y):
+        if tensor is not None:
+            data = tensor.detach().cpu().contiguous()
+            checksum = zlib.crc32(data.flatten().view(torch.uint8).numpy().data, checksum)
+    return f"{tuple(x.shape)} crc32 {checksum:08x}"

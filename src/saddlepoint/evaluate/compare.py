@@ -10,11 +10,12 @@ from torch import Tensor
 
 from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.attacks.facade import check_combination
+from saddlepoint.attacks.registry import as_attack
 from saddlepoint.engine import Attack, AttackResult, Budget, Interrupted
 from saddlepoint.errors import InputError
 from saddlepoint.goals import Goal
 from saddlepoint.models.base import Classifier
-from saddlepoint.taxonomy import Norm, Status
+from saddlepoint.taxonomy import Norm
 from saddlepoint.threats import Threat
 
 
@@ -38,7 +39,7 @@ class Cell:
         return max(self.threat.eps) if isinstance(self.threat.eps, tuple) else float(self.threat.eps)  # type: ignore[arg-type]  # a Threat keeps numbers and tuples only
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """What came out for the samples x (N, ...), y (N,): one `Cell` per model, attack and threat, in the order they ran.
 
@@ -51,6 +52,9 @@ class Comparison:
     cells: tuple[Cell, ...]
     complete: bool = True
 
+    def __repr__(self) -> str:
+        return f"Comparison({', '.join(self.models)}: {len(self.cells)} attacks on {len(self.x)} samples)"
+
     def clean_accuracy(self, model: str) -> float:
         """Accuracy on the unperturbed samples. Errors: `InputError` if no attack on the model has finished."""
         for cell in self.cells:
@@ -61,9 +65,7 @@ class Comparison:
     def robust_accuracy(self, model: str, norm: Norm | str, eps: float) -> float:
         """Share of samples that survived every attack within eps: a success in a smaller ball counts too."""
         lost = [
-            ~cell.result.having(Status.SURVIVED)
-            for cell in self.cells
-            if cell.model == model and cell.norm == Norm(norm) and cell.eps <= eps
+            ~cell.result.robust for cell in self.cells if cell.model == model and cell.norm == Norm(norm) and cell.eps <= eps
         ]
         if not lost:
             raise InputError(f"no attack on {model!r} was run within {norm} {eps:g}")
@@ -79,7 +81,7 @@ def compare(
     models: Mapping[str, Classifier],
     x: Tensor,
     y: Tensor,
-    attacks: Sequence[Attack],
+    attacks: Sequence[Attack | str],
     threats: Sequence[Threat],
     *,
     goal: Goal | None = None,
@@ -95,14 +97,19 @@ def compare(
     """
     if not models or not attacks or not threats:
         raise InputError("compare needs at least one model, one attack and one threat")
-    for attack in attacks:
+    if not isinstance(models, Mapping):
+        raise InputError(f'models must be a mapping from names to models, {{"mine": model}}; got {type(models).__name__}')
+    if not isinstance(x, Tensor):
+        raise InputError(f"compare needs the samples as tensors, since each attack sees all of them; got {type(x).__name__}")
+    chosen = [as_attack(attack) for attack in attacks]
+    for attack in chosen:
         for threat in threats:
             check_combination(attack, threat, goal or attack.default_goal())
     cells: list[Cell] = []
     try:
         for name, model in models.items():
             for threat in threats:
-                for attack in attacks:
+                for attack in chosen:
                     result = run_attack(
                         model, x, y, attack, threat, goal, seed=seed, batch_size=batch_size, budget=budget, progress=progress
                     )

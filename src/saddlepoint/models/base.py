@@ -12,7 +12,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from saddlepoint.errors import CapabilityError, InputError, ModelError, SaddlepointWarning
+from saddlepoint.errors import CapabilityError, InputError, ModelError, SaddlepointError, SaddlepointWarning
 from saddlepoint.models.freeze import frozen
 from saddlepoint.taxonomy import Access
 
@@ -176,7 +176,8 @@ class Classifier(ABC):
     @final
     def probe(self, x: Tensor) -> Probe:
         """Look at a few inputs: classes, randomness, softmax outputs, numerical noise. Once per state of the weights."""
-        state = tuple((id(p), p._version) for net in self.networks() for p in net.parameters())
+        tensors = [t for net in self.networks() for t in (*net.parameters(), *net.buffers())]
+        state = tuple((id(t), t._version) for t in tensors)
         if self._probed is None or self._probed[0] != state:
             self._probed = (state, self._probe(x[:_PROBE_SAMPLES].to(self.device)))
             for note in self._probed[1].notes:
@@ -186,7 +187,13 @@ class Classifier(ABC):
     @final
     def _probe(self, x: Tensor) -> Probe:
         with self.frozen(), torch.no_grad():
-            first, again = self.forward(x), self.forward(x)
+            try:
+                first, again = self.forward(x), self.forward(x)
+            except SaddlepointError:
+                raise
+            except Exception as error:  # whatever the user's network raises
+                shape = tuple(x.shape)
+                raise ModelError(f"the network fails on inputs of shape {shape}: {type(error).__name__}: {error}") from error
             try:
                 singles = torch.cat([self.forward(one) for one in torch.split(x, 1)])
             except Exception as error:
@@ -227,6 +234,8 @@ class Classifier(ABC):
                 "the outputs look like probabilities (non-negative, sum 1); attacks need logits: return them before the "
                 "softmax, or give Model(outputs=torch.log)"
             )
+        elif 0.5 < scale <= 1 and bool((first >= 0).all()) and float(torch.minimum(first, 1 - first).mean()) < 0.1:
+            notes.append("all outputs are close to 0 or 1, as after a sigmoid; attacks need logits: return them before it")
         # a constant model has no margin to measure, and a tie is no success
         tau = max(_NOISE_FACTOR * noise, _SCALE_FACTOR * scale, torch.finfo(torch.float32).tiny)
         return Probe(tau, classes, stochastic, tuple(notes), 3 * len(x))

@@ -158,7 +158,7 @@ def _page(
         training=trained,
         notes=_notes(document),
         bounds=next((m.bounds for m in comparison.models.values()), None),
-        targeted=any(cell.result.config["goal"]["name"] != "Untargeted" for cell in comparison.cells),
+        targeted=any(cell.result.config["goal"]["targeted"] for cell in comparison.cells),
         noisy=any(words.is_noise(cell.attack) for cell in comparison.cells),
         places={name: place for place, name in enumerate(comparison.models)},
         series=len(figures.SERIES),

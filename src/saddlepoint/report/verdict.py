@@ -126,7 +126,7 @@ def _fooled(comparison: Comparison, model: str, norm: Norm, eps: float) -> Tenso
 
 
 def _targeted(cell: Cell) -> bool:
-    return bool(cell.result.config["goal"]["name"] != "Untargeted")
+    return bool(cell.result.config["goal"]["targeted"])
 
 
 def observations(comparison: Comparison) -> list[str]:
