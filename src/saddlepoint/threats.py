@@ -143,6 +143,11 @@ class Threat(ABC):
             found = self.mask.dtype if isinstance(self.mask, Tensor) else type(self.mask).__name__
             raise InputError(f"mask must be a bool tensor (True = may move); got {found}")
 
+    @property
+    def largest_eps(self) -> float:
+        """eps, or the largest where every sample has its own."""
+        return max(self.eps) if isinstance(self.eps, tuple) else float(self.eps)  # type: ignore[arg-type]  # __post_init__ leaves numbers and tuples only
+
     def settings(self) -> dict[str, object]:
         """What defines this threat, ready for JSON (a mask by its shape and hash)."""
         mask = None
@@ -170,7 +175,7 @@ class Threat(ABC):
             if len(index) and int(index.max()) >= len(table):
                 raise InputError(f"eps has {len(table)} values, but there is a sample at position {int(index.max())}")
             return table[index]
-        return torch.full((len(index),), float(self.eps), dtype=torch.float64, device=index.device)  # type: ignore[arg-type]  # __post_init__ leaves numbers and tuples only
+        return torch.full((len(index),), self.largest_eps, dtype=torch.float64, device=index.device)
 
     def around(self, origin: Tensor, bounds: Bounds = (0.0, 1.0), index: Tensor | None = None) -> Region:
         """Bind to a batch `origin` (B, ...); `index` gives the samples' positions for per-sample eps and masks."""

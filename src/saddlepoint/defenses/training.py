@@ -329,5 +329,5 @@ class _Loop:
             torch.set_rng_state(found["random"].cpu())
         except DataError:
             raise
-        except Exception as error:
+        except Exception as error:  # on damaged bytes torch raises a dozen kinds
             raise DataError(f"the checkpoint {self.checkpoint} is damaged or none of Saddlepoint's: {error}") from error

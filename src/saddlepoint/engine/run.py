@@ -296,9 +296,9 @@ class Run:
                 "on average; they count as survivors all the same"
             )
         span = self.model.bounds[1] - self.model.bounds[0] if self.model.bounds is not None else float("inf")
-        if self.threat.norm is Norm.LINF and not self.threat.minimizes and self._largest_eps() >= span:
+        if self.threat.norm is Norm.LINF and not self.threat.minimizes and self.threat.largest_eps >= span:
             notes.append(
-                f"eps = {self._largest_eps():g} covers the whole input range {self.model.bounds}: is it meant in 1/255?"
+                f"eps = {self.threat.largest_eps:g} covers the whole input range {self.model.bounds}: is it meant in 1/255?"
             )
         vanished = int((whole.zero_gradients > 0).sum())
         if vanished:
@@ -312,13 +312,6 @@ class Run:
         seconds = whole.seconds + time.perf_counter() - started
         tau = self._recorder.tau
         return replace(whole, notes=tuple(dict.fromkeys(notes)), queries=queries, seconds=seconds, tau=tau)
-
-    def _largest_eps(self) -> float:
-        return (
-            float(self.threat.eps_for(torch.arange(1)).max())
-            if not isinstance(self.threat.eps, tuple)
-            else max(self.threat.eps)
-        )
 
     def _nothing(self, like: Tensor) -> AttackResult:
         """The result for no samples at all."""

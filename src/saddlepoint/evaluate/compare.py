@@ -36,7 +36,7 @@ class Cell:
     @property
     def eps(self) -> float:
         """The threat's radius, the largest where every sample has its own."""
-        return max(self.threat.eps) if isinstance(self.threat.eps, tuple) else float(self.threat.eps)  # type: ignore[arg-type]  # a Threat keeps numbers and tuples only
+        return self.threat.largest_eps
 
 
 @dataclass(frozen=True, repr=False)

@@ -69,7 +69,7 @@ def within(threat: Threat) -> str:
     elif isinstance(eps, tuple):
         words = f"{threat.norm} eps up to {size(max(eps))}, one per sample"
     else:
-        words = f"{threat.norm} eps {size(float(threat.eps))}"  # type: ignore[arg-type]  # a Threat keeps numbers and tuples only
+        words = f"{threat.norm} eps {size(threat.largest_eps)}"
     return words + (", on a grid" if threat.grid is not None else "") + (", masked" if threat.mask is not None else "")
 
 
