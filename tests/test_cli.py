@@ -260,6 +260,24 @@ def test_demo_runs_end_to_end(here, capsys, monkeypatch):
     assert [m["name"] for m in results["models"]] == ["undefended", "hardened"]
 
 
+def test_ctrl_c_during_a_training_tells_no_story_of_a_half_trained_network(here, capsys, monkeypatch):
+    import saddlepoint.cli.demo as demo
+    import saddlepoint.defenses.hardening as hardening
+
+    def interrupted(*args, **settings):
+        def stop(record):
+            raise KeyboardInterrupt
+
+        return sp.train(*args, **{**settings, "epochs": 2, "on_epoch": stop})
+
+    monkeypatch.setattr(demo, "train", interrupted)
+    assert call(capsys, "demo", "--out", "d")[0] == 130
+    assert not (here / "d").exists()
+    monkeypatch.setattr(hardening, "train", interrupted)
+    assert call(capsys, "harden", "--model", "net.py:net", "--epochs", "2", "--out", "h")[0] == 130
+    assert not (here / "h").exists()
+
+
 def test_module_and_help_start_without_heavy_imports():
     """`saddlepoint --help` does not wait for matplotlib or scikit-learn."""
     code = (

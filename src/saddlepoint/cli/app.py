@@ -86,10 +86,8 @@ def demo(
     """Train and attack two small networks on handwritten digits, and write a report with pictures."""
     from saddlepoint.cli.demo import demo as run_demo
 
-    result, report = run_demo(out, seed=seed, console=console, config=configuration.ran(context))
-    configuration.write(context, out)
-    _show(result)
-    console.print(f"\nreport: [bold]{escape(str(report))}[/]   (open it in a browser)")
+    result, digits, trainings = run_demo(seed=seed, console=console)
+    _report(context, result, digits, out, "An undefended and a hardened network under attack", seed, trainings)
 
 
 @app.command()
@@ -383,7 +381,7 @@ def _report(
     )  # fmt: skip
     configuration.write(context, out)
     _show(result)
-    console.print(f"\nreport: [bold]{escape(str(report))}[/]")
+    console.print(f"\nreport: [bold]{escape(str(report))}[/]   (open it in a browser)")
     if not result.complete:
         console.print("interrupted: the report holds the attacks that were finished")
         raise typer.Exit(130)

@@ -36,13 +36,15 @@ class Hardening:
 
 
 def harden(
-    model: Model, train_data: Labelled, test: Labelled, attack: Attack, threat: Threat, *, seed: int = 0, **settings: Any
+    model: Model, train_data: Labelled, test: Labelled, attack: Attack | str, threat: Threat, *, seed: int = 0, **settings: Any
 ) -> Hardening:
     """Attack the test set; retrain a copy of the network on the training set and its adversarial examples; test again.
 
     The examples are made from the training set, so that the test stays a test. They are static, made once against the old
     network: compare with `train(adversary=Adversarial(...))`, which makes new ones for every batch.
     settings: of `sp.train` (epochs, learning_rate, ...; Any since they are passed on). `model` is left as it is.
+
+    Errors: those of `attack` and `train`; `KeyboardInterrupt` on Ctrl-C, also during the training.
     """
     if not isinstance(model, Model):
         raise InputError(f"harden retrains a network: give an sp.Model; got {type(model).__name__}")
@@ -51,6 +53,8 @@ def harden(
     new = copy.deepcopy(model)
     both: tuple[Tensor, Tensor] = (torch.cat([train_data.x, crafted.adversarial]), torch.cat([train_data.y, train_data.y]))
     training = train(new, both, seed=seed, **settings)
+    if not training.complete:
+        raise KeyboardInterrupt  # figures of a half-trained network would mislead
     after = run_attack(new, test.x, test.y, attack, threat, seed=seed)
     on_old = float((new.predict(before.adversarial).to(test.y.device) == test.y).double().mean())
     return Hardening(model, new, training, before, after, on_old, int(crafted.having("fooled").sum()))
