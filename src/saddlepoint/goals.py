@@ -41,6 +41,14 @@ class Aim:
         """The largest value among the wanted and among the unwanted classes, (B,) each."""
         return self._largest(values, self.wanted), self._largest(values, self.unwanted)
 
+    def towards(self, classes: Tensor) -> Aim:
+        """The same, led to one class (B,) each: losses then are the targeted ones, z_t against the unwanted classes.
+
+        For untargeted attacks that run from target to target; what counts as success stays with the goal.
+        """
+        wanted = _one_hot(classes, self.wanted.shape[1])
+        return Aim(_DIRECTED, wanted, self.unwanted & ~wanted)
+
     @staticmethod
     def _largest(values: Tensor, allowed: Tensor) -> Tensor:
         # mask with -inf: a factor of 0 would invent a logit of 0
@@ -224,6 +232,9 @@ class Targeted(Goal):
 
     def __hash__(self) -> int:
         return hash(repr(self.settings()))
+
+
+_DIRECTED = Targeted("all")  # of aims that lead to a class that an attack chose
 
 
 @dataclass(frozen=True, kw_only=True)

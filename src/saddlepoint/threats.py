@@ -81,6 +81,28 @@ class Region:
         """The displacement of norm `size` (B,) that increases a function with this gradient most."""
         return self.threat.steepest_in(self, gradient, size, points)
 
+    def reach(self, gradient: Tensor, gain: Tensor, points: Tensor) -> Tensor:
+        """The smallest displacement from `points` along which a linear function with this gradient changes by `gain` (B,).
+
+        Smallest in the threat's norm, inside [lower, upper]: the projection on a hyperplane that meets the box. Where the box
+        does not hold enough, all of what it holds.
+        """
+        sign = rows(torch.where(gain < 0, -1.0, 1.0).to(gradient.dtype), gradient)
+        slope = gradient * sign
+        room = torch.where(slope >= 0, self.upper - points, points - self.lower).clamp(min=0)
+        weight = slope.flatten(1).abs().double()
+        room = torch.where(weight > 0, room.flatten(1).double(), torch.zeros_like(weight))
+        size = self.threat.reach_in(weight, room, gain.abs().double(), tuple(gradient.shape[1:]))
+        return size.view(gradient.shape).to(gradient.dtype) * slope.sign()
+
+    def within(self, eps: Tensor) -> Region:
+        """The same sets with radius eps (B,) where that is smaller."""
+        radius = torch.minimum(eps.double(), self.eps)
+        lower, upper = self.lower, self.upper
+        if self.threat.norm is Norm.LINF:
+            lower, upper = self.threat.tighten(self.origin, radius, lower, upper)
+        return replace(self, eps=radius, lower=lower, upper=upper)
+
     def random(self, keys: Keys) -> Tensor:
         """A point drawn uniformly from the ball, then projected into the input range."""
         if bool(torch.isinf(self.eps).any()):
@@ -190,13 +212,13 @@ class Threat(ABC):
         lower = torch.full_like(origin, low, memory_format=torch.contiguous_format)
         upper = torch.full_like(origin, high, memory_format=torch.contiguous_format)
         if self.norm is Norm.LINF:
-            lower, upper = self._tighten(origin, eps, lower, upper)
+            lower, upper = self.tighten(origin, eps, lower, upper)
         if self.mask is not None:
             free = self._mask_for(origin, index)
             lower, upper = torch.where(free, lower, origin), torch.where(free, upper, origin)
         return Region(self, origin.contiguous(), eps, lower, upper)
 
-    def _tighten(self, origin: Tensor, eps: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    def tighten(self, origin: Tensor, eps: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """Cut the range [lower, upper] with the l-infinity ball."""
         radius = rows(eps, origin)
         if self.grid is None:
@@ -269,8 +291,39 @@ class Threat(ABC):
         """The displacement of norm `size` (B,) from `points` along which the gradient promises most."""
 
     @abstractmethod
+    def reach_in(self, weight: Tensor, room: Tensor, gain: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The smallest sizes 0 <= s <= room (B, D) with <weight, s> = gain (B,), for weights >= 0 of inputs of this shape."""
+
+    @abstractmethod
     def draw_in(self, region: Region, keys: Keys) -> Tensor:
         """A displacement drawn uniformly from the ball."""
+
+
+def _level(slope: Tensor, cap: Tensor, gain: Tensor) -> Tensor:
+    """The level t (B, 1) at which sum_i slope_i * min(t, cap_i) = gain (B,); infinite where the caps don't let it be reached.
+
+    slope and cap (B, D) >= 0: the sum is piecewise linear in t and bends at the caps.
+    """
+    cap, order = torch.where(slope > 0, cap, torch.zeros_like(cap)).sort(1)
+    slope = slope.gather(1, order)
+    filled = torch.where(slope > 0, slope * cap, torch.zeros_like(cap))
+    before = filled.cumsum(1) - filled
+    before = torch.where(torch.isfinite(before), before, torch.full_like(before, torch.inf))  # inf - inf: behind an open end
+    after = slope.flip(1).cumsum(1).flip(1)
+    reached = before + torch.where(after > 0, cap * after, torch.zeros_like(cap)) >= gain[:, None]
+    first = reached.to(torch.uint8).argmax(1, keepdim=True)
+    level = (gain[:, None] - before.gather(1, first)) / after.gather(1, first)
+    return torch.where(reached.any(1, keepdim=True), level.clamp(min=0), torch.full_like(level, torch.inf))
+
+
+def _greedy(weight: Tensor, room: Tensor, gain: Tensor, order: Tensor) -> Tensor:
+    """Fill the features in this order (B, D), the last as far as needed: sizes (B, D) with <weight, size> = gain (B,)."""
+    weight, room = weight.gather(1, order), room.gather(1, order)
+    gains = torch.where(weight > 0, weight * room, torch.zeros_like(weight))
+    before = gains.cumsum(1) - gains
+    left = (gain[:, None] - torch.where(torch.isfinite(before), before, torch.full_like(before, torch.inf))).clamp(min=0)
+    size = torch.where(weight > 0, torch.minimum(left / weight, room), torch.zeros_like(room))
+    return torch.zeros_like(size).scatter(1, order, size)
 
 
 def _ball_end(origin: Tensor, radius: Tensor, side: int) -> Tensor:
@@ -349,6 +402,10 @@ class Linf(Threat):
     def steepest_in(self, region: Region, gradient: Tensor, size: Tensor, points: Tensor) -> Tensor:
         return gradient.sign() * rows(size.to(gradient.dtype), gradient)
 
+    def reach_in(self, weight: Tensor, room: Tensor, gain: Tensor, shape: tuple[int, ...]) -> Tensor:
+        level = _level(weight, room, gain)
+        return torch.minimum(room, torch.where(weight > 0, level, torch.zeros_like(weight)))
+
     def draw_in(self, region: Region, keys: Keys) -> Tensor:
         uniform = keys.uniform(tuple(region.origin.shape[1:]), _wide(region.origin).dtype)
         return (2 * uniform - 1) * rows(region.eps.to(uniform.dtype), uniform)
@@ -392,6 +449,10 @@ class L2(Threat):
         norm = _norm(gradient.flatten(1), 2)
         factor = torch.where(norm > 0, size / norm, torch.zeros_like(norm))
         return (gradient.double() * rows(factor, gradient)).to(gradient.dtype)  # 1 / norm can overflow a smaller dtype
+
+    def reach_in(self, weight: Tensor, room: Tensor, gain: Tensor, shape: tuple[int, ...]) -> Tensor:
+        level = _level(weight**2, room / weight.clamp(min=1e-300), gain)
+        return torch.minimum(room, torch.where(weight > 0, level * weight, torch.zeros_like(weight)))
 
     def draw_in(self, region: Region, keys: Keys) -> Tensor:
         """Normal direction, radius eps * u^(1/d) over the d features that may move."""
@@ -445,6 +506,9 @@ class L1(Threat):
         spent = room.cumsum(1) - room
         amount = torch.minimum(room, (size[:, None] - spent).clamp(min=0)).to(flat.dtype)
         return torch.zeros_like(flat).scatter_(1, order, amount).mul_(flat.sign()).view_as(gradient)
+
+    def reach_in(self, weight: Tensor, room: Tensor, gain: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return _greedy(weight, room, gain, weight.argsort(1, descending=True))
 
     def draw_in(self, region: Region, keys: Keys) -> Tensor:
         """Exponentials with random signs over their sum and one more: uniform in the l1 ball."""
@@ -508,6 +572,14 @@ class L0(Threat):
         gain = gradient.abs() * room
         return torch.where(self._keep_best(gain, size), room * gradient.sign(), torch.zeros_like(room))
 
+    def reach_in(self, weight: Tensor, room: Tensor, gain: Tensor, shape: tuple[int, ...]) -> Tensor:
+        worth = torch.where(room > 0, weight * room, torch.zeros_like(room))
+        if self.per == "pixel":  # a pixel's channels one after another, so that the last pixel alone is moved in part
+            worth = worth.view(len(worth), *shape).sum(1, keepdim=True).expand(-1, *shape).flatten(1)
+            order = torch.arange(worth.shape[1], device=worth.device).view(shape[0], -1).T.flatten()
+            return _greedy(weight, room, gain, order[worth[:, order].argsort(dim=1, descending=True, stable=True)])
+        return _greedy(weight, room, gain, worth.argsort(1, descending=True))
+
     def draw_in(self, region: Region, keys: Keys) -> Tensor:
         """Uniform values for eps units chosen at random."""
         shape = tuple(region.origin.shape[1:])
@@ -544,7 +616,7 @@ def Minimize(  # noqa: N802  # reads as the thing it makes, beside Linf(...) and
 ) -> Threat:
     """In place of a threat: find the smallest perturbation in `norm`. It is the ball with eps = inf.
 
-    For attacks that declare `minimizes=True`; the attacks of this release need a ball of stated size.
+    For attacks that declare `minimizes=True`, such as "minimal", the recommended sequence of them.
     Errors: `InputError` for an unknown norm.
     """
     threat = replace(ball(norm, math.inf), mask=mask, grid=grid)

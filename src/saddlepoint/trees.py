@@ -1,4 +1,4 @@
-"""Per-sample state: (nested) frozen dataclasses of tensors whose first dimension is the sample."""
+"""Per-sample state: (nested) frozen dataclasses and tuples of tensors whose first dimension is the sample."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def tree_map(function: Callable[..., Tensor], tree: T, *others: T) -> T:
     """Apply to all tensors of equally built trees; what is shared or no tensor is taken from the first."""
     if isinstance(tree, Tensor):
         return cast(T, function(tree, *others))  # a Tensor in gives a Tensor out, which the type variable can't say
+    if isinstance(tree, tuple):
+        return cast(T, tuple(tree_map(function, *branch) for branch in zip(tree, *cast(Any, others), strict=True)))
     if not dataclasses.is_dataclass(tree) or isinstance(tree, type):
         return tree
     changed: dict[str, Any] = {}  # Any: the fields of an arbitrary dataclass

@@ -67,8 +67,7 @@ class SeveralPoints(Attack):
     def iterations(self) -> int:
         return self.steps
 
-    @property
-    def cost(self) -> tuple[int, int]:
+    def cost(self, classes: int) -> tuple[int, int]:
         return (0, 0)  # it asks by itself
 
     def init(self, problem: Problem) -> Walk:

@@ -384,7 +384,7 @@ def cost_of_survivors(case: Case) -> tuple[int, int]:
         inner, times = attack.attack, attack.times
         attack, steps = inner, inner.iterations * times
         extra = 0 if inner.judge else times - 1
-    forward, backward = attack.cost
+    forward, backward = attack.cost(10)
     return steps * forward + (not attack.starts_at_origin) + (not attack.judge) + extra, steps * backward
 
 

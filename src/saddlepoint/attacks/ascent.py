@@ -120,9 +120,8 @@ class SteepestAscent(Attack):
     def judge(self) -> bool:
         return self.recipe().look_ahead
 
-    @property
     @final
-    def cost(self) -> tuple[int, int]:
+    def cost(self, classes: int) -> tuple[int, int]:
         return (2, 1) if self.recipe().look_ahead else (1, 1)
 
     @final

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from saddlepoint.engine import (
     Run,
     Source,
 )
-from saddlepoint.engine.problem import Evaluator, Gradient, input_gradient
+from saddlepoint.engine.problem import Evaluator, Found, Gradient, Jacobian, Weights, input_gradient
 from saddlepoint.engine.source import Batches, fingerprint
 from saddlepoint.errors import CapabilityError, InputError, UnknownNameError
 from saddlepoint.goals import Aim, Goal, Loss, Targeted, loss_named
@@ -30,6 +30,7 @@ from saddlepoint.models.freeze import frozen
 from saddlepoint.rng import Keys
 from saddlepoint.taxonomy import Norm
 from saddlepoint.threats import Bounds, Threat
+from saddlepoint.trees import take
 
 __all__ = ["Interrupted", "attack", "check_combination", "perturb"]
 
@@ -100,8 +101,8 @@ def attack(
         raise InputError(f"batch_size must be at least 1; got {batch_size}")
     goal = goal if goal is not None else chosen.default_goal()
     check_combination(chosen, threat, goal)
-    if model.bounds is None and threat.norm is Norm.L0 and not threat.minimizes:
-        raise CapabilityError("an l0 ball needs bounds: without them one feature can move without limit")
+    if model.bounds is None and threat.norm is Norm.L0:
+        raise CapabilityError("an l0 threat needs bounds: without them one feature can move without limit")
     model.require(chosen.declaration.access, type(chosen).__name__)
     budget = budget or Budget()
     keep = keep or ("smallest" if threat.minimizes else "first")
@@ -112,14 +113,17 @@ def attack(
     return run(source, resume)
 
 
+T = TypeVar("T")
 PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Plain(Evaluator):
     """Evaluates for training loops: no bookkeeping."""
 
-    def __init__(self, net: Callable[[Tensor], Tensor], y: Tensor, goal: Goal, keys: Keys, loss: PerSampleLoss | None) -> None:
-        self.net, self.y, self.goal, self.keys, self.loss = net, y, goal, keys, loss
+    def __init__(
+        self, net: Callable[[Tensor], Tensor], origin: Tensor, y: Tensor, goal: Goal, keys: Keys, loss: PerSampleLoss | None
+    ) -> None:
+        self.net, self.origin, self.y, self.goal, self.keys, self.loss = net, origin, y, goal, keys, loss
         self._aim: Aim | None = None
 
     @property
@@ -147,21 +151,40 @@ class _Plain(Evaluator):
             self._bind(logits)
         return logits
 
-    def gradient(self, points: Tensor, owner: Tensor | None, loss: str | Loss) -> Gradient:
+    def gradient(self, points: Tensor, owner: Tensor | None, loss: str | Loss, aim: Aim | None) -> Gradient:
         with torch.enable_grad():
             leaf = points.detach().requires_grad_()
             logits = self.net(leaf)
-            values = self.loss(logits, self.y) if self.loss is not None else loss_named(loss)(logits, self._bind(logits))
+            if self.loss is not None:
+                values = self.loss(logits, self._of(self.y, owner))
+            else:
+                bound = self._bind(logits)
+                values = loss_named(loss)(logits, self._of(aim if aim is not None else bound, owner))
         return Gradient(values.detach(), input_gradient(values, leaf), logits.detach())
 
-    def vjp(self, points: Tensor, owner: Tensor | None, cotangents: Tensor) -> Gradient:
-        return self.gradient(points, owner, lambda logits, aim: (logits * cotangents).sum(1))
+    def jacobian(self, points: Tensor, owner: Tensor | None, weights: Weights) -> Jacobian:
+        with torch.enable_grad():
+            leaf = points.detach().requires_grad_()
+            logits = self.net(leaf)
+            aim = self._of(self._bind(logits), owner)
+            chosen = weights if isinstance(weights, Tensor) else weights(logits.detach(), aim)
+            sums = torch.einsum("qmc,qc->qm", chosen.to(logits.dtype), logits).unbind(1)
+        columns = [input_gradient(values, leaf, again=index + 1 < len(sums)) for index, values in enumerate(sums)]
+        return Jacobian(logits.detach(), torch.stack(columns, 1))
+
+    @staticmethod
+    def _of(batch: T, owner: Tensor | None) -> T:
+        return batch if owner is None else take(batch, owner)
 
     def allow(self, owner: Tensor, wanted_backward: bool) -> Tensor:
         return torch.ones_like(owner, dtype=torch.bool)
 
     def remaining(self) -> Tensor:
         return torch.full((len(self.y),), torch.iinfo(torch.int64).max)
+
+    def best(self) -> Found:
+        nothing = torch.full((len(self.origin),), torch.inf, dtype=torch.float64, device=self.origin.device)
+        return Found(self.origin, nothing, torch.zeros_like(nothing, dtype=torch.bool))
 
 
 def perturb(
@@ -209,7 +232,7 @@ def perturb(
         if mode == "train":
             for module in modules:
                 module.train()
-        evaluator = _Plain(forward, y, goal, keys, loss)
+        evaluator = _Plain(forward, region.origin, y, goal, keys, loss)
         k = torch.zeros(len(x), dtype=torch.int64)
         state = attack.init(Problem(region, y, k, keys, evaluator))
         for step in range(attack.iterations):

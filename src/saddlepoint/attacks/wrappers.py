@@ -1,8 +1,8 @@
-"""Attacks made of attacks."""
+"""Attacks made of attacks: repeated from other starts, one after another, or at one radius after another."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -12,7 +12,62 @@ from saddlepoint.attacks.registry import as_attack
 from saddlepoint.engine import Attack, Problem, State
 from saddlepoint.errors import InputError
 from saddlepoint.goals import Goal, Loss
-from saddlepoint.trees import select
+from saddlepoint.taxonomy import Access, Norm
+from saddlepoint.trees import select, take, tree_map
+
+
+def _length(attack: Attack) -> int:
+    """Steps of a run; an attack without steps has one, which looks at its point."""
+    return max(attack.iterations, 1)
+
+
+def _advance(attack: Attack, problem: Problem, inner: State, k: Tensor, run: Tensor) -> tuple[State, Tensor]:
+    """One step of an attack's run number `run` (B,), at its iteration k (B,): the state, and which runs are over."""
+    if attack.iterations:
+        inner = attack.step(problem.restarted(run, k), inner)
+    over = k + 1 >= _length(attack)
+    done = attack.done(inner)
+    return inner, over if done is None else over | done.cpu()
+
+
+def _look(attack: Attack, problem: Problem, inner: State, which: Tensor) -> None:
+    """Evaluate the last iterates of the runs that are over, unless their steps did."""
+    if not attack.judge and bool(which.any()):
+        owner = which.nonzero()[:, 0].to(problem.origin.device)
+        problem.logits(attack.current(inner)[owner], owner)
+
+
+class _OfOne(Attack):
+    """An attack made of runs of `attack`, which says what it is."""
+
+    attack: Attack
+
+    @property
+    @final
+    def judge(self) -> bool:
+        return self.attack.judge
+
+    @property
+    @final
+    def objective(self) -> str | Loss:
+        return self.attack.objective
+
+    @final
+    def default_goal(self) -> Goal:
+        return self.attack.default_goal()
+
+    @final
+    def cost(self, classes: int) -> tuple[int, int]:
+        forward, backward = self.attack.cost(classes)
+        return max(forward + 1, 1), max(backward, self._least_backward)  # a run's last step also looks at where it ended
+
+    @property
+    def _least_backward(self) -> int:
+        return 0
+
+    @final
+    def current(self, state: State) -> Tensor:
+        return self.attack.current(state.inner)
 
 
 @dataclass(frozen=True)
@@ -26,7 +81,7 @@ class Restarting:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Restarts(Attack):
+class Restarts(_OfOne):
     """Run a randomised attack `times` times from fresh random starts; the best point of all runs counts.
 
     >>> import saddlepoint as sp
@@ -48,49 +103,257 @@ class Restarts(Attack):
         object.__setattr__(self, "declaration", attack.declaration)
 
     @property
-    def _length(self) -> int:
-        """Steps of a run; an attack without steps has one, which looks at its point."""
-        return max(self.attack.iterations, 1)
-
-    @property
     def iterations(self) -> int:
-        return self._length * self.times - (self.attack.iterations == 0)
-
-    @property
-    def cost(self) -> tuple[int, int]:
-        forward, backward = self.attack.cost
-        return forward + 1, backward  # a run's last step also looks at where it ended
-
-    @property
-    def judge(self) -> bool:
-        return self.attack.judge
-
-    @property
-    def objective(self) -> str | Loss:
-        return self.attack.objective
-
-    def default_goal(self) -> Goal:
-        return self.attack.default_goal()
+        return _length(self.attack) * self.times - (self.attack.iterations == 0)
 
     def init(self, problem: Problem) -> Restarting:
         zero = torch.zeros_like(problem.k)
         return Restarting(self.attack.init(problem.restarted(zero, zero)), zero, zero)
 
     def step(self, problem: Problem, state: Restarting) -> Restarting:
-        inner = state.inner
-        if self.attack.iterations:
-            inner = self.attack.step(problem.restarted(state.restart, state.k), inner)
+        inner, over = _advance(self.attack, problem, state.inner, state.k, state.restart)
         k, restart = state.k + 1, state.restart
-        ended = (k >= self._length) & (restart + 1 < self.times)
-        if bool(ended.any()):
-            if not self.attack.judge:
-                owner = ended.nonzero()[:, 0].to(problem.origin.device)
-                problem.margin(self.attack.current(inner)[owner], owner)
-            restart = restart + ended.long()
-            k = torch.where(ended, torch.zeros_like(k), k)
+        over &= restart + 1 < self.times
+        if bool(over.any()):
+            _look(self.attack, problem, inner, over)
+            restart = restart + over.long()
+            k = torch.where(over, torch.zeros_like(k), k)
             fresh = self.attack.init(problem.restarted(restart, torch.zeros_like(k)))
-            inner = select(ended, fresh, inner)
+            inner = select(over, fresh, inner)
         return Restarting(inner, restart, k)
 
-    def current(self, state: Restarting) -> Tensor:
-        return self.attack.current(state.inner)
+    def done(self, state: Restarting) -> Tensor | None:
+        done = self.attack.done(state.inner)
+        return None if done is None else done & (state.restart + 1 >= self.times).to(done.device)
+
+
+@dataclass(frozen=True)
+class Sequential:
+    """Every stage's state, the stage that each sample is in and its iteration there, (B,) each."""
+
+    inner: tuple[State, ...]
+    stage: Tensor
+    k: Tensor
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Sequence(Attack):
+    """One attack after another on each sample; the best point of all counts.
+
+    A later attack can begin where the earlier ones came (`problem.best`). Samples in different stages share a batch.
+
+    >>> import saddlepoint as sp
+    >>> sp.attacks.Sequence(sp.attacks.FGSM(), sp.attacks.PGD(steps=20)).iterations
+    21
+    """
+
+    attacks: tuple[Attack, ...]
+
+    def __init__(self, *attacks: Attack | str) -> None:
+        if not attacks:
+            raise InputError("Sequence needs at least one attack")
+        parts = tuple(as_attack(attack) for attack in attacks)
+        object.__setattr__(self, "attacks", parts)
+        each = [part.declaration for part in parts]
+        object.__setattr__(
+            self,
+            "declaration",
+            replace(
+                each[0],
+                summary=", then ".join(type(part).__name__ for part in parts),
+                reference="; ".join(dict.fromkeys(one.reference for one in each)),
+                norms=frozenset[Norm].intersection(*(one.norms for one in each)),
+                access=max((one.access for one in each), default=Access.LABELS),
+                targeted=all(one.targeted for one in each),
+                untargeted=all(one.untargeted for one in each),
+                minimizes=all(one.minimizes for one in each),
+                iterative=True,
+                linear_oracle=min((one.linear_oracle for one in each if one.linear_oracle is not None), default=None),
+                no_oracle="" if any(one.linear_oracle is not None for one in each) else each[0].no_oracle,
+            ),
+        )
+
+    def __repr__(self) -> str:
+        return f"Sequence({', '.join(map(repr, self.attacks))})"
+
+    @property
+    def iterations(self) -> int:
+        return sum(_length(attack) for attack in self.attacks)
+
+    def cost(self, classes: int) -> tuple[int, int]:
+        costs = [attack.cost(classes) for attack in self.attacks]
+        return max(forward for forward, _ in costs) + 1, max(backward for _, backward in costs)
+
+    @property
+    def starts_at_origin(self) -> bool:
+        return self.attacks[0].starts_at_origin
+
+    @property
+    def randomized(self) -> bool:
+        return any(attack.randomized for attack in self.attacks)
+
+    @property
+    def judge(self) -> bool:
+        return self.attacks[-1].judge
+
+    @property
+    def objective(self) -> str | Loss:
+        return self.attacks[-1].objective
+
+    def default_goal(self) -> Goal:
+        return self.attacks[0].default_goal()
+
+    def init(self, problem: Problem) -> Sequential:
+        zero = torch.zeros_like(problem.k)
+        inner = tuple(attack.init(problem.restarted(zero + stage, zero)) for stage, attack in enumerate(self.attacks))
+        return Sequential(inner, zero, zero)
+
+    def step(self, problem: Problem, state: Sequential) -> Sequential:
+        inner, stage, k = list(state.inner), state.stage.clone(), state.k.clone()
+        for number, attack in enumerate(self.attacks):
+            here = (state.stage == number).nonzero()[:, 0]
+            if not len(here):
+                continue
+            rows = here.to(problem.origin.device)
+            part, mine = problem.only(rows), take(inner[number], rows)
+            run = torch.full_like(k[here], number)
+            entering = k[here] == 0
+            if number and bool(entering.any()):  # now there are points to begin from
+                mine = select(entering, attack.init(part.restarted(run, k[here])), mine)
+            mine, over = _advance(attack, part, mine, k[here], run)
+            k[here] = torch.where(over, torch.zeros_like(over, dtype=torch.int64), k[here] + 1)
+            stage[here] += over.long()
+            if number + 1 < len(self.attacks):
+                _look(attack, part, mine, over)
+            inner[number] = tree_map(
+                lambda whole, new, to=rows: whole.index_copy(0, to.to(whole.device), new), inner[number], mine
+            )
+        return Sequential(tuple(inner), stage, k)
+
+    def done(self, state: Sequential) -> Tensor:
+        return state.stage >= len(self.attacks)
+
+    def current(self, state: Sequential) -> Tensor:
+        x = self.attacks[-1].current(state.inner[-1])
+        for number in range(len(self.attacks) - 1):
+            here = (state.stage == number).to(x.device)
+            if bool(here.any()):
+                x = select(here, self.attacks[number].current(state.inner[number]), x)
+        return x
+
+
+@dataclass(frozen=True)
+class Bisection:
+    """The inner attack's state, its iteration and run, the radius that it tries, and what is known of the smallest one.
+
+    low: the largest radius without success; high: the smallest distance found. (B,) each.
+    """
+
+    inner: State
+    k: Tensor
+    run: Tensor
+    eps: Tensor
+    low: Tensor
+    high: Tensor
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Bisect(_OfOne):
+    """The smallest radius at which an attack on a ball of stated size succeeds, by bisection for each sample.
+
+    The first radius is `start` times the distance at which the linearised margin vanishes; it doubles until there is a
+    success. Then the attack runs halfway between the largest radius that failed and the smallest distance found. A run ends
+    at its first success, and after `runs` of them, or when the two are within `tolerance` of each other, the sample is done.
+
+    >>> import saddlepoint as sp
+    >>> sp.attacks.Bisect(sp.attacks.PGD(steps=20), runs=8).declaration.minimizes
+    True
+    """
+
+    attack: Attack
+    runs: int = 10
+    start: float = 1.5
+    tolerance: float = 0.005
+
+    def __init__(self, attack: Attack | str, runs: int = 10, *, start: float = 1.5, tolerance: float = 0.005) -> None:
+        attack = as_attack(attack)
+        for name, value in (("attack", attack), ("runs", runs), ("start", start), ("tolerance", tolerance)):
+            object.__setattr__(self, name, value)
+        if attack.declaration.minimizes:
+            raise InputError(f"{type(attack).__name__} looks for the smallest perturbation by itself")
+        if attack.declaration.access < Access.GRADIENTS:
+            raise InputError(f"Bisect takes its first radius from a gradient; {type(attack).__name__} manages without")
+        if not isinstance(runs, int) or runs < 1:
+            raise InputError(f"runs must be a whole number >= 1; got {runs}")
+        if not start > 0 or not tolerance >= 0:
+            raise InputError(f"start must be > 0 and tolerance >= 0; got {start} and {tolerance}")
+        object.__setattr__(self, "declaration", replace(attack.declaration, minimizes=True, iterative=True))
+
+    @property
+    def iterations(self) -> int:
+        return 1 + _length(self.attack) * self.runs
+
+    @property
+    def _least_backward(self) -> int:
+        return 1
+
+    @property
+    def starts_at_origin(self) -> bool:
+        return True
+
+    @property
+    def randomized(self) -> bool:
+        return self.attack.randomized
+
+    def init(self, problem: Problem) -> Bisection:
+        zero, nothing = torch.zeros_like(problem.k), torch.zeros_like(problem.eps)
+        inner = self.attack.init(problem.within(nothing).restarted(zero, zero))
+        return Bisection(inner, zero, zero - 1, nothing, nothing, torch.full_like(nothing, torch.inf))
+
+    def step(self, problem: Problem, state: Bisection) -> Bisection:
+        first = state.run < 0
+        eps, low, high = state.eps, state.low, state.high
+        inner, over = state.inner, first.clone()
+        started = (~first).nonzero()[:, 0].to(problem.origin.device)
+        if bool(first.any()):
+            rows = first.nonzero()[:, 0].to(problem.origin.device)
+            eps = eps.index_copy(0, rows, self._first_radius(problem.only(rows)))
+        if len(started):
+            part, mine = problem.within(eps).only(started), take(inner, started)
+            cpu = started.cpu()
+            mine, ended = _advance(self.attack, part, mine, state.k[cpu], state.run[cpu])
+            _look(self.attack, part, mine, ended)
+            inner = tree_map(lambda whole, new: whole.index_copy(0, started.to(whole.device), new), inner, mine)
+            over[cpu] = ended
+        best = problem.best.distance
+        better = (best < high) & (best <= eps) & ~first.to(eps.device)
+        failed = over.to(eps.device) & ~better & ~first.to(eps.device)
+        high, low = torch.where(better, best, high), torch.where(failed, torch.maximum(low, eps), low)
+        over |= better.cpu()
+        again = (over & ~first).to(eps.device)
+        eps = torch.where(again, self._next_radius(problem, eps, low, high), eps)
+        run, k = state.run + over.long(), torch.where(over, torch.zeros_like(state.k), state.k + 1)
+        if bool(over.any()):
+            fresh = self.attack.init(problem.within(eps).restarted(run, torch.zeros_like(k)))
+            inner = select(over, fresh, inner)
+        return Bisection(inner, k, run, eps, low, high)
+
+    def _first_radius(self, problem: Problem) -> Tensor:
+        found = problem.loss_and_grad(problem.origin, "margin")
+        move = problem.region.reach(found.gradient, problem.surplus(found.logits), problem.origin)
+        return self._whole(problem, self.start * problem.region.threat.distance(move, torch.zeros_like(move)))
+
+    def _next_radius(self, problem: Problem, eps: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        middle = torch.where(torch.isfinite(high), (low + high) / 2, 2 * eps)
+        return self._whole(problem, middle)
+
+    @staticmethod
+    def _whole(problem: Problem, eps: Tensor) -> Tensor:
+        """Of l0 radii whole numbers count."""
+        return eps.floor().clamp(min=1) if problem.region.threat.norm is Norm.L0 else eps
+
+    def done(self, state: Bisection) -> Tensor:
+        close = state.high - state.low <= self.tolerance * state.high
+        return close | (state.run >= self.runs).to(close.device)

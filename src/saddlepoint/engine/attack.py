@@ -20,6 +20,8 @@ State = Any  # each attack's own frozen dataclass of tensors (B, ...); only the 
 class Declaration:
     """Where an attack stands in the field's taxonomy, and what it promises.
 
+    minimizes: whether it looks for the smallest perturbation, so that `Minimize(norm)` can be asked of it. Given a ball it does
+        the same, and what it finds inside counts.
     linear_oracle: within which factor it reaches the closed-form result on a linear model (see the contract tests);
         None needs a `no_oracle` reason.
     """
@@ -69,10 +71,13 @@ class Attack(ABC):
         iterate: Tensor = state.x
         return iterate
 
-    @property
-    def cost(self) -> tuple[int, int]:
-        """Forward and backward passes that a step makes for one sample."""
+    def cost(self, classes: int) -> tuple[int, int]:
+        """Forward and backward passes that a step makes at most for one sample of a model with so many classes."""
         return (1, 1)
+
+    def done(self, state: State) -> Tensor | None:
+        """Which samples (B,) need no further step, before `iterations`; None where that never happens."""
+        return None
 
     @property
     def starts_at_origin(self) -> bool:
@@ -101,6 +106,10 @@ class Attack(ABC):
     def settings(self) -> dict[str, object]:
         """Name and hyperparameters, ready for JSON."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {"name": type(self).__name__} | {
-            name: value.settings() if isinstance(value, Attack) else value for name, value in values.items()
-        }
+        return {"name": type(self).__name__} | {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value.settings() if isinstance(value, Attack) else value

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from saddlepoint.engine.budget import Budget
-from saddlepoint.engine.problem import Evaluator, Gradient, input_gradient
+from saddlepoint.engine.problem import Evaluator, Found, Gradient, Jacobian, Weights, input_gradient
 from saddlepoint.engine.slots import Recorder, Slots
 from saddlepoint.errors import ModelError
-from saddlepoint.goals import UNRESOLVED, Aim, Loss, loss_named
+from saddlepoint.goals import Aim, Loss, loss_named
 from saddlepoint.models.base import Classifier
 from saddlepoint.trees import take
 
@@ -73,36 +73,54 @@ class Judge(Evaluator):
 
         return self._in_chunks(points, owner, run).logits
 
-    def gradient(self, points: Tensor, owner: Tensor | None, loss: str | Loss) -> Gradient:
-        return self._differentiate(points, owner, lambda logits, aim, where: loss_named(loss)(logits, aim))
-
-    def vjp(self, points: Tensor, owner: Tensor | None, cotangents: Tensor) -> Gradient:
-        def weighted(logits: Tensor, aim: Aim, where: slice) -> Tensor:
-            return (cotangents[where].repeat_interleave(self.draws, 0) * logits).sum(1)
-
-        return self._differentiate(points, owner, weighted)
-
-    def _differentiate(self, points: Tensor, owner: Tensor | None, loss: Callable[[Tensor, Aim, slice], Tensor]) -> Gradient:
+    def gradient(self, points: Tensor, owner: Tensor | None, loss: str | Loss, aim: Aim | None) -> Gradient:
         def run(part: Tensor, rows: Tensor | None, where: slice, trusted: bool) -> Gradient:
             with torch.enable_grad():
-                leaf = part.detach().requires_grad_()
-                drawn = self._model(leaf, rows)
-                logits = self._averaged(drawn.detach())
-                if first_look := bool((self.slots.clean_prediction == UNRESOLVED).any()):
-                    # targets that wait for the first prediction must be known before the loss is
-                    self.recorder.record(self.slots, part, logits, rows, trusted=trusted)
-                values = self._averaged(loss(drawn.flatten(0, 1), self._aim(rows), where).view(len(part), -1))
-            if not first_look:
-                self.recorder.record(self.slots, part, logits, rows, trusted=trusted)
-            decided = self.recorder.decided(self.slots)
-            if bool((decided if rows is None else decided[rows]).all()):
+                leaf, drawn, logits = self._looked_at(part, rows, trusted)
+                values = self._averaged(loss_named(loss)(drawn.flatten(0, 1), self._aim(rows, aim)).view(len(part), -1))
+            if self._all_decided(rows):
                 return Gradient(values.detach(), torch.zeros_like(part), logits)
             gradient = input_gradient(values, leaf)
-            self._count(self.slots.backward, rows, len(part))
-            self.model.queries.backward += len(part) * self.draws
-            return Gradient(values.detach(), self._checked(gradient, rows), logits)
+            self._count_backward(rows, len(part))
+            return Gradient(values.detach(), self._checked(gradient[:, None], rows)[:, 0], logits)
 
         return self._in_chunks(points, owner, run)
+
+    def jacobian(self, points: Tensor, owner: Tensor | None, weights: Weights) -> Jacobian:
+        def run(part: Tensor, rows: Tensor | None, where: slice, trusted: bool) -> Gradient:
+            with torch.enable_grad():
+                leaf, drawn, logits = self._looked_at(part, rows, trusted)
+                aim = self.slots.aim if rows is None else take(self.slots.aim, rows)
+                chosen = weights[where] if isinstance(weights, Tensor) else weights(logits, aim)
+                # one graph for all sums: m backward passes over it, and no forward pass is repeated
+                sums = self._averaged(torch.einsum("qmc,qdc->qdm", chosen.to(drawn.dtype), drawn)).unbind(1)
+            if self._all_decided(rows):
+                return Gradient(logits[:, 0], part.new_zeros(len(part), len(sums), *part.shape[1:]), logits)
+            columns = []
+            for column, values in enumerate(sums):
+                columns.append(input_gradient(values, leaf, again=column + 1 < len(sums)))
+                self._count_backward(rows, len(part))
+            return Gradient(logits[:, 0], self._checked(torch.stack(columns, 1), rows), logits)
+
+        found = self._in_chunks(points, owner, run)
+        return Jacobian(found.logits, found.gradient)
+
+    def _looked_at(self, part: Tensor, rows: Tensor | None, trusted: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The points as a leaf, what the model said of them (Q, draws, C) with its graph, and the mean logits; recorded."""
+        leaf = part.detach().requires_grad_()
+        drawn = self._model(leaf, rows)
+        logits = self._averaged(drawn.detach())
+        self.recorder.record(self.slots, part, logits, rows, trusted=trusted)
+        return leaf, drawn, logits
+
+    def _all_decided(self, rows: Tensor | None) -> bool:
+        decided = self.recorder.decided(self.slots)
+        return bool((decided if rows is None else decided[rows]).all())
+
+    def best(self) -> Found:
+        best = self.slots.best
+        distance = self.slots.region.distance(best.points)
+        return Found(best.points, torch.where(best.success, distance, torch.full_like(distance, torch.inf)), best.success)
 
     def _in_chunks(
         self, points: Tensor, owner: Tensor | None, run: Callable[[Tensor, Tensor | None, slice, bool], Gradient]
@@ -133,12 +151,13 @@ class Judge(Evaluator):
             start = where.stop
         return parts[0] if len(parts) == 1 else Gradient(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
-    def _aim(self, rows: Tensor | None) -> Aim:
-        """The aim of each row of the model's output, draws included."""
+    def _aim(self, rows: Tensor | None, aim: Aim | None) -> Aim:
+        """The aim of each row of the model's output, draws included; `aim` (B, C) in place of the goal's."""
+        aim = aim if aim is not None else self.slots.aim
         if rows is None and self.draws == 1:
-            return self.slots.aim
+            return aim
         owner = torch.arange(len(self.slots), device=self.slots.index.device) if rows is None else rows
-        return take(self.slots.aim, owner.repeat_interleave(self.draws))
+        return take(aim, owner.repeat_interleave(self.draws))
 
     def _model(self, points: Tensor, rows: Tensor | None) -> Tensor:
         """Logits (Q, draws, C); counted."""
@@ -161,8 +180,12 @@ class Judge(Evaluator):
         else:
             counter += self.draws * torch.bincount(rows.cpu(), minlength=len(counter))
 
+    def _count_backward(self, rows: Tensor | None, points: int) -> None:
+        self._count(self.slots.backward, rows, points)
+        self.model.queries.backward += points * self.draws
+
     def _checked(self, gradient: Tensor, rows: Tensor | None) -> Tensor:
-        """Zero the gradients that are NaN or infinite and mark their samples; count the vanished ones."""
+        """Zero the gradients (Q, m, ...) that are NaN or infinite and mark their samples; count the vanished ones."""
         peak = gradient.flatten(1).abs().amax(1)  # vector_norm's infinity norm is 18 times slower on the CPU
         bad, zero = ~torch.isfinite(peak), peak == 0
         if bool(zero.any()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from saddlepoint.errors import ModelError
 from saddlepoint.goals import Aim, Loss
 from saddlepoint.rng import Keys
 from saddlepoint.threats import Region
-from saddlepoint.trees import take
+from saddlepoint.trees import take, tree_map
 
 
 class Gradient(NamedTuple):
@@ -24,14 +25,36 @@ class Gradient(NamedTuple):
     logits: Tensor  # (Q, C)
 
 
-def input_gradient(values: Tensor, points: Tensor) -> Tensor:
-    """Gradient of sum(values) with respect to points alone; parameters are not touched. `ModelError` if there is none."""
+class Jacobian(NamedTuple):
+    """What one forward and m backward passes tell about points (Q, ...)."""
+
+    logits: Tensor  # (Q, C)
+    gradients: Tensor  # (Q, m, ...), of the m weighted sums of logits
+
+
+class Found(NamedTuple):
+    """The point that would be returned for each sample now (B, ...), what it is worth, (B,) each."""
+
+    points: Tensor
+    distance: Tensor  # float64, infinite where there is no success
+    success: Tensor  # bool
+
+
+Weights = Tensor | Callable[[Tensor, Aim], Tensor]
+"""Weights (Q, m, C) of m sums of logits, or the function of logits (Q, C) and aim that chooses them."""
+
+
+def input_gradient(values: Tensor, points: Tensor, *, again: bool = False) -> Tensor:
+    """Gradient of sum(values) with respect to points alone; parameters are not touched. `ModelError` if there is none.
+
+    again: whether the graph is needed for another one.
+    """
     if not values.requires_grad:
         raise ModelError(
             "the model's output does not depend differentiably on its input (detach(), no_grad() or numpy inside?): put a "
             "non-differentiable input transformation into sp.Defended with a backward, or use an attack without gradients"
         )
-    (gradient,) = torch.autograd.grad(values, points, torch.ones_like(values), allow_unused=True)
+    (gradient,) = torch.autograd.grad(values, points, torch.ones_like(values), retain_graph=again, allow_unused=True)
     return torch.zeros_like(points) if gradient is None else gradient
 
 
@@ -48,12 +71,12 @@ class Evaluator(ABC):
         """Logits (Q, C) without gradients."""
 
     @abstractmethod
-    def gradient(self, points: Tensor, owner: Tensor | None, loss: str | Loss) -> Gradient:
-        """Loss, its gradient with respect to the points, and the logits."""
+    def gradient(self, points: Tensor, owner: Tensor | None, loss: str | Loss, aim: Aim | None) -> Gradient:
+        """Loss, its gradient with respect to the points, and the logits. `aim` (B, C) in place of the goal's."""
 
     @abstractmethod
-    def vjp(self, points: Tensor, owner: Tensor | None, cotangents: Tensor) -> Gradient:
-        """The gradient of the sum of cotangents (Q, C) times logits."""
+    def jacobian(self, points: Tensor, owner: Tensor | None, weights: Weights) -> Jacobian:
+        """Gradients of m weighted sums of logits."""
 
     @abstractmethod
     def allow(self, owner: Tensor, wanted_backward: bool) -> Tensor:
@@ -63,9 +86,48 @@ class Evaluator(ABC):
     def remaining(self) -> Tensor:
         """Passes that each sample may still make, (B,) int64."""
 
+    @abstractmethod
+    def best(self) -> Found:
+        """What would be returned now."""
+
     def trust(self, points: Tensor) -> Tensor:
         """Note that these points are feasible by construction."""
         return points
+
+
+class _Part(Evaluator):
+    """Some samples (P,) of another evaluator's batch."""
+
+    def __init__(self, whole: Evaluator, index: Tensor) -> None:
+        self.whole, self.index = whole, index
+
+    def _owner(self, owner: Tensor | None) -> Tensor:
+        return self.index if owner is None else self.index[owner]
+
+    @property
+    def aim(self) -> Aim:
+        return take(self.whole.aim, self.index)
+
+    def forward(self, points: Tensor, owner: Tensor | None) -> Tensor:
+        return self.whole.forward(points, self._owner(owner))
+
+    def gradient(self, points: Tensor, owner: Tensor | None, loss: str | Loss, aim: Aim | None) -> Gradient:
+        if aim is not None:  # back to the rows of the whole batch
+            aim = tree_map(lambda part, full: full.index_copy(0, self.index, part), aim, self.whole.aim)
+        return self.whole.gradient(points, self._owner(owner), loss, aim)
+
+    def jacobian(self, points: Tensor, owner: Tensor | None, weights: Weights) -> Jacobian:
+        return self.whole.jacobian(points, self._owner(owner), weights)
+
+    def allow(self, owner: Tensor, wanted_backward: bool) -> Tensor:
+        return self.whole.allow(self.index[owner], wanted_backward)
+
+    def remaining(self) -> Tensor:
+        remaining = self.whole.remaining()
+        return remaining[self.index.to(remaining.device)]
+
+    def best(self) -> Found:
+        return Found(*(column[self.index] for column in self.whole.best()))
 
 
 @dataclass(frozen=True)
@@ -76,6 +138,7 @@ class Problem:
     sample i. Every evaluated point counts for the result; the engine sees to that.
 
     region: the feasible sets, with `origin` (B, ...) and `eps` (B,). k: each sample's iteration (B,) int64.
+    needed: the margin that counts as success: the goal's confidence and the model's own numerical noise.
     """
 
     region: Region
@@ -83,6 +146,7 @@ class Problem:
     k: Tensor  # (B,) int64, on the CPU
     keys: Keys
     evaluator: Evaluator
+    needed: float = 0.0
 
     @property
     def origin(self) -> Tensor:
@@ -117,31 +181,32 @@ class Problem:
         """Predicted labels (Q,); one forward pass a point."""
         return self.logits(points, owner).argmax(1)
 
-    def loss_and_grad(self, points: Tensor, loss: str | Loss = "cross_entropy", owner: Tensor | None = None) -> Gradient:
-        """The loss to ascend and its gradient; one forward and one backward pass a point."""
-        return self.evaluator.gradient(points, owner, loss)
+    def surplus(self, logits: Tensor, owner: Tensor | None = None) -> Tensor:
+        """By how much logits (Q, C) exceed what success needs, (Q,): a success is >= 0. No pass."""
+        aim = self.aim if owner is None else take(self.aim, owner)
+        return aim.margin(logits) - self.needed
+
+    def loss_and_grad(
+        self, points: Tensor, loss: str | Loss = "cross_entropy", owner: Tensor | None = None, *, aim: Aim | None = None
+    ) -> Gradient:
+        """The loss to ascend and its gradient; one forward and one backward pass a point.
+
+        aim: in place of the goal's, such as `problem.aim.towards(classes)`; one row a sample of the batch, not a point.
+        """
+        return self.evaluator.gradient(points, owner, loss, aim)
 
     def vjp(self, points: Tensor, cotangents: Tensor, owner: Tensor | None = None) -> Gradient:
         """Gradient of sum(cotangents * logits), cotangents (Q, C); one forward and one backward pass a point."""
-        return self.evaluator.vjp(points, owner, cotangents)
+        logits, gradients = self.evaluator.jacobian(points, owner, cotangents[:, None])
+        return Gradient((cotangents * logits).sum(1), gradients[:, 0], logits)
 
-    def jacobian(self, points: Tensor, classes: Tensor, *, max_bytes: int = 2**28) -> tuple[Tensor, Tensor]:
-        """Logits (B, C) and gradients (B, m, ...) of the logits of `classes` (B, m): m backward passes a point.
+    def jacobian(self, points: Tensor, weights: Weights, owner: Tensor | None = None) -> Jacobian:
+        """Gradients (Q, m, ...) of m weighted sums of logits, weights (Q, m, C): one forward and m backward passes a point.
 
-        Rows are cut so that about `max_bytes` of copied inputs are alive at once.
+        weights: a tensor, or a function of logits and aim that chooses them after the forward pass (the likeliest classes).
+        They take m times the memory of the points; the engine chooses its batch by the m of `Attack.cost`.
         """
-        count, per_point = classes.shape
-        owner = torch.arange(count, device=points.device).repeat_interleave(per_point)
-        wanted = classes.reshape(-1)
-        chunk = max(1, max_bytes // max(1, points[:1].numel() * points.element_size()))
-        gradients, logits = [], []
-        for rows in torch.split(torch.arange(len(owner), device=points.device), chunk):
-            part = torch.zeros(len(rows), self.aim.wanted.shape[1], dtype=points.dtype, device=points.device)
-            part[torch.arange(len(rows), device=points.device), wanted[rows]] = 1.0
-            found = self.vjp(points[owner[rows]], part, owner[rows])
-            gradients.append(found.gradient)
-            logits.append(found.logits)
-        return torch.cat(logits)[::per_point], torch.cat(gradients).view(count, per_point, *points.shape[1:])
+        return self.evaluator.jacobian(points, owner, weights)
 
     def project(self, points: Tensor, owner: Tensor | None = None) -> Tensor:
         """The nearest feasible points."""
@@ -169,6 +234,23 @@ class Problem:
     def remaining(self) -> Tensor:
         """Passes that each sample may still make, (B,) int64."""
         return self.evaluator.remaining()
+
+    @property
+    def best(self) -> Found:
+        """What the run would return for each sample now; with keep="smallest" the smallest success so far."""
+        return self.evaluator.best()
+
+    def within(self, eps: Tensor) -> Problem:
+        """The same problem in balls of radius eps (B,), where those are smaller. Points outside still count as found."""
+        return replace(self, region=self.region.within(eps))
+
+    def only(self, index: Tensor) -> Problem:
+        """The same problem for the samples `index` (P,) alone."""
+        if len(index) == len(self.k):
+            return self
+        part = _Part(self.evaluator, index)
+        region, labels, keys = take((self.region, self.labels, self.keys), index)
+        return replace(self, region=region, labels=labels, k=self.k[index.cpu()], keys=keys, evaluator=part)
 
     def restarted(self, restart: Tensor, k: Tensor) -> Problem:
         """The same problem with the random numbers of another restart (B,), at that restart's iteration k (B,)."""

@@ -30,7 +30,8 @@ from saddlepoint.threats import Threat
 from saddlepoint.trees import select
 
 _VOTES = 11  # fresh draws by which a success against a random model is confirmed
-_SLOT_BYTES = {"cpu": 2**25, "cuda": 2**30}  # inputs under attack at once, unless the caller says how many
+# Inputs under attack at once, unless the caller says how many; a step's gradients may take eight times that.
+_SLOT_BYTES = {"cpu": 2**25, "cuda": 2**30}
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Run:
         self._deadline = started + self.budget.seconds if self.budget.seconds is not None else float("inf")
         before = self.model.queries.forward
         self._unconfirmed = 0
+        self._cut: list[int] = []  # steps made for the survivors that the budget ended
         parts = [resume] if resume is not None else []
         first = torch.empty(0, 1)
         # an empty input still has a result; nothing can be asked of the model then
@@ -166,11 +168,15 @@ class Run:
         return Judge(self.model, slots, self._recorder, self.budget, self._chunk, draws=self._draws)
 
     def _problem(self, slots: Slots, judge: Judge) -> Problem:
-        return Problem(slots.region, slots.labels, slots.k, slots.keys, judge)
+        needed = self.goal.confidence + self._recorder.tau
+        return Problem(slots.region, slots.labels, slots.k, slots.keys, judge, needed)
 
     def _automatic(self, x: Tensor) -> int:
         bytes_each = max(1, x[:1].numel() * x.element_size())
-        return max(16, min(1024, _SLOT_BYTES.get(self.model.device.type, 2**28) // bytes_each))
+        limit = _SLOT_BYTES.get(self.model.device.type, 2**28)
+        gradients = self.attack.cost(self._probe.num_classes)[1]
+        wide = max(1, 8 * limit // (bytes_each * max(1, gradients)))  # a Jacobian's batch
+        return min(max(16, min(1024, limit // bytes_each)), wide)
 
     def _admit(self, source: Source, count: int) -> Slots | None:
         samples = source.take(count)
@@ -196,12 +202,18 @@ class Run:
         slots.state = self.attack.init(self._problem(slots, judge))
         return slots
 
+    def _ended(self, slots: Slots) -> Tensor:
+        """Samples with which the attack itself is through, (B,) on the CPU."""
+        done = self.attack.done(slots.state)
+        ended = slots.k >= self.attack.iterations
+        return ended if done is None else ended | done.cpu()
+
     def _over(self, slots: Slots) -> Tensor:
-        """Samples without a further step: the attack's iterations are done, or the budget doesn't pay for another."""
-        over = slots.k >= self.attack.iterations
+        """Samples without a further step: the attack is through, or the budget doesn't pay for another."""
+        over = self._ended(slots)
         if time.perf_counter() > self._deadline:
             return torch.ones_like(slots.settled)
-        forward, backward = (self._draws * passes for passes in self.attack.cost)
+        forward, backward = (self._draws * passes for passes in self.attack.cost(self._probe.num_classes))
         last = self._draws * self._must_look(slots.k + 1)
         if self.budget.passes is not None:
             over |= slots.forward + slots.backward + forward + backward + last > self.budget.passes
@@ -258,6 +270,9 @@ class Run:
 
     def _leave(self, slots: Slots) -> AttackResult:
         best = slots.best
+        if len(slots):
+            cut = ~(best.success | slots.wrong | slots.broken).cpu() & ~self._ended(slots)
+            self._cut += slots.k[cut].tolist()
         code = torch.full_like(slots.labels, STATUSES.index(Status.SURVIVED))
         code[slots.broken] = STATUSES.index(Status.ERROR)
         code[best.success] = STATUSES.index(Status.FOOLED)
@@ -288,11 +303,10 @@ class Run:
             notes.append(f"memory ran out: the model's batch was halved {self._chunk.halvings} times, to {self._chunk.rows}")
         if self._unconfirmed:
             notes.append(f"{self._unconfirmed} claims of success were refuted by re-prediction on the bare model")
-        cut = whole.having(Status.SURVIVED) & (whole.iterations < self.attack.iterations)
-        if bool(cut.any()):
-            made = float(whole.iterations[cut].double().mean())
+        if self._cut:
+            made = sum(self._cut) / len(self._cut)
             notes.append(
-                f"the budget ended the attack on {int(cut.sum())} survivors after {made:.1f} of {self.attack.iterations} steps "
+                f"the budget ended the attack on {len(self._cut)} survivors after {made:.1f} of {self.attack.iterations} steps "
                 "on average; they count as survivors all the same"
             )
         span = self.model.bounds[1] - self.model.bounds[0] if self.model.bounds is not None else float("inf")
