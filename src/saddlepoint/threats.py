@@ -95,6 +95,10 @@ class Region:
         size = self.threat.reach_in(weight, room, gain.abs().double(), tuple(gradient.shape[1:]))
         return size.view(gradient.shape).to(gradient.dtype) * slope.sign()
 
+    def extreme(self, gradient: Tensor) -> Tensor:
+        """The point of the set that a linear function with this gradient likes most. Needs a finite eps."""
+        return self.threat.extreme_in(self, gradient)
+
     def within(self, eps: Tensor) -> Region:
         """The same sets with radius eps (B,) where that is smaller."""
         radius = torch.minimum(eps.double(), self.eps)
@@ -290,6 +294,10 @@ class Threat(ABC):
     def steepest_in(self, region: Region, gradient: Tensor, size: Tensor, points: Tensor) -> Tensor:
         """The displacement of norm `size` (B,) from `points` along which the gradient promises most."""
 
+    def extreme_in(self, region: Region, gradient: Tensor) -> Tensor:
+        move = self.steepest_in(region, gradient, region.eps, region.origin)
+        return torch.clamp(region.origin + move, region.lower, region.upper)
+
     @abstractmethod
     def reach_in(self, weight: Tensor, room: Tensor, gain: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The smallest sizes 0 <= s <= room (B, D) with <weight, s> = gain (B,), for weights >= 0 of inputs of this shape."""
@@ -307,8 +315,7 @@ def _level(slope: Tensor, cap: Tensor, gain: Tensor) -> Tensor:
     cap, order = torch.where(slope > 0, cap, torch.zeros_like(cap)).sort(1)
     slope = slope.gather(1, order)
     filled = torch.where(slope > 0, slope * cap, torch.zeros_like(cap))
-    before = filled.cumsum(1) - filled
-    before = torch.where(torch.isfinite(before), before, torch.full_like(before, torch.inf))  # inf - inf: behind an open end
+    before = _sums_before(filled)
     after = slope.flip(1).cumsum(1).flip(1)
     reached = before + torch.where(after > 0, cap * after, torch.zeros_like(cap)) >= gain[:, None]
     first = reached.to(torch.uint8).argmax(1, keepdim=True)
@@ -316,12 +323,16 @@ def _level(slope: Tensor, cap: Tensor, gain: Tensor) -> Tensor:
     return torch.where(reached.any(1, keepdim=True), level.clamp(min=0), torch.full_like(level, torch.inf))
 
 
+def _sums_before(values: Tensor) -> Tensor:
+    """The sum of those in front of each of the values (B, D) >= 0; infinite behind an infinite one."""
+    return torch.nn.functional.pad(values[:, :-1].cumsum(1), (1, 0))
+
+
 def _greedy(weight: Tensor, room: Tensor, gain: Tensor, order: Tensor) -> Tensor:
     """Fill the features in this order (B, D), the last as far as needed: sizes (B, D) with <weight, size> = gain (B,)."""
     weight, room = weight.gather(1, order), room.gather(1, order)
     gains = torch.where(weight > 0, weight * room, torch.zeros_like(weight))
-    before = gains.cumsum(1) - gains
-    left = (gain[:, None] - torch.where(torch.isfinite(before), before, torch.full_like(before, torch.inf))).clamp(min=0)
+    left = (gain[:, None] - _sums_before(gains)).clamp(min=0)
     size = torch.where(weight > 0, torch.minimum(left / weight, room), torch.zeros_like(room))
     return torch.zeros_like(size).scatter(1, order, size)
 
@@ -450,6 +461,16 @@ class L2(Threat):
         factor = torch.where(norm > 0, size / norm, torch.zeros_like(norm))
         return (gradient.double() * rows(factor, gradient)).to(gradient.dtype)  # 1 / norm can overflow a smaller dtype
 
+    def extreme_in(self, region: Region, gradient: Tensor) -> Tensor:
+        """min(t |g_i|, room_i) along sign(g_i), with the t that uses up eps: sum_i g_i^2 min(t^2, (room_i / g_i)^2) = eps^2."""
+        weight = gradient.flatten(1).abs().double()
+        room = torch.where(gradient >= 0, region.upper - region.origin, region.origin - region.lower).flatten(1).double()
+        cap = (room / weight.clamp(min=1e-300)) ** 2
+        level = _level(weight**2, cap, (region.eps * _SLACK) ** 2).sqrt()
+        size = torch.minimum(room, torch.where(weight > 0, level * weight, torch.zeros_like(weight)))
+        move = size.view(gradient.shape) * gradient.sign()
+        return torch.clamp((region.origin + move).to(gradient.dtype), region.lower, region.upper)
+
     def reach_in(self, weight: Tensor, room: Tensor, gain: Tensor, shape: tuple[int, ...]) -> Tensor:
         level = _level(weight**2, room / weight.clamp(min=1e-300), gain)
         return torch.minimum(room, torch.where(weight > 0, level * weight, torch.zeros_like(weight)))
@@ -506,6 +527,10 @@ class L1(Threat):
         spent = room.cumsum(1) - room
         amount = torch.minimum(room, (size[:, None] - spent).clamp(min=0)).to(flat.dtype)
         return torch.zeros_like(flat).scatter_(1, order, amount).mul_(flat.sign()).view_as(gradient)
+
+    def extreme_in(self, region: Region, gradient: Tensor) -> Tensor:
+        move = self.steepest_in(region, gradient, region.eps * _SLACK, region.origin)
+        return torch.clamp(region.origin + move, region.lower, region.upper)
 
     def reach_in(self, weight: Tensor, room: Tensor, gain: Tensor, shape: tuple[int, ...]) -> Tensor:
         return _greedy(weight, room, gain, weight.argsort(1, descending=True))

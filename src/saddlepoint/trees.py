@@ -49,3 +49,8 @@ def join(first: T, second: T) -> T:
 def select(mask: Tensor, chosen: T, other: T) -> T:
     """`chosen` where mask (B,) is True, `other` elsewhere."""
     return tree_map(lambda a, b: torch.where(rows(mask.to(a.device), a), a, b), chosen, other)
+
+
+def put(tree: T, index: Tensor, part: T) -> T:
+    """The tree with the samples `index` (P,) replaced by those of `part`."""
+    return tree_map(lambda old, new: old.index_copy(0, index.to(old.device), new), tree, part)

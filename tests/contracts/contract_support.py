@@ -41,6 +41,12 @@ class Case:
     def wrapped(self) -> bool:
         return isinstance(self.attack, sp.attacks.Restarts)
 
+    @property
+    def costs_vary(self) -> bool:
+        """Whether a survivor may cost less than stated: it ends when it has converged, or its steps are not all alike."""
+        cls = type(self.attack.attack if self.wrapped else self.attack)
+        return any(getattr(cls, name) is not getattr(Attack, name) for name in ("done", "opening", "cost"))
+
     def __str__(self) -> str:
         name = f"Restarts-{type(self.attack.attack).__name__}" if self.wrapped else type(self.attack).__name__
         return f"{name}-{self.norm.value}" + ("-targeted" if self.goal else "")
@@ -48,7 +54,8 @@ class Case:
 
 def small(cls: type[Attack], **settings: Any) -> Attack:
     """The attack with few steps, where it has steps."""
-    return cls(**({"steps": 4} if any(f.name == "steps" for f in fields(cls)) else {}) | settings)
+    names = {f.name for f in fields(cls)}
+    return cls(**{name: value for name, value in ({"steps": 4} | settings).items() if name in names})
 
 
 def cases() -> list[Case]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -323,7 +324,8 @@ def test_few_classes(case: Case, digits: Samples) -> None:
         assert torch.equal(predicted[result.success], result.predicted[result.success])
         assert (predicted[result.success] != y[result.success]).all() or (result.clean_predicted != y).any()
         if case.attack.declaration.access is sp.Access.GRADIENTS:
-            huge = run(case, model, x, y, threat=case.with_eps(64 if case.norm in (sp.Norm.L1, sp.Norm.L0) else 8))
+            patient = replace(case, attack=type(case.attack)()) if case.attack.declaration.minimizes else case
+            huge = run(patient, model, x, y, threat=case.with_eps(64 if case.norm in (sp.Norm.L1, sp.Norm.L0) else 8))
             assert huge.success.float().mean() > 0.5
 
 
@@ -384,8 +386,11 @@ def cost_of_survivors(case: Case) -> tuple[int, int]:
         inner, times = attack.attack, attack.times
         attack, steps = inner, inner.iterations * times
         extra = 0 if inner.judge else times - 1
-    forward, backward = attack.cost(10)
-    return steps * forward + (not attack.starts_at_origin) + (not attack.judge) + extra, steps * backward
+    first = attack.opening(10)
+    forward_steps, backward_steps = (
+        one + (steps - 1) * each if steps else 0 for one, each in zip(first, attack.cost(10), strict=True)
+    )
+    return forward_steps + (not attack.starts_at_origin) + (not attack.judge) + extra, backward_steps
 
 
 @each_case
@@ -402,11 +407,12 @@ def test_cost(case: Case, mlp: nn.Module, samples: Samples) -> None:
         fooled, survived = result.having("fooled"), result.having("survived")
         assert (queries.verify == fooled.long()).all()
         forward, backward = cost_of_survivors(case)
-        assert (queries.forward[survived] == forward).all()
-        assert (queries.backward[survived] == backward).all()
         assert (queries.forward <= forward).all()
         assert (queries.backward <= backward).all()
-        assert (result.iterations[survived] == case.attack.iterations).all()
+        if not case.costs_vary:
+            assert (queries.forward[survived] == forward).all()
+            assert (queries.backward[survived] == backward).all()
+            assert (result.iterations[survived] == case.attack.iterations).all()
 
 
 @each_attack
@@ -424,7 +430,7 @@ def test_budgets(case: Case, mlp: nn.Module, samples: Samples) -> None:
             assert torch.isfinite(result.margin).all()
             check_output(result, x, tiny, (0, 1))
             if budget.passes and not case.attack.randomized:
-                assert (result.margin >= best - 1e-9).all(), "more budget, no worse"
+                assert (result.margin >= best - 1e-4).all(), "more budget, no worse"
                 best = result.margin
 
 

@@ -117,8 +117,11 @@ def test_closed_form_without_box(case: Case, classes: int) -> None:
     distance = needed / w.norm(p=DUAL[case.norm], dim=1)
     model = sp.Model(linear(weight, bias), bounds=None)
     eps = case.attack.declaration.linear_oracle * distance / 0.99
-    result = sp.attack(model, x, y, type(case.attack)(), case.with_eps(eps), goal_of(case, targets))
+    attack = type(case.attack)()
+    threat = sp.Minimize(case.norm) if attack.declaration.minimizes else case.with_eps(eps)
+    result = sp.attack(model, x, y, attack, threat, goal_of(case, targets))
     assert result.status.tolist() == ["fooled"] * COUNT
+    assert (result.distance <= eps).all()
     assert (result.distance >= distance).all()
     below = sp.attack(model, x, y, type(case.attack)(), case.with_eps(0.99 * distance), goal_of(case, targets), keep="margin")
     assert below.status.tolist() == ["survived"] * COUNT
@@ -135,10 +138,14 @@ def test_water_filling_in_the_box(case: Case) -> None:
             "the box is felt"
         )
     model, goal, exact = sp.Model(linear(weight, bias)), goal_of(case, targets), case.norm is sp.Norm.L0
-    enough = distance if exact else case.attack.declaration.linear_oracle * distance / 0.99
+    oracle = case.attack.declaration.linear_oracle
+    enough = (oracle * distance).ceil() if exact else oracle * distance / 0.99
     if case.attack.declaration.iterative or case.norm is not sp.Norm.L2:  # a clipped single l2 step is shorter than eps
-        result = sp.attack(model, x, y, patient(case, enough), case.with_eps(enough), goal)
+        minimizes = case.attack.declaration.minimizes
+        attack = type(case.attack)() if minimizes else patient(case, enough)
+        result = sp.attack(model, x, y, attack, sp.Minimize(case.norm) if minimizes else case.with_eps(enough), goal)
         assert result.status.tolist() == ["fooled"] * COUNT
+        assert (result.distance <= enough).all()
     less = distance - 1 if exact else 0.99 * distance
     below = sp.attack(model, x, y, type(case.attack)(), case.with_eps(less), goal, keep="margin")
     assert below.status.tolist() == ["survived"] * COUNT

@@ -8,7 +8,8 @@ from typing import Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from saddlepoint.attacks.registry import as_attack, find
+from saddlepoint.attacks.minimal import MINIMAL, for_budget
+from saddlepoint.attacks.registry import as_attack
 from saddlepoint.engine import (
     KEEPS,
     Attack,
@@ -47,17 +48,13 @@ def check_combination(attack: Attack, threat: Threat, goal: Goal) -> None:
         raise CapabilityError(f"{name} works in {norms}; the threat is {type(threat).__name__} ({threat.norm.value})")
     if threat.minimizes and not can.minimizes:
         raise CapabilityError(
-            f"{name} needs a ball of stated size, such as {type(threat).__name__}(eps); it can't minimise{_who_minimises()}"
+            f"{name} needs a ball of stated size, such as {type(threat).__name__}(eps); for the smallest perturbation take "
+            "'minimal' or one of sp.attacks.find(minimizes=True)"
         )
     if goal.targeted and not can.targeted:
         raise CapabilityError(f"{name} is untargeted only; the goal is {goal}")
     if not goal.targeted and not can.untargeted:
         raise CapabilityError(f"{name} is targeted only; the goal is {goal}: give a Targeted one, or none for its default")
-
-
-def _who_minimises() -> str:
-    names = [cls.__name__ for cls in find() if cls.declaration.minimizes]
-    return f"; {', '.join(names)} can" if names else ", and no attack here can yet"
 
 
 def attack(
@@ -81,8 +78,8 @@ def attack(
 
     model: what is attacked (`sp.Model(net)`). x: inputs (N, ...) inside the model's bounds, or an iterable of (x, y) batches (a
     DataLoader), which is then streamed. y: true classes (N,), None with a stream or where the goal needs none.
-    attack: an attack or its name. threat: the set to stay in, or `Minimize(norm)`. goal: default the attack's own, mostly
-    `Untargeted()`.
+    attack: an attack or its name; "minimal" is `sp.attacks.minimal(norm)`, fitted to the budget.
+    threat: the set to stay in, or `Minimize(norm)`. goal: default the attack's own, mostly `Untargeted()`.
     batch_size: samples under attack at once; default by size. seed: with the sample's id, the source of all randomness.
     budget: limits per sample and in seconds. progress: show a bar. keep: which point is returned, default "smallest" for
     `Minimize` and "first" otherwise (a sample is done at its first success). ids: names of the samples (N,) for the random
@@ -92,7 +89,8 @@ def attack(
     Errors: `InputError` for bad inputs, `CapabilityError` where attack, threat, goal and model don't fit (before any query),
     `Interrupted` on Ctrl-C.
     """
-    chosen = as_attack(attack)
+    recommended = attack == MINIMAL and isinstance(threat, Threat)
+    chosen = for_budget(threat.norm, budget) if recommended else as_attack(attack)
     if not isinstance(model, Classifier):
         raise InputError(f"model must be a Saddlepoint model: sp.Model(net, ...); got {type(model).__name__}")
     if keep is not None and keep not in get_args(Keep):

@@ -34,7 +34,7 @@ def get(name: str) -> type[Attack]:
 
 
 def as_attack(attack: Attack | str) -> Attack:
-    """The attack itself, or the one of that name with its defaults. Errors: `InputError`."""
+    """The attack itself, or the one of that name with its defaults. Errors: `InputError`, `UnknownNameError`."""
     if isinstance(attack, str):
         return get(attack)()
     if not isinstance(attack, Attack):
@@ -42,14 +42,21 @@ def as_attack(attack: Attack | str) -> Attack:
     return attack
 
 
-def find(*, access: Access | None = None, norm: Norm | str | None = None, targeted: bool | None = None) -> list[type[Attack]]:
-    """Attacks that manage with this access, work in this norm, and can (not) be targeted."""
+def find(
+    *,
+    access: Access | None = None,
+    norm: Norm | str | None = None,
+    targeted: bool | None = None,
+    minimizes: bool | None = None,
+) -> list[type[Attack]]:
+    """Attacks that manage with this access, work in this norm, can (not) be targeted, look for the smallest perturbation."""
 
     def fits(declaration: Declaration) -> bool:
         return (
             (access is None or declaration.access <= access)
             and (norm is None or Norm(norm) in declaration.norms)
             and (targeted is None or declaration.targeted == targeted)
+            and (minimizes is None or declaration.minimizes == minimizes)
         )
 
     return [cls for _, cls in sorted(_REGISTRY.items()) if fits(cls.declaration)]

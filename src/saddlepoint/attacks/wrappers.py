@@ -13,7 +13,7 @@ from saddlepoint.engine import Attack, Problem, State
 from saddlepoint.errors import InputError
 from saddlepoint.goals import Goal, Loss
 from saddlepoint.taxonomy import Access, Norm
-from saddlepoint.trees import select, take, tree_map
+from saddlepoint.trees import put, select, take
 
 
 def _length(attack: Attack) -> int:
@@ -106,6 +106,10 @@ class Restarts(_OfOne):
     def iterations(self) -> int:
         return _length(self.attack) * self.times - (self.attack.iterations == 0)
 
+    @property
+    def starts_at_origin(self) -> bool:
+        return self.attack.starts_at_origin
+
     def init(self, problem: Problem) -> Restarting:
         zero = torch.zeros_like(problem.k)
         return Restarting(self.attack.init(problem.restarted(zero, zero)), zero, zero)
@@ -182,8 +186,11 @@ class Sequence(Attack):
         return sum(_length(attack) for attack in self.attacks)
 
     def cost(self, classes: int) -> tuple[int, int]:
-        costs = [attack.cost(classes) for attack in self.attacks]
+        costs = [attack.cost(classes) for attack in self.attacks] + [attack.opening(classes) for attack in self.attacks[1:]]
         return max(forward for forward, _ in costs) + 1, max(backward for _, backward in costs)
+
+    def opening(self, classes: int) -> tuple[int, int]:
+        return self.attacks[0].opening(classes)
 
     @property
     def starts_at_origin(self) -> bool:
@@ -226,9 +233,7 @@ class Sequence(Attack):
             stage[here] += over.long()
             if number + 1 < len(self.attacks):
                 _look(attack, part, mine, over)
-            inner[number] = tree_map(
-                lambda whole, new, to=rows: whole.index_copy(0, to.to(whole.device), new), inner[number], mine
-            )
+            inner[number] = put(inner[number], rows, mine)
         return Sequential(tuple(inner), stage, k)
 
     def done(self, state: Sequential) -> Tensor:
@@ -325,35 +330,45 @@ class Bisect(_OfOne):
             cpu = started.cpu()
             mine, ended = _advance(self.attack, part, mine, state.k[cpu], state.run[cpu])
             _look(self.attack, part, mine, ended)
-            inner = tree_map(lambda whole, new: whole.index_copy(0, started.to(whole.device), new), inner, mine)
+            inner = put(inner, started, mine)
             over[cpu] = ended
-        best = problem.best.distance
-        better = (best < high) & (best <= eps) & ~first.to(eps.device)
-        failed = over.to(eps.device) & ~better & ~first.to(eps.device)
-        high, low = torch.where(better, best, high), torch.where(failed, torch.maximum(low, eps), low)
+        device = eps.device
+        begun, best, unit = ~first.to(device), problem.best.distance, self._unit(problem)
+        better = begun & (best < high) & (best <= eps)
+        failed = begun & over.to(device) & ~better
+        high = torch.where(begun, torch.minimum(best, high), high)  # what lies outside the ball is a success as well
+        low = torch.where(failed, torch.maximum(low, eps), low)
+        low = torch.where(high - low < 1.5 * unit, high, low)  # there is no radius between them
         over |= better.cpu()
-        again = (over & ~first).to(eps.device)
-        eps = torch.where(again, self._next_radius(problem, eps, low, high), eps)
+        middle = self._rounded(torch.where(torch.isfinite(high), (low + high) / 2, 2 * eps), unit)
+        in_vain = failed & (eps >= problem.eps)  # it had the whole ball
+        eps = torch.where(begun & over.to(device), middle, eps)
         run, k = state.run + over.long(), torch.where(over, torch.zeros_like(state.k), state.k + 1)
+        run = torch.where(in_vain.cpu(), torch.full_like(run, self.runs), run)
         if bool(over.any()):
             fresh = self.attack.init(problem.within(eps).restarted(run, torch.zeros_like(k)))
             inner = select(over, fresh, inner)
         return Bisection(inner, k, run, eps, low, high)
 
     def _first_radius(self, problem: Problem) -> Tensor:
-        found = problem.loss_and_grad(problem.origin, "margin")
-        move = problem.region.reach(found.gradient, problem.surplus(found.logits), problem.origin)
-        return self._whole(problem, self.start * problem.region.threat.distance(move, torch.zeros_like(move)))
-
-    def _next_radius(self, problem: Problem, eps: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        middle = torch.where(torch.isfinite(high), (low + high) / 2, 2 * eps)
-        return self._whole(problem, middle)
+        region, origin = problem.region, problem.origin
+        found = problem.loss_and_grad(origin, "margin")
+        move = region.reach(found.gradient, -problem.surplus(found.logits), origin)
+        size = region.threat.distance(move, torch.zeros_like(move))
+        corner = region.threat.distance(torch.maximum(region.upper - origin, origin - region.lower), torch.zeros_like(move))
+        blind = torch.where(torch.isfinite(corner), corner / 100, torch.ones_like(corner))  # where the gradient vanishes
+        return self._rounded(torch.where(size > 0, self.start * size, blind), self._unit(problem))
 
     @staticmethod
-    def _whole(problem: Problem, eps: Tensor) -> Tensor:
-        """Of l0 radii whole numbers count."""
-        return eps.floor().clamp(min=1) if problem.region.threat.norm is Norm.L0 else eps
+    def _unit(problem: Problem) -> float:
+        """By how much radii must differ to allow different points."""
+        threat = problem.region.threat
+        return {Norm.L0: 1.0, Norm.LINF: threat.grid or 0.0}.get(threat.norm, 0.0)
+
+    @staticmethod
+    def _rounded(eps: Tensor, unit: float) -> Tensor:
+        return ((eps / unit + 1e-6).floor().clamp(min=1) * unit) if unit else eps
 
     def done(self, state: Bisection) -> Tensor:
-        close = state.high - state.low <= self.tolerance * state.high
+        close = torch.isfinite(state.high) & (state.high - state.low <= self.tolerance * state.high)
         return close | (state.run >= self.runs).to(close.device)

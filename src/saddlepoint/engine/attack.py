@@ -75,6 +75,10 @@ class Attack(ABC):
         """Forward and backward passes that a step makes at most for one sample of a model with so many classes."""
         return (1, 1)
 
+    def opening(self, classes: int) -> tuple[int, int]:
+        """What the first step costs at most, where that is something else."""
+        return self.cost(classes)
+
     def done(self, state: State) -> Tensor | None:
         """Which samples (B,) need no further step, before `iterations`; None where that never happens."""
         return None

@@ -213,7 +213,9 @@ class Run:
         over = self._ended(slots)
         if time.perf_counter() > self._deadline:
             return torch.ones_like(slots.settled)
-        forward, backward = (self._draws * passes for passes in self.attack.cost(self._probe.num_classes))
+        classes = self._probe.num_classes
+        costs = zip(self.attack.opening(classes), self.attack.cost(classes), strict=True)
+        forward, backward = (self._draws * torch.where(slots.k == 0, first, later) for first, later in costs)
         last = self._draws * self._must_look(slots.k + 1)
         if self.budget.passes is not None:
             over |= slots.forward + slots.backward + forward + backward + last > self.budget.passes

@@ -1,0 +1,261 @@
+"""Smallest perturbations by gradient steps on a sphere that shrinks after a success and grows after a failure.
+
+    x_(k+1) = project_(eps_(k+1)) (x_k + alpha_k * g_k / ||g_k||_2),      eps_(k+1) = (1 -+ gamma_k) * eps_k
+
+DDN holds the iterate on the l2 sphere; FMN projects it into the ball of any norm, and takes its first radii from where the
+linearised margin vanishes; sigma-zero replaces the l0 ball by a smooth count of the features and a threshold.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from saddlepoint.attacks.registry import register
+from saddlepoint.engine import ALL_NORMS, Attack, Declaration, Problem
+from saddlepoint.errors import InputError
+from saddlepoint.goals import Loss, loss_named
+from saddlepoint.taxonomy import Norm
+from saddlepoint.threats import distance
+from saddlepoint.trees import rows
+
+DUAL = {Norm.LINF: Norm.L1, Norm.L2: Norm.L2, Norm.L1: Norm.LINF}
+
+
+def cosine(steps: int, first: float, last: float, k: Tensor) -> Tensor:
+    """Cosine annealing from `first` (k = 0) to `last` (k = steps), at k (B,): float64."""
+    return last + (first - last) * (1 + torch.cos(math.pi * k.double() / steps)) / 2
+
+
+def length(gradient: Tensor, norm: Norm = Norm.L2) -> Tensor:
+    """Norm of each row (B, ...), (B,) float64."""
+    return distance(gradient, torch.zeros_like(gradient), norm)
+
+
+def unit(gradient: Tensor, norm: Norm = Norm.L2) -> Tensor:
+    """Each row over its norm; 0 stays 0."""
+    size = length(gradient, norm)
+    return (gradient.double() * rows(torch.where(size > 0, 1 / size, torch.zeros_like(size)), gradient)).to(gradient.dtype)
+
+
+_OVER = 1 + 1e-4  # the linearised distance alone would stop a rounding error short of the boundary of a linear model
+
+
+@dataclass(frozen=True)
+class OnSphere:
+    """The iterate (B, ...), its radius and the smallest distance of a success, (B,) float64 each."""
+
+    x: Tensor
+    eps: Tensor
+    best: Tensor
+
+
+class _Shrinking(Attack):
+    """What DDN and FMN share: they start at the input, and a step is one forward and one backward pass."""
+
+    steps: int
+
+    @property
+    @final
+    def iterations(self) -> int:
+        return self.steps
+
+    @property
+    @final
+    def starts_at_origin(self) -> bool:
+        return True
+
+    def _check_steps(self) -> None:
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise InputError(f"steps must be a whole number >= 1; got {self.steps}")
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise InputError(f"{name} must be a positive number; got {value}")
+
+
+@register(
+    Declaration(
+        summary="steps on an l2 sphere that shrinks after a success and grows after a failure",
+        reference="Rony et al. 2019, arXiv:1811.09600",
+        norms=frozenset({Norm.L2}),
+        minimizes=True,
+        linear_oracle=1.05,
+    )
+)
+@final
+@dataclass(frozen=True, kw_only=True)
+class DDN(_Shrinking):
+    """Decoupled direction and norm: the gradient turns the perturbation, successes and failures set its length.
+
+        delta_(k+1) = delta_k + alpha_k * g / ||g||_2,    eps_(k+1) = (1 - gamma) eps_k if x_k succeeds, else (1 + gamma) eps_k
+        x_(k+1) = clip(x + eps_(k+1) * delta_(k+1) / ||delta_(k+1)||_2)
+
+    steps: the paper has 100, 300 and 1000. alpha falls from 1 to 0.01 on a cosine, in input units. init_eps: first radius.
+    With `Minimize("l2", grid=1/255)` every point lies on the grid, as in the paper.
+
+    Source: Rony, Hafemann, Oliveira, Ben Ayed, Sabourin & Granger (2019), Decoupling direction and norm for efficient
+    gradient-based l2 adversarial attacks and defenses, arXiv:1811.09600, algorithm 1.
+    """
+
+    steps: int = 100
+    gamma: float = 0.05
+    init_eps: float = 1.0
+    loss: str | Loss = "cross_entropy"
+
+    def __post_init__(self) -> None:
+        self._check_steps()
+        self._check_positive("gamma", "init_eps")
+        loss_named(self.loss)
+
+    @property
+    def objective(self) -> str | Loss:
+        return self.loss
+
+    def init(self, problem: Problem) -> OnSphere:
+        first = torch.full_like(problem.eps, self.init_eps)
+        return OnSphere(problem.origin, first, torch.full_like(first, torch.inf))
+
+    def step(self, problem: Problem, state: OnSphere) -> OnSphere:
+        found = problem.loss_and_grad(state.x, self.loss)
+        success = problem.surplus(found.logits) >= 0
+        eps = state.eps * torch.where(success, 1 - self.gamma, 1 + self.gamma)
+        alpha = cosine(self.steps, 1.0, 0.01, problem.k).to(eps)
+        delta = state.x - problem.origin + unit(found.gradient) * rows(alpha.to(state.x.dtype), state.x)
+        x = problem.origin + unit(delta) * rows(eps.to(delta.dtype), delta)
+        return OnSphere(torch.clamp(x, problem.region.lower, problem.region.upper), eps, state.best)
+
+
+@register(
+    Declaration(
+        summary="steps in a ball that shrinks after a success and grows after a failure",
+        reference="Pintor et al. 2021, arXiv:2102.12827",
+        norms=ALL_NORMS,
+        minimizes=True,
+        linear_oracle=1.05,
+    )
+)
+@final
+@dataclass(frozen=True, kw_only=True)
+class FMN(_Shrinking):
+    """Fast minimum-norm attack: normalised steps along the margin's gradient, projected into a ball of changing radius.
+
+        eps_k = ||delta_k||_p + |margin| / ||g||_q                             before the first success (lp norms)
+        eps_k = min((1 - gamma_k) eps_(k-1), ||best||_p) if x_k succeeds, else (1 + gamma_k) eps_(k-1)
+        x_(k+1) = project_(eps_k) (x_k + alpha_k * g / ||g||_2)
+
+    In l0 the radius starts at 1 and changes by at least one feature. alpha_init: in input units; the paper takes the best of
+    {1, 5, 10}. alpha and gamma fall on a cosine, alpha to a hundredth, gamma from 0.05 to 1e-4 (the paper's values). The
+    projection is the exact one on the ball and the input range together, where the paper clips after projecting.
+
+    Source: Pintor, Roli, Brendel & Biggio (2021), Fast minimum-norm adversarial attacks through adaptive norm constraints,
+    arXiv:2102.12827, algorithm 1.
+    """
+
+    steps: int = 1000
+    alpha_init: float = 1.0
+    gamma_init: float = 0.05
+    gamma_final: float = 1e-4
+
+    def __post_init__(self) -> None:
+        self._check_steps()
+        self._check_positive("alpha_init", "gamma_init", "gamma_final")
+
+    def init(self, problem: Problem) -> OnSphere:
+        nothing = torch.full_like(problem.eps, torch.inf)
+        first = torch.ones_like(nothing) if problem.region.threat.norm is Norm.L0 else nothing
+        return OnSphere(problem.origin, first, nothing)
+
+    def step(self, problem: Problem, state: OnSphere) -> OnSphere:
+        found = problem.loss_and_grad(state.x, "margin")
+        surplus = problem.surplus(found.logits).double()
+        success, away = surplus >= 0, problem.region.distance(state.x)
+        best = torch.where(success, torch.minimum(state.best, away), state.best)
+        gamma = cosine(self.steps, self.gamma_init, self.gamma_final, problem.k).to(best)
+        alpha = cosine(self.steps, self.alpha_init, self.alpha_init / 100, problem.k).to(best)
+        smaller, larger = state.eps * (1 - gamma), state.eps * (1 + gamma)
+        norm = problem.region.threat.norm
+        if norm is Norm.L0:
+            smaller = torch.minimum(state.eps - 1, smaller.floor()).clamp(min=0)
+            larger = torch.maximum(state.eps + 1, larger.floor())
+        else:
+            steepness = length(found.gradient, DUAL[norm])
+            reach = torch.where(steepness > 0, -surplus / steepness, torch.full_like(surplus, torch.inf))
+            larger = torch.where(torch.isfinite(best), larger, _OVER * (away + reach))
+        eps = torch.where(success, torch.minimum(smaller, best), larger)
+        move = unit(found.gradient) * rows(alpha.to(state.x.dtype), state.x)
+        return OnSphere(problem.within(eps).project(state.x + move), eps, best)
+
+
+@dataclass(frozen=True)
+class Thresholded:
+    """The iterate (B, ...), and the size below which a feature's change is dropped, (B,) float64."""
+
+    x: Tensor
+    threshold: Tensor
+
+
+@register(
+    Declaration(
+        summary="gradient steps on the margin and a smooth count of features; small changes are dropped",
+        reference="Cinà et al. 2024, arXiv:2402.01879",
+        norms=frozenset({Norm.L0}),
+        minimizes=True,
+        no_oracle="features are dropped by size, not by gain; on linear models it ends within a few features of the optimum",
+    )
+)
+@final
+@dataclass(frozen=True, kw_only=True)
+class SigmaZero(_Shrinking):
+    """Sigma-zero: the smallest number of features, by descent on a smooth approximation of the l0 norm.
+
+        g = grad [ max(-margin, 0) + (1 / d) * sum_i delta_i^2 / (delta_i^2 + sigma) ]
+        delta = drop_tau (clip(delta - eta_k * g / ||g||_inf)),    tau += t * eta_k if it succeeds, else tau -= t * eta_k
+
+    eta falls from 1 to 0 on a cosine, in units of the input range (1 without one). sigma 1e-3, first tau 0.3, t 0.01, in the
+    same units, are the paper's.
+
+    Source: Cinà, Villani, Pintor, Schönherr, Biggio & Pelillo (2024), sigma-zero: gradient-based optimization of l0-norm
+    adversarial examples, arXiv:2402.01879, algorithm 1.
+    """
+
+    steps: int = 1000
+    step_size: float = 1.0
+    sigma: float = 1e-3
+    threshold: float = 0.3
+    rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        self._check_steps()
+        self._check_positive("step_size", "sigma", "threshold", "rate")
+
+    def init(self, problem: Problem) -> Thresholded:
+        return Thresholded(problem.origin, torch.full_like(problem.eps, self.threshold))
+
+    def step(self, problem: Problem, state: Thresholded) -> Thresholded:
+        origin = problem.origin
+        found = problem.loss_and_grad(state.x, "margin")
+        success = problem.surplus(found.logits) >= 0
+        span = _span(problem)
+        delta = (state.x - origin) / span
+        eta = cosine(self.steps, self.step_size, 0.0, problem.k).to(state.threshold)
+        change = self.rate * eta * (problem.k > 0).to(eta)  # the first point is the input, which no threshold has seen
+        threshold = (state.threshold + torch.where(success, change, -change)).clamp(min=0)
+        count = 2 * self.sigma * delta / (delta**2 + self.sigma) ** 2 / max(delta[:1].numel(), 1)
+        ascend = torch.where(rows(success, delta), torch.zeros_like(delta), found.gradient * span) - count
+        delta = delta + unit(ascend, Norm.LINF) * rows(eta.to(delta.dtype), delta)
+        x = torch.clamp(origin + delta * span, problem.region.lower, problem.region.upper)
+        kept = (x - origin).abs() / span >= rows(threshold.to(x.dtype), x)
+        return Thresholded(torch.where(kept, x, origin), threshold)
+
+
+def _span(problem: Problem) -> Tensor:
+    """Width of the input range, a scalar; 1 without one."""
+    width = (problem.region.upper - problem.region.lower).amax() if problem.origin.numel() else torch.ones(())
+    return torch.where(torch.isfinite(width) & (width > 0), width, torch.ones_like(width)).to(problem.origin.dtype)

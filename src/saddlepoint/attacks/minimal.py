@@ -1,0 +1,49 @@
+"""`minimal`: the attacks that we recommend for the smallest perturbation in a norm, fitted to a number of passes."""
+
+from __future__ import annotations
+
+from saddlepoint.attacks.dual import DualAveraging
+from saddlepoint.engine import Attack, Budget
+from saddlepoint.errors import InputError, UnknownNameError
+from saddlepoint.taxonomy import Norm
+
+MINIMAL = "minimal"  # the name that stands for it
+PASSES = 1000  # where no budget says
+
+
+def minimal(norm: Norm | str, passes: int = PASSES) -> Attack:
+    """The recommended attack for the smallest perturbation in `norm`, for about `passes` passes a sample.
+
+    `sp.attack(model, x, y, "minimal", sp.Minimize(norm), budget=sp.Budget(passes=N))` is the short form. What it is made of was
+    chosen on networks and images apart from those of the published tables (benchmarks/README.md).
+
+    Errors: `UnknownNameError` for an unknown norm, `InputError` for passes < 1.
+
+    >>> import saddlepoint as sp
+    >>> sp.attacks.minimal("l2", passes=200).iterations
+    95
+    """
+    if norm not in set(Norm):
+        raise UnknownNameError("norm", str(norm), [each.value for each in Norm])
+    if passes < 1:
+        raise InputError(f"passes must be at least 1; got {passes}")
+    classes = max(1, min(9, passes // 20))
+    steps = max(1, (passes - 2 - classes) // 2 + 1)  # the first ranks the classes, each other one costs two, the last look one
+    many = steps >= 300
+    return DualAveraging(
+        steps=steps,
+        classes=classes,
+        targets=5 if many else 3,
+        explore=40 if many else 35 if norm == Norm.L1 else 25,
+        again=70 if many else 35,
+        pushes=(2.0, 1.0, 1.5, 3.0) if many or norm == Norm.L2 else (1.5, 1.0, 2.0, 3.0),
+    )
+
+
+def for_budget(norm: Norm, budget: Budget | None) -> Attack:
+    """`minimal` for a run's budget: its passes, or its queries, of which there are half as many."""
+    if budget is not None and budget.passes is not None:
+        return minimal(norm, budget.passes)
+    if budget is not None and budget.queries is not None:
+        return minimal(norm, 2 * budget.queries)
+    return minimal(norm)
