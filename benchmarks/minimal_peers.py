@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 SEARCHES = 4  # for the constant of C&W and EAD, each from 1: nine from 0.001 leave too few steps at these budgets
 P = {"l0": 0.0, "l1": 1.0, "l2": 2.0, "linf": float("inf")}
-SCALES = (0.3, 3.0)  # of the step size, for the best of three
+NONE: tuple[float, ...] = ()
+# further step sizes, for the best of three; C&W's own is meant for 10,000 steps, FMN's for l2
+USUAL, LARGE = (0.3, 3.0), (3.0, 10.0)
 
 Attack = Callable[[nn.Module, Tensor, Tensor, int, int], Tensor]
 """(network, x, y, passes, seed) -> points, one batch; those that aren't adversarial are failures."""
@@ -113,7 +115,7 @@ def al_cw(net: nn.Module, x: Tensor, y: Tensor, passes: int, seed: int, *, norm:
     from adv_lib.attacks import carlini_wagner_l2
 
     return carlini_wagner_l2(
-        net, x, y, learning_rate=0.01 * scale, initial_const=1, binary_search_steps=SEARCHES,
+        net, x, y, learning_rate=0.01 * scale, initial_const=1.0, binary_search_steps=SEARCHES,
         max_iterations=_steps(passes, 2 * SEARCHES), abort_early=False,
     )  # fmt: skip
 
@@ -142,10 +144,11 @@ def al_superdeepfool(net: nn.Module, x: Tensor, y: Tensor, passes: int, seed: in
 
 
 def al_trust_region(net: nn.Module, x: Tensor, y: Tensor, passes: int, seed: int, *, norm: str, scale: float) -> Tensor:
-    """3 + 1 a step with the adaptive radius, and 1 + classes to choose the target."""
+    """3 + 1 a step with the adaptive radius, from the top of its range, and 1 + classes to choose the target."""
     from adv_lib.attacks import tr
 
-    return tr(net, x, y, iter=_steps(passes, 4, 1 + CLASSES), adaptive=True, p=P[norm])
+    radius = {"l2": 0.05, "linf": 0.01}[norm]
+    return tr(net, x, y, iter=_steps(passes, 4, 1 + CLASSES), adaptive=True, eps=radius, p=P[norm])
 
 
 def al_apgd(net: nn.Module, x: Tensor, y: Tensor, passes: int, seed: int, *, norm: str, scale: float) -> Tensor:
@@ -188,7 +191,7 @@ def fb_cw(net: nn.Module, x: Tensor, y: Tensor, passes: int, seed: int, *, norm:
     from foolbox.attacks import L2CarliniWagnerAttack
 
     attack = L2CarliniWagnerAttack(
-        binary_search_steps=SEARCHES, steps=_steps(passes, 2 * SEARCHES), stepsize=0.01 * scale, initial_const=1,
+        binary_search_steps=SEARCHES, steps=_steps(passes, 2 * SEARCHES), stepsize=0.01 * scale, initial_const=1.0,
         abort_early=False,
     )  # fmt: skip
     return _foolbox(attack, net, x, y)
@@ -199,7 +202,7 @@ def fb_ead(net: nn.Module, x: Tensor, y: Tensor, passes: int, seed: int, *, norm
     from foolbox.attacks import EADAttack
 
     attack = EADAttack(
-        binary_search_steps=SEARCHES, steps=_steps(passes, 3 * SEARCHES), initial_stepsize=0.01 * scale, initial_const=1,
+        binary_search_steps=SEARCHES, steps=_steps(passes, 3 * SEARCHES), initial_stepsize=0.01 * scale, initial_const=1.0,
         decision_rule="L1", abort_early=False,
     )  # fmt: skip
     return _foolbox(attack, net, x, y)
@@ -216,8 +219,8 @@ def fb_deepfool(net: nn.Module, x: Tensor, y: Tensor, passes: int, seed: int, *,
 def fb_brendel_bethge(net: nn.Module, x: Tensor, y: Tensor, passes: int, seed: int, *, norm: str, scale: float) -> Tensor:
     """1 + 1 a step, and 11 to find the boundary on the way to the nearest input of another class in the batch.
 
-    The start of its own draws uniform noise, for up to 2,000 passes. The radius of its steps is `lr` times the number of values
-    in the whole batch: divided by the batch size, it is what one sample alone would get.
+    The start of its own draws uniform noise, for up to 2,000 passes. The radius of a step is `lr` times the number of values in
+    the whole batch, so it grows with the batch; with the radius of a single sample it finds far larger perturbations.
     """
     from foolbox import attacks as fa
 
@@ -227,7 +230,7 @@ def fb_brendel_bethge(net: nn.Module, x: Tensor, y: Tensor, passes: int, seed: i
     }[norm]  # fmt: skip
     apart = torch.cdist(x.flatten(1), x.flatten(1), p=P[norm])
     start = x[apart.masked_fill(y[:, None] == y[None], torch.inf).argmin(1)]
-    return _foolbox(attack(steps=_steps(passes, 2, 11), lr=1e-3 * scale / len(x)), net, x, y, starting_points=start)
+    return _foolbox(attack(steps=_steps(passes, 2, 11), lr=1e-3 * scale), net, x, y, starting_points=start)
 
 
 @cache
@@ -266,7 +269,7 @@ def ta_ead(net: nn.Module, x: Tensor, y: Tensor, passes: int, seed: int, *, norm
 
     attack = EADL1(
         net, lr=0.01 * scale, binary_search_steps=SEARCHES, max_iterations=_steps(passes, 3 * SEARCHES, 1), abort_early=False,
-        initial_const=1,
+        initial_const=1.0,
     )  # fmt: skip
     return attack(x, y)
 
@@ -322,7 +325,7 @@ def art_cw(net: nn.Module, x: Tensor, y: Tensor, passes: int, seed: int, *, norm
 
     steps = _steps(passes, (12 + 2 * CLASSES) * SEARCHES, 6)
     attack = CarliniL2Method(
-        _art(net, x), learning_rate=0.01 * scale, binary_search_steps=SEARCHES, max_iter=steps, initial_const=1,
+        _art(net, x), learning_rate=0.01 * scale, binary_search_steps=SEARCHES, max_iter=steps, initial_const=1.0,
         batch_size=len(x), verbose=False,
     )  # fmt: skip
     return torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
@@ -334,7 +337,7 @@ def art_ead(net: nn.Module, x: Tensor, y: Tensor, passes: int, seed: int, *, nor
 
     steps = _steps(passes, (4 + 2 * CLASSES) * SEARCHES, 2)
     attack = ElasticNet(
-        _art(net, x), learning_rate=0.01 * scale, binary_search_steps=SEARCHES, max_iter=steps, initial_const=1,
+        _art(net, x), learning_rate=0.01 * scale, binary_search_steps=SEARCHES, max_iter=steps, initial_const=1.0,
         batch_size=len(x), decision_rule="L1", verbose=False,
     )  # fmt: skip
     return torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
@@ -343,39 +346,41 @@ def art_ead(net: nn.Module, x: Tensor, y: Tensor, passes: int, seed: int, *, nor
 AL, FB, TA, ART = "adversarial-library", "Foolbox", "torchattacks", "ART"
 ALL, NOT_L0 = ("l0", "l1", "l2", "linf"), ("l1", "l2", "linf")
 
-# who, name, norms, attack, whether it has a step size, whether it is among the main ones; cheap ones first
-_ATTACKS: tuple[tuple[str, str, tuple[str, ...], Callable[..., Tensor], bool, bool], ...] = (
-    (AL, "FMN", ALL, al_fmn, True, True),
-    (AL, "DDN", ("l2",), al_ddn, False, True),
-    (AL, "sigma-zero", ("l0",), al_sigma_zero, True, True),
-    (AL, "ALMA", ("l1", "l2"), al_alma, True, True),
-    (AL, "PDGD", ("l2",), al_pdgd, True, True),
-    (AL, "PDPGD", ALL, al_pdpgd, True, True),
-    (FB, "FMN", ALL, fb_fmn, True, True),
-    (FB, "DDN", ("l2",), fb_ddn, False, True),
-    (FB, "EAD", ("l1",), fb_ead, True, True),
-    (AL, "C&W", ("l2",), al_cw, True, True),
-    (FB, "C&W", ("l2",), fb_cw, True, True),
-    (FB, "Brendel & Bethge", ALL, fb_brendel_bethge, True, True),
-    (AL, "FAB", NOT_L0, al_fab, False, True),
-    (AL, "FAB, 3 targets", NOT_L0, partial(al_fab, targets=3), False, True),
-    (AL, "FAB, 9 targets", NOT_L0, partial(al_fab, targets=9), False, True),
-    (TA, "FAB", NOT_L0, ta_fab, False, True),
-    (AL, "VFGA", ("l0",), al_vfga, False, False),
-    (AL, "VFGA, 2 samples", ("l0",), partial(al_vfga, samples=2), False, False),
-    (AL, "DeepFool", ("l2", "linf"), al_deepfool, False, False),
-    (AL, "SuperDeepFool", ("l2",), al_superdeepfool, False, False),
-    (AL, "trust region", ("l2", "linf"), al_trust_region, False, False),
-    (AL, "APGD, searched", NOT_L0, al_apgd, False, False),
-    (FB, "DeepFool", ("l2", "linf"), fb_deepfool, False, False),
-    (TA, "C&W", ("l2",), ta_cw, True, False),
-    (TA, "EAD", ("l1",), ta_ead, True, False),
-    (TA, "DeepFool", ("l2",), ta_deepfool, False, False),
-    (TA, "SparseFool", ("l0",), ta_sparsefool, False, False),
-    (TA, "JSMA", ("l0",), ta_jsma, False, False),
-    (ART, "DeepFool", ("l2",), art_deepfool, False, False),
-    (ART, "C&W", ("l2",), art_cw, False, False),
-    (ART, "EAD", ("l1",), art_ead, True, False),
+# who, name, norms, attack, further step sizes, whether it is among the main ones; cheap ones first
+_ATTACKS: tuple[tuple[str, str, tuple[str, ...], Callable[..., Tensor], tuple[float, ...], bool], ...] = (
+    (AL, "FMN", ("l0", "l1", "l2"), al_fmn, USUAL, True),
+    (AL, "FMN", ("linf",), al_fmn, LARGE, True),
+    (AL, "DDN", ("l2",), al_ddn, NONE, True),
+    (AL, "sigma-zero", ("l0",), al_sigma_zero, USUAL, True),
+    (AL, "ALMA", ("l1", "l2"), al_alma, USUAL, True),
+    (AL, "PDGD", ("l2",), al_pdgd, USUAL, True),
+    (AL, "PDPGD", ALL, al_pdpgd, USUAL, True),
+    (FB, "FMN", ("l0", "l1", "l2"), fb_fmn, USUAL, True),
+    (FB, "FMN", ("linf",), fb_fmn, LARGE, True),
+    (FB, "DDN", ("l2",), fb_ddn, NONE, True),
+    (FB, "EAD", ("l1",), fb_ead, USUAL, True),
+    (AL, "C&W", ("l2",), al_cw, LARGE, True),
+    (FB, "C&W", ("l2",), fb_cw, LARGE, True),
+    (FB, "Brendel & Bethge", ALL, fb_brendel_bethge, USUAL, True),
+    (AL, "FAB", NOT_L0, al_fab, NONE, True),
+    (AL, "FAB, 3 targets", NOT_L0, partial(al_fab, targets=3), NONE, True),
+    (AL, "FAB, 9 targets", NOT_L0, partial(al_fab, targets=9), NONE, True),
+    (TA, "FAB", NOT_L0, ta_fab, NONE, True),
+    (AL, "VFGA", ("l0",), al_vfga, NONE, False),
+    (AL, "VFGA, 2 samples", ("l0",), partial(al_vfga, samples=2), NONE, False),
+    (AL, "DeepFool", ("l2", "linf"), al_deepfool, NONE, False),
+    (AL, "SuperDeepFool", ("l2",), al_superdeepfool, NONE, False),
+    (AL, "trust region", ("l2", "linf"), al_trust_region, NONE, False),
+    (AL, "APGD, searched", NOT_L0, al_apgd, NONE, False),
+    (FB, "DeepFool", ("l2", "linf"), fb_deepfool, NONE, False),
+    (TA, "C&W", ("l2",), ta_cw, LARGE, False),
+    (TA, "EAD", ("l1",), ta_ead, USUAL, False),
+    (TA, "DeepFool", ("l2",), ta_deepfool, NONE, False),
+    (TA, "SparseFool", ("l0",), ta_sparsefool, NONE, False),
+    (TA, "JSMA", ("l0",), ta_jsma, NONE, False),
+    (ART, "DeepFool", ("l2",), art_deepfool, NONE, False),
+    (ART, "C&W", ("l2",), art_cw, LARGE, False),
+    (ART, "EAD", ("l1",), art_ead, USUAL, False),
 )
 
 
@@ -401,7 +406,7 @@ def attacks(norm: str, *, sweep: bool = False) -> Iterator[Minimal]:
         if norm not in norms or who not in libraries:
             continue
         prepare = partial(_compile, norm) if attack is fb_brendel_bethge else lambda: None
-        for scale in (1.0, *SCALES) if sweep and steps else (1.0,):
+        for scale in (1.0, *steps) if sweep else (1.0,):
             variant = "default" if scale == 1 else f"step x{scale:g}"
             bound = _broken(error) if (error := libraries[who].error) else _seeded(attack, norm, scale)
             yield Minimal(who, name, norm, variant, bound, main, prepare)

@@ -97,6 +97,43 @@ def test_attack_saves_what_the_library_gives(here, capsys):
     assert (here / "out" / "result-2").is_dir()
 
 
+def test_distance_writes_its_report_and_what_it_ran(here, capsys):
+    status, out, _ = call(
+        capsys, "distance", "--model", "net.py:net", "--model", "net.py:make", "--norm", "l2", "--samples", "40",
+        "--passes", "40", "--seed", "2", "--out", "out",
+    )  # fmt: skip
+    assert status == 0
+    assert "report.html" in out
+    assert "rho" in out
+    results = json.loads((here / "out" / "results.json").read_text())
+    assert (results["norm"], results["complete"], len(results["models"])) == ("l2", True, 2)
+    assert (here / "out" / "report.html").stat().st_size > 10_000
+    config = tomllib.loads((here / "out" / "config.toml").read_text())["distance"]
+    assert config["attack"] == "minimal"
+    digits = sp.data.load("digits").test.take(40)
+    with torch.random.fork_rng():
+        model = sp.Model(inputs.network("net.py:net", sp.data.load("digits"))[1], bounds=(0, 1))
+    ours = sp.distance(model, digits.x, digits.y, "l2", budget=sp.Budget(passes=40), seed=2)
+    assert results["models"][0]["rho"] == pytest.approx(ours.rho)
+    assert f"{ours.rho:#.3g}" in out
+    # the same run again, from the configuration that was written
+    assert call(capsys, "distance", "--config", "out/config.toml", "--out", "again")[0] == 0
+    again = json.loads((here / "again" / "results.json").read_text())
+    assert [m["curve"] for m in again["models"]] == [m["curve"] for m in results["models"]]
+
+
+def test_distance_of_other_kinds(here, capsys):
+    words = ["distance", "--model", "net.py:net", "--samples", "15", "--attack", "fmn:steps=20", "--norm", "l1"]
+    assert call(capsys, *words, "--own-decision", "--out", "own")[0] == 0
+    own = json.loads((here / "own" / "results.json").read_text())
+    assert own["own_decision"] is True
+    assert own["models"][0]["counts"]["wrong"] == 0
+    assert own["models"][0]["attack"]["settings"]["steps"] == 20
+    assert call(capsys, *words, "--targeted", "next", "--out", "next")[0] == 0
+    goal = json.loads((here / "next" / "results.json").read_text())["models"][0]["attack"]["goal"]
+    assert goal["targeted"] is True
+
+
 def test_train_then_evaluate_the_weights(here, capsys):
     words = ["train", "--model", "zoo:mlp", "--epochs", "3", "--adversary", "fgsm", "--eps", "0.05", "--out", "trained"]
     assert call(capsys, *words)[0] == 0
@@ -131,6 +168,23 @@ def test_list_attacks_is_a_query(here, capsys):
     assert "SignNoise" not in labels
     _, targeted_only, _ = call(capsys, "list", "attacks", "--targeted")
     assert "OTCM" in targeted_only
+    for option, minimizes in (("--minimizes", True), ("--ball-only", False)):
+        _, some, _ = call(capsys, "list", "attacks", option, "--norm", "l0")
+        names = {cls.__name__ for cls in sp.attacks.find(minimizes=minimizes, norm="l0")}
+        assert set(re.findall(r"^(\w+) .* (?:smallest|in a ball)  +(?:iterative|one step)$", some, flags=re.M)) == names
+
+
+def test_minimal_is_fitted_to_the_norm_and_the_passes(here, capsys):
+    words = ["attack", "Minimal", "--model", "net.py:model", "--norm", "l2", "--eps", "1", "--passes", "100", "--samples", "30"]
+    assert call(capsys, *words, "--out", "out")[0] == 0
+    saved = sp.AttackResult.load(here / "out" / "result")
+    assert saved.config["attack"]["name"] == "Sequence"
+    assert inputs.attack("minimal", sp.Norm.L2, 100) == sp.attacks.minimal("l2", 100)
+    assert bool((saved.queries.total <= 100).all())
+    assert bool((saved.distance[saved.success] <= 1).all())
+    assert saved.success_rate > 0.5
+    words = ["evaluate", "--model", "net.py:net", "--attack", "minimal", "--norm", "l0", "--eps", "2", "--samples", "10"]
+    assert call(capsys, *words, "--passes", "40", "--out", "report")[0] == 0
 
 
 def test_other_lists(here, capsys):
@@ -166,6 +220,14 @@ def test_other_lists(here, capsys):
         ("attack fgsm --model net.py:net --targeted 12", "0 to 9"),
         ("attack fgsm --model net.py:model --mean 0.5", "--mean"),
         ("attack fgsm --model net.py:net --mean 1,2", "channel"),
+        ("distance --model net.py:net --attack pgd", "DDN"),
+        ("distance --model net.py:net --attack ddm", "'DDN'"),
+        ("distance --model net.py:net --attack minimal*3", "--passes"),
+        ("attack minimal:passes=10 --model net.py:net", "--passes"),
+        ("train --model net.py:net --adversary minimal", "such as pgd"),
+        ("distance --model net.py:net --attack ddn --norm linf", "l2"),
+        ("distance --model net.py:net --targeted all", "one target"),
+        ("distance --model net.py:net --config typo.toml", "'samples'"),
         ("evaluate --model net.py:net --config missing.toml", "missing.toml"),
         ("evaluate --model net.py:net --config bad.toml", "bad.toml"),
         ("evaluate --model net.py:net --config typo.toml", "'samples'"),
@@ -246,6 +308,36 @@ stops = Stops()
     results = json.loads((here / "out" / "results.json").read_text())
     assert results["complete"] is False
     assert 1 <= len(results["models"][0]["cells"]) < 6
+
+
+def test_ctrl_c_during_distance_keeps_the_finished_samples(here, capsys):
+    (here / "slow.py").write_text(
+        NET
+        + """
+class Stops(torch.nn.Module):
+    calls = 0
+    stops = 60
+    def forward(self, x):
+        Stops.calls += 1
+        if Stops.calls == self.stops:
+            raise KeyboardInterrupt
+        return net(x)
+late = Stops()
+early = Stops()
+early.stops = 3
+"""
+    )
+    words = ["distance", "--samples", "30", "--passes", "40", "--batch-size", "8"]
+    status, out, _ = call(capsys, *words, "--own-decision", "--model", "slow.py:late", "--model", "net.py:net", "--out", "out")
+    assert status == 130
+    assert "interrupted" in out
+    results = json.loads((here / "out" / "results.json").read_text())
+    assert results["complete"] is False
+    assert 0 < sum(results["models"][0]["counts"].values()) < 30
+    status, _, err = call(capsys, *words, "--model", "slow.py:early", "--out", "nothing")
+    assert status == 2
+    assert "nothing to report" in err
+    assert not (here / "nothing").exists()
 
 
 def test_demo_runs_end_to_end(here, capsys, monkeypatch):

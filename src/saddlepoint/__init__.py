@@ -22,7 +22,7 @@ from saddlepoint.errors import (
     SaddlepointWarning,
     UnknownNameError,
 )
-from saddlepoint.evaluate import Comparison, compare
+from saddlepoint.evaluate import Comparison, Distances, compare, distance
 from saddlepoint.goals import FalsePositive, Targeted, Untargeted
 from saddlepoint.models import Classifier, Defended, Ensemble, Model, Transform
 from saddlepoint.taxonomy import Access, Norm, Scope, Status
@@ -32,8 +32,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "L0", "L1", "L2", "Access", "Adversarial", "AttackResult", "Budget", "CapabilityError", "Classifier", "Comparison",
-    "DataError", "Defended", "Ensemble", "FalsePositive", "Hardening", "InputError", "Interrupted", "Linf", "Minimize",
-    "MissingExtraError", "Model", "ModelError", "Norm", "SaddlepointError", "SaddlepointWarning", "Scope", "Standard",
-    "Status", "Targeted", "Training", "Transform", "UnknownNameError", "Untargeted", "attack", "attacks", "compare",
-    "data", "harden", "models", "perturb", "train", "zoo",
+    "DataError", "Defended", "Distances", "Ensemble", "FalsePositive", "Hardening", "InputError", "Interrupted", "Linf",
+    "Minimize", "MissingExtraError", "Model", "ModelError", "Norm", "SaddlepointError", "SaddlepointWarning", "Scope",
+    "Standard", "Status", "Targeted", "Training", "Transform", "UnknownNameError", "Untargeted", "attack", "attacks",
+    "compare", "data", "distance", "harden", "models", "perturb", "train", "zoo",
 ]  # fmt: skip

@@ -3,16 +3,29 @@
 A new attack is one file with `init` and `step` and the `@register` line (see CONTRIBUTING.md).
 """
 
+from saddlepoint.attacks.apgd import APGD, APGDT
 from saddlepoint.attacks.ascent import BIM, FGM, FGSM, ILLC, MIFGSM, NIFGSM, OTCM, PGD, RFGSM, FastGradientValue
+from saddlepoint.attacks.brendel_bethge import BrendelBethge
+from saddlepoint.attacks.carlini_wagner import CarliniWagnerL0, CarliniWagnerL2, CarliniWagnerLinf
+from saddlepoint.attacks.deepfool import DeepFool, SparseFool, SuperDeepFool
 from saddlepoint.attacks.dual import DualAveraging
+from saddlepoint.attacks.external import External
+from saddlepoint.attacks.fab import FAB
 from saddlepoint.attacks.fmn import DDN, FMN, SigmaZero
+from saddlepoint.attacks.lagrangian import ALMA, PDGD, PDPGD
+from saddlepoint.attacks.linear import HotCold, LinearClosedForm
 from saddlepoint.attacks.minimal import minimal
 from saddlepoint.attacks.noise import GaussianNoise, SignNoise, UniformNoise
+from saddlepoint.attacks.penalty import EAD, LBFGS
 from saddlepoint.attacks.registry import find, get, register
+from saddlepoint.attacks.saliency import JSMA
+from saddlepoint.attacks.square import Square
 from saddlepoint.attacks.wrappers import Bisect, Restarts, Sequence
 
 __all__ = [
-    "BIM", "DDN", "FGM", "FGSM", "FMN", "ILLC", "MIFGSM", "NIFGSM", "OTCM", "PGD", "RFGSM", "Bisect", "DualAveraging",
-    "FastGradientValue", "GaussianNoise", "Restarts", "Sequence", "SigmaZero", "SignNoise", "UniformNoise", "find", "get", "minimal",
-    "register",
+    "ALMA", "APGD", "APGDT", "BIM", "DDN", "EAD", "FAB", "FGM", "FGSM", "FMN", "ILLC", "JSMA", "LBFGS", "MIFGSM", "NIFGSM",
+    "OTCM", "PDGD", "PDPGD", "PGD", "RFGSM", "Bisect", "BrendelBethge", "CarliniWagnerL0", "CarliniWagnerL2",
+    "CarliniWagnerLinf", "DeepFool", "DualAveraging", "External", "FastGradientValue", "GaussianNoise", "HotCold",
+    "LinearClosedForm", "Restarts", "Sequence", "SigmaZero", "SignNoise", "SparseFool", "Square", "SuperDeepFool",
+    "UniformNoise", "find", "get", "minimal", "register",
 ]  # fmt: skip

@@ -31,7 +31,8 @@ class Walk:
 
 @dataclass(frozen=True)
 class Search:
-    """The present walk and the best point of all: number of the walk, its iteration, its class and the best one's, (B,) each.
+    """The present walk and the best point of all: number of the walk, its iteration and its class, and whether
+    the gradients mislead, (B,) each.
 
     order: the classes in the order in which they are tried (B, T), -1 for none; first (B, T, ...) and gap (B, T): the gradients
     of their margins at the input, and what these margins lack there.
@@ -42,6 +43,7 @@ class Search:
     number: Tensor
     j: Tensor
     target: Tensor
+    misled: Tensor
     order: Tensor
     first: Tensor
     gap: Tensor
@@ -75,6 +77,9 @@ class DualAveraging(Attack):
     `explore` steps, lead to the nearest ones; one that is more than `slack` times as far as the best after `patience` steps
     is given up. All later walks, of `again` steps, lead to any class, and start beyond the best point: where an l2 move along
     its gradient promises `push` times its gain (cycling through `pushes`), for other boundaries show from there.
+    hand_over: a sample leaves if after `patience` steps or at the end of its first walk the gradient promises more than
+    `hand_over` times what the margin lacked at the input, or less than that fraction: its gradients mislead, and the next
+    attack of a `Sequence` may do better.
 
     Ours. The linear step on a ball is that of Frank & Wolfe (1956), averages of gradients are those of Nesterov (2009).
     """
@@ -90,6 +95,7 @@ class DualAveraging(Attack):
     gamma_final: float = 1e-3
     patience: int = 8
     slack: float = 1.1
+    hand_over: float = math.inf
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("classes", 1), ("targets", 1), ("explore", 2), ("again", 2), ("patience", 1)):
@@ -99,8 +105,8 @@ class DualAveraging(Attack):
         for name in ("averaging", "gamma_init", "gamma_final"):
             if not 0 < getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie in (0, 1]; got {getattr(self, name)}")
-        if not self.slack >= 1:
-            raise InputError(f"slack must be at least 1; got {self.slack}")
+        if not (self.slack >= 1 and self.hand_over >= 1):
+            raise InputError(f"slack and hand_over must be at least 1; got {self.slack} and {self.hand_over}")
         if not self.pushes or not all(push > 0 and math.isfinite(push) for push in self.pushes):
             raise InputError(f"pushes must be positive numbers; got {self.pushes}")
 
@@ -111,6 +117,9 @@ class DualAveraging(Attack):
     @property
     def starts_at_origin(self) -> bool:
         return True
+
+    def done(self, state: Search) -> Tensor:
+        return state.misled
 
     def opening(self, classes: int) -> tuple[int, int]:
         return 1, max(1, min(self.classes, classes - 1))
@@ -123,7 +132,7 @@ class DualAveraging(Attack):
         nothing = torch.full_like(problem.eps, torch.inf)
         walk, tried = Walk(x, torch.zeros_like(x), nothing, nothing), (len(x), self.targets)
         first, gap = x.new_zeros(*tried, *x.shape[1:]), nothing.new_zeros(tried)
-        return Search(walk, walk, zero, zero, zero, zero[:, None].expand(tried) - 1, first, gap)
+        return Search(walk, walk, zero, zero, zero, zero > 0, zero[:, None].expand(tried) - 1, first, gap)
 
     def step(self, problem: Problem, state: Search) -> Search:
         opening = (problem.k == 0).to(problem.origin.device)
@@ -161,7 +170,7 @@ class DualAveraging(Attack):
         ranked[:, tried], gaps[:, tried] = order[each, nearest], gap[each, nearest]
         first[:, tried] = found.gradients[each, nearest]
         walk = self._set_out(problem, first[:, 0], gaps[:, 0])
-        return Search(walk, state.top, state.number, state.j + 1, ranked[:, 0], ranked, first, gaps)
+        return Search(walk, state.top, state.number, state.j + 1, ranked[:, 0], state.misled, ranked, first, gaps)
 
     def _set_out(self, problem: Problem, gradient: Tensor, gap: Tensor) -> Walk:
         """To the extreme point where the margin, linearised at the input, vanishes."""
@@ -209,8 +218,14 @@ class DualAveraging(Attack):
         top = select(better, Walk(walk.x, gradient, best, best), top)
         behind = exploring & (state.j + 1 >= self.patience) & (torch.minimum(eps, best) > self.slack * top.best)
         over = behind | (state.j >= last)
+        misled = state.misled
+        if math.isfinite(self.hand_over):
+            gain = (top.gradient.double() * (top.x - problem.origin).double()).flatten(1).sum(1)
+            share = gain / state.gap[:, 0]  # 1 where the margin is linear, whichever end one looks from
+            linear = (share <= self.hand_over) & (share * self.hand_over >= 1)
+            misled = misled | ((state.number == 0) & ((state.j + 1 == self.patience) | over) & ~linear)
         walk = Walk(x, gradient, eps, best)
-        state = Search(walk, top, state.number, state.j + 1, state.target, state.order, state.first, state.gap)
+        state = Search(walk, top, state.number, state.j + 1, state.target, misled, state.order, state.first, state.gap)
         return self._begin_again(problem, state, over) if bool(over.any()) else state
 
     def _begin_again(self, problem: Problem, state: Search, over: Tensor) -> Search:
@@ -237,7 +252,7 @@ class DualAveraging(Attack):
 
 
 def _next_radius(success: Tensor, best: Tensor, move: Tensor, away: Tensor, gamma: Tensor) -> Tensor:
-    """`away` + `move`, the linearised margin's zero, on the right side of `away`: gamma / 10 to gamma of it off, inside `best`."""
+    """`away` + `move`, the linearised margin's zero, but gamma / 10 to gamma of `away` off, on the right side, inside `best`."""
     far = gamma * away
     smaller = torch.minimum(away + torch.clamp(move, -far, -0.1 * far), best)
     free = 1.02 * (away + torch.where(away > 0, torch.minimum(move, 3 * away), move))  # nothing is known before a success

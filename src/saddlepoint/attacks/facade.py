@@ -166,8 +166,8 @@ class _Plain(Evaluator):
             logits = self.net(leaf)
             aim = self._of(self._bind(logits), owner)
             chosen = weights if isinstance(weights, Tensor) else weights(logits.detach(), aim)
-            sums = torch.einsum("qmc,qc->qm", chosen.to(logits.dtype), logits).unbind(1)
-        columns = [input_gradient(values, leaf, again=index + 1 < len(sums)) for index, values in enumerate(sums)]
+        each = chosen.to(logits.dtype).unbind(1)
+        columns = [input_gradient(logits, leaf, one, again=index + 1 < len(each)) for index, one in enumerate(each)]
         return Jacobian(logits.detach(), torch.stack(columns, 1))
 
     @staticmethod

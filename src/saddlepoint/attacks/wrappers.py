@@ -110,6 +110,10 @@ class Restarts(_OfOne):
     def starts_at_origin(self) -> bool:
         return self.attack.starts_at_origin
 
+    @property
+    def randomized(self) -> bool:
+        return True
+
     def init(self, problem: Problem) -> Restarting:
         zero = torch.zeros_like(problem.k)
         return Restarting(self.attack.init(problem.restarted(zero, zero)), zero, zero)
@@ -190,7 +194,8 @@ class Sequence(Attack):
         return max(forward for forward, _ in costs) + 1, max(backward for _, backward in costs)
 
     def opening(self, classes: int) -> tuple[int, int]:
-        return self.attacks[0].opening(classes)
+        forward, backward = self.attacks[0].opening(classes)
+        return forward + 1, backward  # the first step may be the stage's last
 
     @property
     def starts_at_origin(self) -> bool:
@@ -199,10 +204,6 @@ class Sequence(Attack):
     @property
     def randomized(self) -> bool:
         return any(attack.randomized for attack in self.attacks)
-
-    @property
-    def judge(self) -> bool:
-        return self.attacks[-1].judge
 
     @property
     def objective(self) -> str | Loss:
@@ -231,7 +232,9 @@ class Sequence(Attack):
             mine, over = _advance(attack, part, mine, k[here], run)
             k[here] = torch.where(over, torch.zeros_like(over, dtype=torch.int64), k[here] + 1)
             stage[here] += over.long()
-            if number + 1 < len(self.attacks):
+            if attack.judge:
+                part.logits(attack.current(mine))
+            elif number + 1 < len(self.attacks):
                 _look(attack, part, mine, over)
             inner[number] = put(inner[number], rows, mine)
         return Sequential(tuple(inner), stage, k)
@@ -334,7 +337,7 @@ class Bisect(_OfOne):
             over[cpu] = ended
         device = eps.device
         begun, best, unit = ~first.to(device), problem.best.distance, self._unit(problem)
-        better = begun & (best < high) & (best <= eps)
+        better = begun & (best < high) & (best <= eps + 0.01 * unit)  # levels of a grid are rounded
         failed = begun & over.to(device) & ~better
         high = torch.where(begun, torch.minimum(best, high), high)  # what lies outside the ball is a success as well
         low = torch.where(failed, torch.maximum(low, eps), low)

@@ -21,6 +21,22 @@ from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.cli import config as configuration
 from saddlepoint.cli import inputs
 from saddlepoint.cli.config import ConfigFile
+from saddlepoint.cli.distance import distance
+from saddlepoint.cli.options import (
+    BatchSize,
+    DataText,
+    Device,
+    Mean,
+    ModelText,
+    NormText,
+    Passes,
+    Root,
+    Samples,
+    Seed,
+    Std,
+    console,
+    warn_of_random_weights,
+)
 from saddlepoint.cli.reproduce import reproduce
 from saddlepoint.defenses import Adversarial, EpochRecord, Hardening, Training
 from saddlepoint.defenses import harden as run_harden
@@ -44,20 +60,7 @@ listing = typer.Typer(help="What there is: attacks, data, networks, losses.", no
 fetching = typer.Typer(help="Datasets on this computer.", no_args_is_help=True)
 app.add_typer(listing, name="list")
 app.add_typer(fetching, name="data")
-console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
-
-ModelText = Annotated[str, typer.Option("--model", help="FILE.py:NAME or zoo:NAME[+weights.safetensors].", show_default=False)]
-DataText = Annotated[str, typer.Option(help="digits, mnist, fashion-mnist, cifar10, a folder of images by class, or a .npz.")]
-Root = Annotated[Path | None, typer.Option(help="Where the data lies; default SADDLEPOINT_DATA or the user's cache.")]
-NormText = Annotated[Norm, typer.Option(help="How perturbations are measured.")]
-Samples = Annotated[int | None, typer.Option(min=1, help="Use the first N test samples.")]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Samples under attack at once; default by size.")]
-Seed = Annotated[int, typer.Option(help="Source of all randomness.")]
-Mean = Annotated[str | None, typer.Option(help="Normalisation inside the model: a number or one per channel, 0.49,0.48,0.45.")]
-Std = Annotated[str | None, typer.Option(help="As --mean.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...")]
-Passes = Annotated[int | None, typer.Option(min=1, help="At most so many passes (forward and backward) a sample.")]
 
 
 def _version(wanted: bool) -> None:
@@ -116,9 +119,9 @@ def evaluate(
     """Attack models at several eps, and write a report: accuracies, security curve, pictures, results.json."""
     found = inputs.dataset(data, root)
     threats = inputs.threats(norm, eps)
-    chosen = [inputs.attack(text) for text in attack]
+    chosen = [inputs.attack(text, norm, passes) for text in attack]
     models = inputs.models(model, found, mean=mean, std=std, device=device)
-    _warn_of_random_weights(model)
+    warn_of_random_weights(model)
     split = inputs.samples(found, samples)
     result = compare(
         models, split.x, split.y, chosen, threats, seed=seed, batch_size=batch_size, budget=Budget(passes=passes), progress=True
@@ -129,7 +132,7 @@ def evaluate(
 @app.command()
 def attack(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="Such as pgd, or pgd:steps=100,loss=margin. See: saddlepoint list attacks.")],
+    name: Annotated[str, typer.Argument(help="Such as pgd, pgd:steps=100 or minimal. See: saddlepoint list attacks.")],
     model: ModelText,
     data: DataText = "digits",
     norm: NormText = Norm.LINF,
@@ -153,9 +156,9 @@ def attack(
     (threat, *more) = inputs.threats(norm, eps)
     if more:
         raise InputError("attack takes one eps; saddlepoint evaluate takes several")
-    chosen, goal = inputs.attack(name), inputs.goal(targeted)
+    chosen, goal = inputs.attack(name, norm, passes), inputs.goal(targeted)
     _, victim = inputs.model(model, found, mean=mean, std=std, device=device)
-    _warn_of_random_weights([model])
+    warn_of_random_weights([model])
     split = inputs.samples(found, samples)
     interrupted = False
     try:
@@ -267,7 +270,7 @@ def harden(
     (threat, *more) = inputs.threats(norm, eps)
     if more:
         raise InputError("harden takes one eps")
-    chosen = inputs.attack(attack)
+    chosen = inputs.attack(attack, norm)
     name, victim = inputs.model(model, found, mean=mean, std=std, device=device)
     if not isinstance(victim, Model):
         raise InputError("harden needs a single network")
@@ -288,6 +291,7 @@ def harden(
     )
 
 
+app.command()(distance)
 app.command()(reproduce)
 
 
@@ -296,22 +300,27 @@ def list_attacks(
     access: Annotated[str | None, typer.Option(help="What the model grants: transfer, labels, scores, gradients, ...")] = None,
     norm: Annotated[Norm | None, typer.Option(help="Only attacks that work in this norm.")] = None,
     targeted: Annotated[bool | None, typer.Option("--targeted/--untargeted-only", help="By the goals it can have.")] = None,
+    minimizes: Annotated[
+        bool | None, typer.Option("--minimizes/--ball-only", help="Whether it looks for the smallest perturbation.")
+    ] = None,
 ) -> None:
-    """Attacks, by access, norm and goal."""
+    """Attacks, by access, norm, goal, and whether they look for the smallest perturbation or work in a ball of stated size."""
     level = None
     if access is not None:
         names = {a.name.lower(): a for a in Access}
         if access.lower() not in names:
             raise UnknownNameError("access", access, names)
         level = names[access.lower()]
-    for cls in find(access=level, norm=norm, targeted=targeted):
+    for cls in find(access=level, norm=norm, targeted=targeted, minimizes=minimizes):
         can = cls.declaration
-        goals = "+".join(word for word, yes in (("untargeted", can.untargeted), ("targeted", can.targeted)) if yes)
+        goals = "any goal" if can.targeted and can.untargeted else "targeted" if can.targeted else "untargeted"
         norms = " ".join(n.value for n in Norm if n in can.norms)
         steps = "iterative" if can.iterative else "one step"
-        console.print(f"[bold]{cls.__name__:<18}[/] {norms:<14} {goals:<20} {can.access.name.lower():<10} {steps}")
+        finds = "smallest" if can.minimizes else "in a ball"
+        console.print(f"[bold]{cls.__name__:<18}[/] {norms:<13} {goals:<10} {can.access.name.lower():<10} {finds:<10} {steps}")
         console.print(f"{'':<18} {escape(can.summary)} ({escape(can.reference)})", soft_wrap=True)
     console.print("NAME:setting=value,... sets hyperparameters; NAME*5 runs a randomised attack from five starts", markup=False)
+    console.print("minimal: what is recommended for the smallest perturbation, fitted to --passes", markup=False)
 
 
 @listing.command("data")
@@ -346,12 +355,6 @@ def list_losses() -> None:
 def fetch_data(name: Annotated[str, typer.Argument(help="mnist, fashion-mnist or cifar10.")], root: Root = None) -> None:
     """Download a dataset, with checksums; an interrupted download is continued."""
     console.print(f"in {escape(str(data_module.fetch(name, root=root)))}")
-
-
-def _warn_of_random_weights(texts: list[str]) -> None:
-    for text in texts:
-        if text.startswith("zoo:") and "+" not in text:
-            console.print(f"note: {text} has random weights; for trained ones write {text}+weights.safetensors", markup=False)
 
 
 def _fresh(path: Path) -> Path:

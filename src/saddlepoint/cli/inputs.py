@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import types
 from collections.abc import Sequence
@@ -16,10 +17,12 @@ from torch import nn
 
 from saddlepoint import data, zoo
 from saddlepoint.attacks import Restarts, get
+from saddlepoint.attacks.minimal import MINIMAL, PASSES, minimal
 from saddlepoint.engine import Attack
 from saddlepoint.errors import InputError, SaddlepointError, UnknownNameError
 from saddlepoint.goals import Goal, Targeted, Untargeted
 from saddlepoint.models import Classifier, Model
+from saddlepoint.taxonomy import Norm
 from saddlepoint.threats import Threat, ball
 
 
@@ -44,11 +47,14 @@ def threats(norm: str, eps: str) -> list[Threat]:
     return [ball(norm, radius) for radius in radii]
 
 
-def attack(text: str) -> Attack:
+def attack(text: str, norm: Norm | None = None, passes: int | None = None) -> Attack:
     """An attack by name, with settings and restarts: `pgd`, `pgd:steps=100,loss=margin`, `pgd:steps=20*5` (five restarts).
 
-    `FILE.py:NAME` in place of the name takes a class from the user's own file.
+    `FILE.py:NAME` in place of the name takes a class from the user's own file. `minimal` is what is recommended for the
+    smallest perturbation in `norm`, fitted to `passes`.
     """
+    if re.split("[:*]", text)[0].lower() == MINIMAL:
+        return _minimal(text, norm, passes)
     text, _, times = text.partition("*")
     file, own, rest = text.rpartition(".py:")
     name, _, rest = rest.partition(":")
@@ -76,6 +82,14 @@ def attack(text: str) -> Attack:
     if not times.isdigit():
         raise InputError(f"restarts are a whole number, as in {name}*5; got {times!r}")
     return Restarts(found, int(times))
+
+
+def _minimal(text: str, norm: Norm | None, passes: int | None) -> Attack:
+    if text.lower() != MINIMAL:
+        raise InputError(f"{MINIMAL} takes neither settings nor restarts; how long it looks is said by --passes; got {text!r}")
+    if norm is None:
+        raise InputError(f"{MINIMAL} looks for the smallest perturbation; here an attack such as pgd is needed")
+    return minimal(norm, passes or PASSES)
 
 
 def _convert(text: str, hint: Any, name: str) -> Any:  # Any: both are of the field's type, whatever it is

@@ -22,6 +22,7 @@ class Declaration:
 
     minimizes: whether it looks for the smallest perturbation, so that `Minimize(norm)` can be asked of it. Given a ball it does
         the same, and what it finds inside counts.
+    spatial: whether it matters which features are neighbours, so that the same numbers in another shape are another input.
     linear_oracle: within which factor it reaches the closed-form result on a linear model (see the contract tests);
         None needs a `no_oracle` reason.
     """
@@ -35,6 +36,7 @@ class Declaration:
     untargeted: bool = True
     minimizes: bool = False
     iterative: bool = True
+    spatial: bool = False
     linear_oracle: float | None = None
     no_oracle: str = ""
 

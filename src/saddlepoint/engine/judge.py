@@ -92,18 +92,41 @@ class Judge(Evaluator):
                 leaf, drawn, logits = self._looked_at(part, rows, trusted)
                 aim = self.slots.aim if rows is None else take(self.slots.aim, rows)
                 chosen = weights[where] if isinstance(weights, Tensor) else weights(logits, aim)
-                # one graph for all sums: m backward passes over it, and no forward pass is repeated
-                sums = self._averaged(torch.einsum("qmc,qdc->qdm", chosen.to(drawn.dtype), drawn)).unbind(1)
+                chosen = chosen.to(drawn.dtype) / self.draws
+            count = chosen.shape[1]
             if self._all_decided(rows):
-                return Gradient(logits[:, 0], part.new_zeros(len(part), len(sums), *part.shape[1:]), logits)
-            columns = []
-            for column, values in enumerate(sums):
-                columns.append(input_gradient(values, leaf, again=column + 1 < len(sums)))
+                return Gradient(logits[:, 0], part.new_zeros(len(part), count, *part.shape[1:]), logits)
+            columns = []  # m backward passes over one graph: no forward pass is repeated
+            for column in range(count):
+                cotangents = chosen[:, column, None].expand_as(drawn)
+                columns.append(input_gradient(drawn, leaf, cotangents, again=column + 1 < count))
                 self._count_backward(rows, len(part))
             return Gradient(logits[:, 0], self._checked(torch.stack(columns, 1), rows), logits)
 
         found = self._in_chunks(points, owner, run)
         return Jacobian(found.logits, found.gradient)
+
+    def pullback(self, points: Tensor, owner: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        pieces: list[tuple[Tensor, Tensor, Tensor | None]] = []  # the points as a leaf, their logits with the graph, their rows
+
+        def run(part: Tensor, rows: Tensor | None, where: slice, trusted: bool) -> Gradient:
+            with torch.enable_grad():
+                leaf, drawn, logits = self._looked_at(part, rows, trusted)
+                pieces.append((leaf, self._averaged(drawn), rows))
+            return Gradient(logits[:, 0], part, logits)
+
+        def pull(cotangents: Tensor) -> Tensor:
+            found, start = [torch.zeros_like(points[:0])], 0
+            for leaf, values, rows in pieces:
+                wanted = cotangents[start : start + len(leaf)].to(values.dtype)
+                with torch.enable_grad():
+                    gradient = input_gradient((wanted * values).sum(1), leaf, again=True)
+                self._count_backward(rows, len(leaf))
+                found.append(self._checked(gradient[:, None], rows, wanted.abs().amax(1) > 0)[:, 0])
+                start += len(leaf)
+            return torch.cat(found)
+
+        return self._in_chunks(points, owner, run).logits, pull
 
     def _looked_at(self, part: Tensor, rows: Tensor | None, trusted: bool) -> tuple[Tensor, Tensor, Tensor]:
         """The points as a leaf, what the model said of them (Q, draws, C) with its graph, and the mean logits; recorded."""
@@ -184,10 +207,15 @@ class Judge(Evaluator):
         self._count(self.slots.backward, rows, points)
         self.model.queries.backward += points * self.draws
 
-    def _checked(self, gradient: Tensor, rows: Tensor | None) -> Tensor:
-        """Zero the gradients (Q, m, ...) that are NaN or infinite and mark their samples; count the vanished ones."""
+    def _checked(self, gradient: Tensor, rows: Tensor | None, wanted: Tensor | None = None) -> Tensor:
+        """Zero the gradients (Q, m, ...) that are NaN or infinite and mark their samples; count the vanished ones.
+
+        wanted: which of them (Q,) are the gradient of anything.
+        """
         peak = gradient.flatten(1).abs().amax(1)  # vector_norm's infinity norm is 18 times slower on the CPU
         bad, zero = ~torch.isfinite(peak), peak == 0
+        if wanted is not None:
+            zero &= wanted
         if bool(zero.any()):
             self._count_rows(self.slots.zero_gradients, zero, rows)
         if bool(bad.any()):

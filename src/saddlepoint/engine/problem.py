@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saddlepoint.errors import ModelError
+from saddlepoint.errors import CapabilityError, ModelError
 from saddlepoint.goals import Aim, Loss
 from saddlepoint.rng import Keys
 from saddlepoint.threats import Region
@@ -44,17 +44,19 @@ Weights = Tensor | Callable[[Tensor, Aim], Tensor]
 """Weights (Q, m, C) of m sums of logits, or the function of logits (Q, C) and aim that chooses them."""
 
 
-def input_gradient(values: Tensor, points: Tensor, *, again: bool = False) -> Tensor:
-    """Gradient of sum(values) with respect to points alone; parameters are not touched. `ModelError` if there is none.
+def input_gradient(values: Tensor, points: Tensor, cotangents: Tensor | None = None, *, again: bool = False) -> Tensor:
+    """Gradient of sum(values * cotangents) with respect to points alone; parameters are not touched.
 
-    again: whether the graph is needed for another one.
+    cotangents: like values; None for ones. again: whether the graph is needed for another gradient.
+    Errors: `ModelError` if there is none.
     """
     if not values.requires_grad:
         raise ModelError(
             "the model's output does not depend differentiably on its input (detach(), no_grad() or numpy inside?): put a "
             "non-differentiable input transformation into sp.Defended with a backward, or use an attack without gradients"
         )
-    (gradient,) = torch.autograd.grad(values, points, torch.ones_like(values), retain_graph=again, allow_unused=True)
+    weights = torch.ones_like(values) if cotangents is None else cotangents
+    (gradient,) = torch.autograd.grad(values, points, weights, retain_graph=again, allow_unused=True)
     return torch.zeros_like(points) if gradient is None else gradient
 
 
@@ -77,6 +79,10 @@ class Evaluator(ABC):
     @abstractmethod
     def jacobian(self, points: Tensor, owner: Tensor | None, weights: Weights) -> Jacobian:
         """Gradients of m weighted sums of logits."""
+
+    def pullback(self, points: Tensor, owner: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Logits, and the function from cotangents to gradients."""
+        raise CapabilityError("attacks of other libraries run in sp.attack only, where passes are counted")
 
     @abstractmethod
     def allow(self, owner: Tensor, wanted_backward: bool) -> Tensor:
@@ -118,6 +124,9 @@ class _Part(Evaluator):
 
     def jacobian(self, points: Tensor, owner: Tensor | None, weights: Weights) -> Jacobian:
         return self.whole.jacobian(points, self._owner(owner), weights)
+
+    def pullback(self, points: Tensor, owner: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        return self.whole.pullback(points, self._owner(owner))
 
     def allow(self, owner: Tensor, wanted_backward: bool) -> Tensor:
         return self.whole.allow(self.index[owner], wanted_backward)
@@ -207,6 +216,13 @@ class Problem:
         They take m times the memory of the points; the engine chooses its batch by the m of `Attack.cost`.
         """
         return self.evaluator.jacobian(points, owner, weights)
+
+    def pullback(self, points: Tensor, owner: Tensor | None = None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Logits (Q, C) for one forward pass a point, and the function from cotangents (Q, C) to gradients (Q, ...).
+
+        Each call of that function is one backward pass a point: for those who know only later what they want to differentiate.
+        """
+        return self.evaluator.pullback(points, owner)
 
     def project(self, points: Tensor, owner: Tensor | None = None) -> Tensor:
         """The nearest feasible points."""

@@ -197,6 +197,6 @@ def fingerprint(x: Tensor, y: Tensor | None) -> str:
     checksum = 0
     for tensor in (x, y):
         if tensor is not None:
-            data = tensor.detach().cpu().contiguous()
+            data = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             checksum = zlib.crc32(data.flatten().view(torch.uint8).numpy().data, checksum)
     return f"{tuple(x.shape)} crc32 {checksum:08x}"

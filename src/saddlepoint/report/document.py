@@ -99,8 +99,6 @@ def results(
     | notes | what the engine noticed |
     | folder | where the adversarial inputs are, relative to this file; `AttackResult.load` reads them |
     """
-    from saddlepoint import __version__
-
     labels = attack_labels(cell.attack for cell in comparison.cells)
     folders = cell_folders(comparison)
     models = []
@@ -116,17 +114,44 @@ def results(
             "history": _epochs(histories[name]) if name in histories else None,
         })  # fmt: skip
     document: dict[str, Any] = plain({
+        **frame(
+            comparison.x, title=title, complete=comparison.complete, command=command, seed=seed, data_name=data_name,
+            data_fingerprint=data_fingerprint, class_names=class_names,
+        ),
+        "config": config,
+        "verdict": verdict(comparison),
+        "observations": observations(comparison),
+        "models": models,
+    })  # fmt: skip
+    return document
+
+
+def frame(
+    x: Tensor,
+    *,
+    title: str,
+    complete: bool,
+    command: str,
+    seed: int,
+    data_name: str,
+    data_fingerprint: str,
+    class_names: Sequence[str],
+) -> dict[str, object]:
+    """What every report's document says of when, where and on what samples x (N, ...) it was made."""
+    from saddlepoint import __version__
+
+    return {
         "schema": SCHEMA,
         "title": title,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "complete": comparison.complete,
+        "complete": complete,
         "command": command,
         "seed": seed,
         "data": {
             "name": data_name,
             "fingerprint": data_fingerprint,
-            "samples": len(comparison.x),
-            "shape": list(comparison.x.shape[1:]),
+            "samples": len(x),
+            "shape": list(x.shape[1:]),
             "class_names": list(class_names),
         },
         "versions": {
@@ -135,12 +160,7 @@ def results(
             "python": platform.python_version(),
             "platform": platform.platform(),
         },
-        "config": config,
-        "verdict": verdict(comparison),
-        "observations": observations(comparison),
-        "models": models,
-    })  # fmt: skip
-    return document
+    }
 
 
 def cell_folders(comparison: Comparison) -> list[tuple[Cell, str]]:

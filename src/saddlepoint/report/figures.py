@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from saddlepoint.evaluate import Cell, Comparison
+from saddlepoint.evaluate import Cell, Comparison, Distances
 from saddlepoint.report.gallery import Example, Gallery, Shot
 from saddlepoint.report.verdict import measured, norms, radii
 from saddlepoint.report.words import attack_labels, class_name, percent, visible
@@ -152,6 +152,40 @@ def _apart(heights: Sequence[float], gap: float) -> list[float]:
         moved[upper] = max(moved[upper], moved[lower] + gap)
     surplus = max(moved, default=0.0) - 1.0
     return [max(height - max(surplus, 0.0), 0.0) for height in moved]
+
+
+def distances(found: Mapping[str, Distances]) -> Figure:
+    """Above, how many samples are right and farther from the boundary than eps; below, how many are how far."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.6, 5.2))
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+        first = next(iter(found.values()))
+        norm = first.norm
+        measured = {name: d.values[d.found].cpu().double().sort().values for name, d in found.items()}
+        reach = max((float(values[-1]) for values in measured.values() if len(values)), default=0.0) or 1.0
+        # one bin for each number of features, where that is what distances are
+        whole = norm == Norm.L0 and reach <= 60
+        edges = np.arange(0.5, reach + 1) if whole else np.linspace(0, reach, 31)
+        for place, (name, values) in enumerate(measured.items()):
+            color, label = SERIES[place % len(SERIES)], visible(name, 24)
+            steps = [0.0, *dict.fromkeys(values.tolist()), reach]
+            upper.step(steps, found[name].curve(steps), where="post", color=color, lw=2.2, label=label)
+            lower.hist(values.numpy(), edges, histtype="stepfilled", color=color, alpha=0.35)
+            lower.hist(values.numpy(), edges, histtype="step", color=color, lw=1.4)
+            if math.isfinite(found[name].median):
+                for axes in (upper, lower):
+                    axes.axvline(found[name].median, color=color, lw=1, ls=(0, (4, 3)))
+        upper.set_ylim(0, 1.02)
+        upper.set_xlim(0, edges[-1])
+        upper.yaxis.set_major_formatter(PercentFormatter(1))
+        upper.set_ylabel("not fooled" if first.own_decision else "right and not fooled")
+        lower.set_ylim(0, max(1.0, lower.get_ylim()[1]))
+        lower.set_ylabel("samples")
+        lower.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        lower.set_xlabel(f"size of the smallest change found (eps, {norm.value})")
+        if len(found) > 1:
+            upper.legend(loc="upper right")
+        return figure
 
 
 def training(histories: Mapping[str, History]) -> Figure:

@@ -25,6 +25,7 @@ from saddlepoint.report.verdict import measured, norms
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    from jinja2 import Environment
     from markupsafe import Markup
 
 _PICTURE_SIDE = 96  # pixels; smaller images are enlarged without smoothing, which print drivers would do otherwise
@@ -70,17 +71,17 @@ def write(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for cell, name in cell_folders(comparison):
-            _replace_result(cell.result, folder / name)
+            replace_result(cell.result, folder / name)
         for name, content in pictures.items():
-            _replace_file(folder / "figures" / name, content)
-        _replace_file(folder / "results.json", json.dumps(document, indent=1, allow_nan=False).encode())
-        _replace_file(folder / "report.html", page.encode(errors="replace"))
+            replace_file(folder / "figures" / name, content)
+        replace_file(folder / "results.json", json.dumps(document, indent=1, allow_nan=False).encode())
+        replace_file(folder / "report.html", page.encode(errors="replace"))
     except OSError as error:
         raise DataError(f"cannot write the report to {folder}: {error}") from error
     return folder / "report.html"
 
 
-def _replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write the file under another name first, so that nobody ever sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
@@ -95,7 +96,7 @@ def _replace_file(path: Path, content: bytes) -> None:
         raise
 
 
-def _replace_result(result: AttackResult, path: Path) -> None:
+def replace_result(result: AttackResult, path: Path) -> None:
     """Save a result; an older one stays until the new one is complete, and comes back if that can't take its place."""
     if not path.exists():
         result.save(path)
@@ -120,7 +121,6 @@ def _page(
     histories: Mapping[str, History],
 ) -> tuple[str, dict[str, bytes]]:
     """The HTML page, and the figures as PNG by file name."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     from saddlepoint.report import figures
@@ -135,35 +135,46 @@ def _page(
         pictures["examples.png"] = figures.to_png(figures.examples(shown, class_names))
     trained = Markup(figures.to_svg(figures.training(histories), "training")) if histories else None
 
-    environment = Environment(
+    page = (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            document=document,
+            curves=curves,
+            tables=_tables(comparison, document),
+            gallery=shown,
+            original=lambda image: data_url(figures.picture(image, shown)),
+            change=lambda delta: data_url(figures.change_picture(delta, shown.factor)),
+            class_name=lambda label: words.class_name(label, class_names),
+            measured=measured(comparison),
+            training=trained,
+            notes=_notes(document),
+            bounds=next((m.bounds for m in comparison.models.values()), None),
+            targeted=any(cell.result.config["goal"]["targeted"] for cell in comparison.cells),
+            noisy=any(words.is_noise(cell.attack) for cell in comparison.cells),
+            places={name: place for place, name in enumerate(comparison.models)},
+            series=len(figures.SERIES),
+        )
+    )
+    return page, pictures
+
+
+def environment() -> Environment:
+    """Of the templates. What they are given is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    made = Environment(
         loader=PackageLoader("saddlepoint.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    made.filters |= {
         "percent": words.percent, "size": words.size, "length_of": words.length, "count": words.count,
         "code": _code, "pretty": _pretty,
     }  # fmt: skip
-    page = environment.get_template("report.html.j2").render(
-        document=document,
-        curves=curves,
-        tables=_tables(comparison, document),
-        gallery=shown,
-        original=lambda image: _data_url(figures.picture(image, shown)),
-        change=lambda delta: _data_url(figures.change_picture(delta, shown.factor)),
-        class_name=lambda label: words.class_name(label, class_names),
-        measured=measured(comparison),
-        training=trained,
-        notes=_notes(document),
-        bounds=next((m.bounds for m in comparison.models.values()), None),
-        targeted=any(cell.result.config["goal"]["targeted"] for cell in comparison.cells),
-        noisy=any(words.is_noise(cell.attack) for cell in comparison.cells),
-        places={name: place for place, name in enumerate(comparison.models)},
-        series=len(figures.SERIES),
-    )
-    return page, pictures
+    return made
 
 
 def _tables(comparison: Comparison, document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -210,7 +221,7 @@ def _pretty(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False)
 
 
-def _data_url(pixels: npt.NDArray[np.uint8]) -> str:
+def data_url(pixels: npt.NDArray[np.uint8]) -> str:
     """The pixels (H, W, 3) as a PNG inside a URL."""
     from PIL import Image
 

@@ -69,7 +69,7 @@ def gallery(comparison: Comparison, count: int, seed: int = 0) -> Gallery:
     Samples that every model gets right and on which the first model is fooled come first, then other fooled ones, then
     survivors; within each kind the classes take turns, in the order of the data. So it is a choice, and no statistic.
     """
-    kind = _kind(comparison.x)
+    kind = kind_of(comparison.x)
     cells = _cells(comparison) if kind != "none" and count else []
     if not cells:
         return Gallery(kind, "", "", 0.0, 1.0, 1.0, (), ())
@@ -87,16 +87,17 @@ def gallery(comparison: Comparison, count: int, seed: int = 0) -> Gallery:
     largest = max((float(shot.delta.abs().max()) for example in examples for shot in example.shots), default=0.0)
     label = attack_labels(cell.attack for cell in comparison.cells)[cells[0].attack]
     models = tuple(cell.model for cell in cells)
-    return Gallery(kind, label, within(cells[0].threat), low, high, _factor(largest), models, examples)
+    return Gallery(kind, label, within(cells[0].threat), low, high, magnification(largest), models, examples)
 
 
-def _kind(x: Tensor) -> Literal["images", "features", "none"]:
+def kind_of(x: Tensor) -> Literal["images", "features", "none"]:
+    """How inputs like these can be drawn."""
     if x.dim() == 4 and x.shape[1] in (1, 3):
         return "images"
     return "features" if x.dim() == 2 and x.shape[1] <= MAX_BARS else "none"
 
 
-def _factor(largest: float) -> float:
+def magnification(largest: float) -> float:
     """What brings the largest change to about half of the range, so that it can be seen: two digits, rounded down."""
     if not largest > 0 or not math.isfinite(largest):
         return 1.0
@@ -147,8 +148,8 @@ def _in_turns(rows: list[int], labels: Tensor) -> Iterator[int]:
 def _shots(comparison: Comparison, cell: Cell, rows: Tensor, originals: Tensor, span: float, seed: int) -> list[Shot]:
     result, model = cell.result, comparison.models[cell.model]
     points = result.adversarial[rows.to(result.adversarial.device)].cpu()
-    before = _confidence(model, originals, result.clean_predicted[rows].cpu(), seed)
-    after = _confidence(model, points, result.predicted[rows].cpu(), seed)
+    before = confidences(model, originals, result.clean_predicted[rows].cpu(), seed)
+    after = confidences(model, points, result.predicted[rows].cpu(), seed)
     others = [c for c in comparison.cells if (c.model, c.norm) == (cell.model, cell.norm) and math.isfinite(c.eps)]
     return [
         Shot(
@@ -167,7 +168,7 @@ def _shots(comparison: Comparison, cell: Cell, rows: Tensor, originals: Tensor, 
     ]
 
 
-def _confidence(model: Classifier, x: Tensor, predicted: Tensor, seed: int) -> list[float | None]:
+def confidences(model: Classifier, x: Tensor, predicted: Tensor, seed: int) -> list[float | None]:
     """The probability of the predicted class, None for models that grant labels only."""
     if model.access < Access.SCORES:
         return [None] * len(x)
