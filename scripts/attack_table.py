@@ -20,13 +20,13 @@ HEAD = ("attack", "norms", "goals", "access", "passes a step", "steps", "what it
 
 
 def of_classes(count: Callable[[int], int]) -> str:
-    """A number of passes as people write it: a number, `C - 1` for C classes, or that with an upper limit."""
+    """A number of passes as people write it: a number, `(C - 1)` for C classes, or that with an upper limit."""
     values = [count(classes) for classes in CLASSES]
     less, most = CLASSES[0] - values[0], values[-1]
     formula = f"C - {less}" if less else "C"
     for text, expected in (
         (str(most), [most] * len(CLASSES)),
-        (formula, [classes - less for classes in CLASSES]),
+        (f"({formula})", [classes - less for classes in CLASSES]),
         (f"min({formula}, {most})", [min(classes - less, most) for classes in CLASSES]),
     ):
         if values == expected:

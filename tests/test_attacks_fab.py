@@ -161,6 +161,7 @@ SET = sp.Targeted(frozenset({int(Y[0] + 1) % 4, int(Y[0] + 2) % 4}))
         (FAB(steps=3, targets=9), sp.Targeted("next"), 3),
         (FAB(steps=3), SET, 6),
         (FAB(steps=3, targets=9), SET, 3),
+        (FAB(steps=3, targets=9), sp.Untargeted(top_k=2), 3),
     ],
     ids=repr,
 )

@@ -40,6 +40,46 @@ def test_iterating_beats_one_step(model):
     assert rates[0] < rates[-1]
 
 
+def test_attacks_in_a_ball_miss_the_closest_example(model):
+    """FGSM and PGD go to where the loss is largest, at the ball's end; DeepFool and C&W stop near the boundary."""
+    x, y, eps = X[:60], Y[:60], 2.0
+    minimize = sp.Minimize("l2")
+    closest = sp.attack(model, x, y, "minimal", minimize, budget=sp.Budget(passes=400)).distance
+    attacks = (sp.attacks.FGM(), sp.attacks.PGD())
+    last = [sp.attack(model, x, y, attack, sp.L2(eps), keep="last") for attack in attacks]
+    deepfool = sp.attack(model, x, y, sp.attacks.DeepFool(), minimize).distance
+    carlini = sp.attack(model, x, y, sp.attacks.CarliniWagnerL2(steps=150, searches=5, initial_c=0.1), minimize).distance
+    fooled = (closest > 0) & torch.stack([result.success for result in last]).all(0)
+    assert fooled.sum() > 40
+    for result in last:
+        assert (result.distance[fooled] / closest[fooled]).median() > 1.5
+    assert (deepfool[fooled] / closest[fooled]).median() < 1.2
+    assert (carlini[fooled] / closest[fooled]).median() < 1.05
+    assert closest[fooled].std() > 0.1, "so that no one eps is the distance of all"
+
+
+def test_one_step_costs_far_less_than_a_line_search(model):
+    fgsm = sp.attack(model, X[:20], Y[:20], sp.attacks.FGSM(), sp.Linf(0.15))
+    lbfgs = sp.attack(model, X[:20], Y[:20], sp.attacks.LBFGS(), sp.Minimize("l2"))
+    assert lbfgs.success_rate == 1
+    assert fgsm.queries.total.max() <= 3
+    assert lbfgs.queries.total[lbfgs.having("fooled")].min() > 30 * fgsm.queries.total.max()
+
+
+def test_the_saliency_map_attack_is_sparse_and_the_gradient_sign_dense(model):
+    x, y = X[:60], Y[:60]
+    jsma = sp.attack(model, x, y, sp.attacks.JSMA(gamma=0.5), sp.Minimize("l0"))
+    fgsm = sp.attack(model, x, y, sp.attacks.FGSM(), sp.Linf(0.15), keep="last")
+    fooled = jsma.having("fooled")
+    assert fooled.sum() > 40
+    changed = (jsma.adversarial != x).flatten(1).double().mean(1)[fooled]
+    assert changed.median() < 0.15
+    moved = (fgsm.adversarial != x).flatten(1).double().mean(1)
+    at_an_end = ((x == 0) | (x == 1)).flatten(1).double().mean(1)  # there half of the steps lead out of the range
+    assert (moved + at_an_end >= 0.9).all()
+    assert moved.median() > 3 * changed.median()
+
+
 def test_the_sign_lengthens_the_step_and_turns_it():
     """For n dense entries sign(g) has length sqrt(n) whatever g is, and meets g at cos = ||g||_1 / (sqrt(n) ||g||_2)."""
     torch.manual_seed(0)

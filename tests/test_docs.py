@@ -42,12 +42,50 @@ def test_some_docstrings_have_examples():
 
 
 def test_readme_example_runs_and_shows_what_it_says(capsys):
-    (code,) = blocks("README.md", "python")
+    first, second = blocks("README.md", "python")
     names: dict[str, object] = {}
-    exec(compile(code, "README.md", "exec"), names)  # the README's own example
+    exec(compile(first, "README.md", "exec"), names)  # the README's own example
     printed = capsys.readouterr().out
     assert "robust accuracy" in printed
     assert float(printed.splitlines()[-1]) > names["result"].robust_accuracy + 0.2
+    exec(compile(second, "README.md", "exec"), names)
+    smallest = names["smallest"]
+    assert smallest.success.all()
+    assert bool((smallest.queries.total <= 200).all())
+    assert "success" in capsys.readouterr().out
+
+
+def test_attacks_page_example(capsys):
+    (code,) = blocks("docs/attacks.md", "python")
+    names: dict[str, object] = {}
+    exec(compile(code, "docs/attacks.md", "exec"), names)  # the page's own example
+    within, smallest = names["within"], names["smallest"]
+    assert smallest.success.all()
+    assert bool((smallest.distance[within.success] <= 0.5).float().mean() > 0.9)
+    assert bool((within.distance[within.success] <= 0.5).all())
+
+
+def test_attacks_page_says_what_the_attacks_declare(capsys):
+    script = runpy.run_path(str(ROOT / "scripts" / "attack_table.py"))
+    assert script["main"](["--check"]) == 0, capsys.readouterr().err
+    page = (ROOT / "docs" / "attacks.md").read_text(encoding="utf-8")
+    for change, message in (
+        (page.replace("| `FAB` | l1,", "| `FAB` | l0,"), "run python scripts/attack_table.py"),
+        (page.replace("- **FAB**:", "- FAB:"), "**FAB**"),
+        (page.replace("- **FAB**:", "- **FABB**:"), "FABB is no attack"),
+        (page.replace("- **FAB**:", "- **DDN**:"), "DDN has 2 lines"),
+        (page.replace("<!-- table: smallest -->", ""), "<!-- table: smallest -->"),
+    ):
+        assert any(message in line for line in script["differences"](change)), message
+    assert script["differences"](page) == []
+    assert script["written"](page.replace("| `FAB` | l1,", "| `FAB` | l0,")) == page
+
+
+@pytest.mark.parametrize("count", [lambda c: 3, lambda c: c, lambda c: c - 1, lambda c: min(c - 1, 9)])
+def test_numbers_of_passes_are_what_they_say(count):
+    text = runpy.run_path(str(ROOT / "scripts" / "attack_table.py"))["of_classes"](count)
+    for classes in (2, 7, 10, 11, 100):
+        assert eval(text, {"C": classes, "min": min}) == count(classes)
 
 
 def test_readme_commands_are_known(capsys):

@@ -14,11 +14,15 @@ import saddlepoint as sp
 from saddlepoint import reproduce
 from saddlepoint.cli.reproduce import cells, remarks
 from saddlepoint.cli.reproduce import reproduce as command
+from saddlepoint.defenses.objectives import Batch
 from saddlepoint.reproduce import ENTRIES, Context, Entry, Figure, Recipe, frame
 from saddlepoint.reproduce.goodfellow import worst_case_loss
+from saddlepoint.reproduce.masking import undefended_network
+from saddlepoint.reproduce.measures import right
+from saddlepoint.reproduce.szegedy import WeightDecay, sigmoid_network
 
 DIGITS = sp.data.load("digits")
-FIRST = ["R1", "R2", "R3", "R4", "R5", "R6", "R12", "R15"]
+FIRST = ["R1", "R2", "R3", "R4", "R5", "R6", "R7", "R8", "R9", "R10", "R12", "R15"]
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +153,7 @@ def test_the_worst_case_loss_beats_every_corner_of_the_ball(sign):
 
 
 def test_ids_are_unique_and_the_first_entries_are_there():
-    assert list(ENTRIES) == FIRST
+    assert sorted(ENTRIES) == sorted(FIRST)
     with pytest.raises(sp.InputError, match="R1 already"):
         frame.entry("R1", "t", "r", "s")(lambda context: [])
 
@@ -174,6 +178,50 @@ def test_entries_notice_an_attack_that_does_nothing(monkeypatch, quick):
     monkeypatch.setattr("saddlepoint.reproduce.goodfellow.fgsm", lambda model, x, y, eps, bounds=None: x)
     fresh = Context(data=DIGITS, quick=True, trained=copy.copy(quick.trained))
     assert not any(ENTRIES[name](fresh).passed for name in ("R1", "R2", "R3"))
+
+
+@pytest.mark.parametrize(("name", "module"), [("R7", "szegedy"), ("R8", "least"), ("R9", "least"), ("R10", "least")])
+def test_entries_notice_a_search_that_has_no_time(name, module, monkeypatch, quick):
+    def hurried(*arguments, **settings):
+        return sp.attack(*arguments, **settings, budget=sp.Budget(passes=1))
+
+    monkeypatch.setattr(f"saddlepoint.reproduce.{module}.attack", hurried)
+    fresh = Context(data=DIGITS, quick=True, trained=copy.copy(quick.trained))
+    assert not ENTRIES[name](fresh).passed
+
+
+def test_weight_decay_is_lambda_times_the_sum_of_squares_over_the_units_of_each_layer(quick):
+    net = sigmoid_network((1, 8, 8), 10)
+    batch = Batch(sp.Model(net), DIGITS.test.x[:5], DIGITS.test.y[:5], torch.arange(5), 0, 0.0)
+    fit, decayed = (WeightDecay(strengths).loss(batch) for strengths in ((0.0, 0.0, 0.0), (0.5, 3.0, 7.0)))
+    first, second, third = (layer.weight.square().sum() for layer in net if isinstance(layer, torch.nn.Linear))
+    torch.testing.assert_close(fit, torch.nn.functional.cross_entropy(net(batch.x), batch.y))
+    torch.testing.assert_close(decayed - fit, 0.5 * first / 100 + 3 * second / 100 + 7 * third / 10)
+    with pytest.raises(ValueError, match="zip"):
+        WeightDecay((1.0,)).loss(batch)
+
+
+def test_deepfool_steps_are_those_of_the_papers_loop(quick):
+    """The entry's mean number of steps, against a loop for one image after another."""
+    model = undefended_network(quick)
+    x, y = right(model, quick.few(quick.test, 200))
+    assert bool((model.predict(x) == y).all())
+    steps = [figure.ours for figure in ENTRIES["R9"](quick).figures if figure.name == "LeNet-like: steps"]
+    expected = torch.tensor([steps_to_the_boundary(model.net, point[None]) for point in x]).double().mean()
+    assert steps == pytest.approx([float(expected)])
+
+
+def steps_to_the_boundary(net: torch.nn.Module, x: torch.Tensor) -> int:
+    start, total, count = net(x).argmax(), torch.zeros_like(x), 0
+    while net(x + 1.02 * total).argmax() == start:
+        point = (x + 1.02 * total).requires_grad_()
+        ways = []
+        for k in set(range(10)) - {int(start)}:
+            gap = (net(point)[0, start] - net(point)[0, k]).abs()
+            (w,) = torch.autograd.grad(gap, point)
+            ways.append((float(gap.detach() / w.norm()), -w * gap.detach() / w.norm() ** 2))
+        total, count = total + min(ways, key=lambda way: way[0])[1], count + 1
+    return count
 
 
 @pytest.mark.usefixtures("no_mnist")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 
@@ -31,7 +32,7 @@ def patient(case: Case) -> Attack:
 
 def test_there_are_attacks_for_every_norm() -> None:
     assert {case.norm for case in MINIMAL} == set(sp.Norm)
-    assert {cls for cls in sp.attacks.find(minimizes=True)} == {type(case.attack) for case in MINIMAL}
+    assert set(sp.attacks.find(minimizes=True)) == {type(case.attack) for case in MINIMAL}
 
 
 @each_case
@@ -97,12 +98,8 @@ def test_bounds_ranks_and_dtypes(case: Case, mlp: nn.Module, samples: Samples) -
         with pytest.raises(sp.CapabilityError, match="bounds"):
             run(case, sp.Model(mlp, bounds=None), x, y)
         return
-    try:
-        free = run(case, sp.Model(mlp, bounds=None), x, y)
-    except sp.CapabilityError as refusal:
-        assert "bounds" in str(refusal)  # a change of variable needs them, and says so
-    else:
-        assert torch.isfinite(free.adversarial).all()
+    with contextlib.suppress(sp.CapabilityError):  # a change of variable needs them
+        assert torch.isfinite(run(case, sp.Model(mlp, bounds=None), x, y).adversarial).all()
 
 
 @each_norm

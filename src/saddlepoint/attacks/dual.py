@@ -252,7 +252,7 @@ class DualAveraging(Attack):
 
 
 def _next_radius(success: Tensor, best: Tensor, move: Tensor, away: Tensor, gamma: Tensor) -> Tensor:
-    """`away` + `move`, the linearised margin's zero, but gamma / 10 to gamma of `away` off, on the right side, inside `best`."""
+    """`away` + `move`, the linearised margin's zero, but gamma / 10 to gamma of `away` off, on its side, inside `best`."""
     far = gamma * away
     smaller = torch.minimum(away + torch.clamp(move, -far, -0.1 * far), best)
     free = 1.02 * (away + torch.where(away > 0, torch.minimum(move, 3 * away), move))  # nothing is known before a success

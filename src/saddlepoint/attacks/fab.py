@@ -156,8 +156,8 @@ class FAB(Attack):
 
     def _hyperplane(self, problem: Problem, state: Walk) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient (B, ...) of the boundary to go to, by how much it has to grow (B,), and the logits."""
-        goal, aim = problem.aim.goal, problem.aim
-        if self.targets and not goal.targeted:
+        aim = problem.aim
+        if self.targets and not _one_boundary(aim):
             number = (state.run // self.restarts)[:, None]
             first = (state.run == 0) & (state.n == 0)  # nothing is ranked yet, but the likeliest class leads the margin
             led = aim.towards(torch.where(first, UNRESOLVED, state.targets.gather(1, number)[:, 0]))
@@ -165,7 +165,7 @@ class FAB(Attack):
             found = problem.loss_and_grad(state.x, "margin", aim=aim)
             return found.gradient, aimed(problem) - found.loss.double(), found.logits
         count = min(self.classes or aim.wanted.shape[1], int(aim.wanted.sum(1).amax()))
-        if self.targets or count <= 1 or goal.top_k > 1:
+        if self.targets or count <= 1 or aim.goal.top_k > 1:
             found = problem.loss_and_grad(state.x, "margin")
             return found.gradient, aimed(problem) - found.loss.double(), found.logits
 
@@ -193,7 +193,7 @@ class FAB(Attack):
         wanted, below, runs, targets = problem.aim.wanted, problem.surplus(logits).double(), state.runs, state.targets
         if self.targets:
             targets = logits.masked_fill(~wanted, -torch.inf).topk(targets.shape[1], dim=1).indices
-            boundaries = torch.ones_like(runs) if problem.aim.goal.targeted else wanted.sum(1).clamp(max=self.targets)
+            boundaries = torch.ones_like(runs) if _one_boundary(problem.aim) else wanted.sum(1).clamp(max=self.targets)
             runs = boundaries * self.restarts
         return select(first, replace(state, below=below, targets=targets, runs=runs), state)
 
@@ -214,6 +214,11 @@ class FAB(Attack):
         shorter = replace(state, best=x, worth=surplus, low=state.low / at.clamp(min=1e-300))
         state = select(surplus >= 0, shorter, replace(state, low=at, below=surplus))
         return replace(state, n=state.n + 1)
+
+
+def _one_boundary(aim: Aim) -> bool:
+    """Whether the goal names its class, or asks for more than one class to win, so that its margin is what leads there."""
+    return aim.goal.targeted or aim.goal.top_k > 1
 
 
 def aimed(problem: Problem) -> float:

@@ -8,7 +8,7 @@ from typing import Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from saddlepoint.attacks.minimal import MINIMAL, for_budget
+from saddlepoint.attacks.minimal import resolved
 from saddlepoint.attacks.registry import as_attack
 from saddlepoint.engine import (
     KEEPS,
@@ -89,8 +89,9 @@ def attack(
     Errors: `InputError` for bad inputs, `CapabilityError` where attack, threat, goal and model don't fit (before any query),
     `Interrupted` on Ctrl-C.
     """
-    recommended = attack == MINIMAL and isinstance(threat, Threat)
-    chosen = for_budget(threat.norm, budget) if recommended else as_attack(attack)
+    if not isinstance(threat, Threat):
+        raise InputError(f"threat must be such as sp.Linf(8 / 255) or sp.Minimize('l2'); got {threat!r}")
+    chosen = resolved(attack, threat.norm, budget)
     if not isinstance(model, Classifier):
         raise InputError(f"model must be a Saddlepoint model: sp.Model(net, ...); got {type(model).__name__}")
     if keep is not None and keep not in get_args(Keep):

@@ -239,7 +239,7 @@ class _PrimalDual(_Descent):
         """What Adam descends, given the gradient of the constraint's loss."""
 
     def finish(self, problem: Problem, state: PrimalDual, delta: Tensor, scale: Tensor, size: Tensor, ends: Ends) -> Tensor:
-        """The perturbation after Adam's step, inside `ends`; scale (B, ...) and size (B,) are its denominators and step size."""
+        """The perturbation after Adam's step, inside `ends`; scale (B, ...): its denominators, size (B,): its step size."""
         return delta
 
     @final

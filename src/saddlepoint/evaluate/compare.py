@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.attacks.facade import check_combination
-from saddlepoint.attacks.registry import as_attack
+from saddlepoint.attacks.minimal import resolved
 from saddlepoint.engine import Attack, AttackResult, Budget, Interrupted
 from saddlepoint.errors import InputError
 from saddlepoint.goals import Goal
@@ -101,7 +101,9 @@ def compare(
         raise InputError(f'models must be a mapping from names to models, {{"mine": model}}; got {type(models).__name__}')
     if not isinstance(x, Tensor):
         raise InputError(f"compare needs the samples as tensors, since each attack sees all of them; got {type(x).__name__}")
-    chosen = [as_attack(attack) for attack in attacks]
+    if len({threat.norm for threat in threats}) > 1 and "minimal" in attacks:
+        raise InputError('"minimal" is another attack in each norm: compare in one norm, or give sp.attacks.minimal(norm)')
+    chosen = [resolved(attack, threats[0].norm, budget) for attack in attacks]
     for attack in chosen:
         for threat in threats:
             check_combination(attack, threat, goal or attack.default_goal())

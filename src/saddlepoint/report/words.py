@@ -92,7 +92,8 @@ def attack_labels(attacks: Iterable[Attack]) -> dict[Attack, str]:
 
 
 def _short(settings: Mapping[str, object]) -> str:
-    inner = [_short(value) for value in settings.values() if isinstance(value, Mapping) and "name" in value]
+    values = [part for value in settings.values() for part in (value if isinstance(value, list | tuple) else [value])]
+    inner = [_short(value) for value in values if isinstance(value, Mapping) and "name" in value]
     return f"{settings['name']}({', '.join(inner)})" if inner else str(settings["name"])
 
 

@@ -33,7 +33,7 @@ Build = Callable[[tuple[int, ...], int], nn.Module]
 STAND_IN = "digits"
 # Digits has 1,297 training images, MNIST 60,000: from it, a recipe's few epochs would teach nothing.
 _STAND_IN_EPOCHS, _STAND_IN_EPOCHS_QUICK = 10, 3
-_QUICK_TRAIN, _QUICK_TEST, _QUICK_RUBBISH = 6000, 500, 1000
+_QUICK_TRAIN, _QUICK_TEST, _QUICK_RUBBISH, _QUICK_FEW = 6000, 500, 1000, 20
 
 
 @dataclass(frozen=True)
@@ -156,13 +156,20 @@ class Context:
                 f"on {self.data.name}, epochs times {self._more_epochs}, {self.convolutional} as convolutional network"
             )
         if self.quick:
-            found.append(f"at most {_QUICK_TRAIN} training and {_QUICK_TEST} test images, {_QUICK_RUBBISH} of noise")
+            found.append(
+                f"at most {_QUICK_TRAIN} training and {_QUICK_TEST} test images, {_QUICK_RUBBISH} of noise, {_QUICK_FEW} where"
+                " only some images are attacked"
+            )
         return tuple(found)
 
     @property
     def test(self) -> Split:
         """The test samples."""
         return self.data.test.take(_QUICK_TEST) if self.quick else self.data.test
+
+    def few(self, split: Split, count: int) -> Split:
+        """The first `count` samples, for attacks that take long."""
+        return split.take(_QUICK_FEW if self.quick else count)
 
     @property
     def rubbish(self) -> Tensor:
@@ -247,7 +254,7 @@ ENTRIES: dict[str, Entry] = {}
 
 
 def entry(id: str, title: str, reference: str, setting: str) -> Callable[[Figures], Figures]:
-    """Decorator that registers the function as an entry."""
+    """Decorator that registers the function as an entry. id: a letter and a number."""
 
     def add(run: Figures) -> Figures:
         if id in ENTRIES:
@@ -259,12 +266,12 @@ def entry(id: str, title: str, reference: str, setting: str) -> Callable[[Figure
 
 
 def find(names: Iterable[str] = ()) -> tuple[Entry, ...]:
-    """The entries of these ids, in any case, each once; all of them without ids. Errors: `UnknownNameError`."""
+    """The entries of these ids, in any case, each once; all of them by number without ids. Errors: `UnknownNameError`."""
     chosen = list(dict.fromkeys(name.upper() for name in names))
     for name in chosen:
         if name not in ENTRIES:
             raise UnknownNameError("entry", name, ENTRIES)
-    return tuple(ENTRIES[name] for name in chosen or ENTRIES)
+    return tuple(ENTRIES[name] for name in chosen or sorted(ENTRIES, key=lambda id: int(id[1:])))
 
 
 def find_data(root: str | Path | None = None) -> tuple[Dataset, str]:

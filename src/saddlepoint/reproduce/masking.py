@@ -7,12 +7,18 @@ from typing import Literal
 from saddlepoint.attacks import FGSM, PGD, RFGSM
 from saddlepoint.attacks.facade import attack
 from saddlepoint.defenses import Adversarial
+from saddlepoint.models import Model
 from saddlepoint.reproduce.frame import Context, Figure, Recipe, entry
 from saddlepoint.threats import Linf
 
 EPS = 0.3
 UNIT: tuple[float, float] = (0.0, 1.0)  # of these papers, examples stay images
 CNN = "convolutions of 16 and 32 channels, 5x5, each with pooling, then 128 hidden units; Adam 1e-3, batches of 128"
+
+
+def undefended_network(context: Context) -> Model:
+    """The convolutional network that several papers' attacks are tried on."""
+    return context.model(Recipe(context.convolutional, epochs=5, bounds=UNIT))
 
 
 @entry(
@@ -23,7 +29,7 @@ CNN = "convolutions of 16 and 32 channels, 5x5, each with pooling, then 128 hidd
 )
 def undefended(context: Context) -> list[Figure]:
     """One step leaves little of its accuracy, forty leave none."""
-    model, x, y = context.model(Recipe(context.convolutional, epochs=5, bounds=UNIT)), context.test.x, context.test.y
+    model, x, y = undefended_network(context), context.test.x, context.test.y
     one_step = attack(model, x, y, FGSM(), Linf(EPS), seed=context.seed)
     iterated = attack(model, x, y, PGD(steps=40, step_size=0.01), Linf(EPS), seed=context.seed)
     one_left, none_left = context.accept((0.0, 0.5), loose=(0.0, 0.5)), context.accept((0.0, 0.02), loose=(0.0, 0.2))

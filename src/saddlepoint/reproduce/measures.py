@@ -7,6 +7,7 @@ from torch import Tensor
 
 from saddlepoint.attacks import FGSM
 from saddlepoint.attacks.facade import perturb
+from saddlepoint.data import Split
 from saddlepoint.models import Model
 from saddlepoint.threats import Linf
 
@@ -32,3 +33,9 @@ def confidence_on_errors(model: Model, x: Tensor, y: Tensor) -> float:
     """Mean probability of the predicted class over the inputs that are classified wrongly; nan where there are none."""
     probability, predicted = model.logits(x).double().softmax(1).max(1)
     return float(probability[predicted != y].mean())
+
+
+def right(model: Model, split: Split) -> tuple[Tensor, Tensor]:
+    """Inputs and classes of the samples that the model gets right: the others need no perturbation."""
+    kept = model.predict(split.x) == split.y
+    return split.x[kept], split.y[kept]
