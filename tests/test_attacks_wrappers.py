@@ -389,3 +389,34 @@ def test_declaration_of_a_sequence() -> None:
         Sequence()
     with pytest.raises(InputError):
         Sequence(A.FGM(), 3)
+
+
+@pytest.mark.parametrize(
+    ("attack", "name"),
+    [
+        (sp.attacks.Bisect("fgsm", runs=3), "Bisect(FGSM) within Minimize(linf)"),
+        (sp.attacks.Sequence("fmn", "dualaveraging"), "Sequence(FMN, DualAveraging) within Minimize(linf)"),
+        (sp.attacks.Bisect(sp.attacks.Restarts("pgd", 2), runs=2), "Bisect(Restarts(PGD, 2)) within Minimize(linf)"),
+    ],
+)
+def test_summaries_name_what_they_are_made_of(attack: sp.attacks.Bisect, name: str) -> None:
+    net = torch.nn.Linear(4, 3, dtype=torch.float64)
+    x = torch.full((3, 4), 0.5, dtype=torch.float64)
+    model = sp.Model(net)
+    result = sp.attack(model, x, model.predict(x), attack, sp.Minimize("linf"), budget=sp.Budget(passes=20))
+    text = result.summary()
+    assert text.startswith(name)
+    assert "robust accuracy" not in text  # no ball, no robustness
+
+
+def test_minimal_needs_a_norm_inside_of_others() -> None:
+    with pytest.raises(sp.InputError, match=r"sp\.attacks\.minimal\(norm"):
+        sp.attacks.Sequence("ddn", "minimal")
+
+
+def test_a_budget_below_one_step_is_said() -> None:
+    net = torch.nn.Linear(4, 3, dtype=torch.float64)
+    x = torch.full((3, 4), 0.5, dtype=torch.float64)
+    model = sp.Model(net)
+    result = sp.attack(model, x, model.predict(x), "ddn", sp.Minimize("l2"), budget=sp.Budget(passes=2))
+    assert any("does not pay for one step" in note for note in result.notes)

@@ -28,6 +28,8 @@ def register(declaration: Declaration) -> Callable[[A], A]:
 def get(name: str) -> type[Attack]:
     """The attack of that name, in any case and with or without hyphens. Errors: `UnknownNameError`."""
     key = re.sub(r"[-_ ]", "", name.lower())
+    if key == "minimal":
+        raise InputError('"minimal" depends on the norm and the budget; here write sp.attacks.minimal(norm, passes)')
     if key not in _REGISTRY:
         raise UnknownNameError("attack", name, (cls.__name__ for cls in _REGISTRY.values()))
     return _REGISTRY[key]

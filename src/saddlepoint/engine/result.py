@@ -136,8 +136,8 @@ class AttackResult:
 
     def summary(self) -> str:
         """The main figures as a table in plain text."""
-        fooled = self.having(Status.FOOLED)
-        norm = str(self.config["threat"]["norm"])
+        away = self.distance[self.having(Status.FOOLED)]
+        norm, smallest = str(self.config["threat"]["norm"]), self.config["threat"]["eps"] is None
         count = max(len(self), 1)
         inputs = len(torch.unique(self.index))
 
@@ -148,12 +148,10 @@ class AttackResult:
             ("samples", f"{inputs}" + (f" towards {len(self) / max(inputs, 1):g} targets" if inputs < len(self) else "")),
             *((status.value.replace("_", " "), f"{int(self.having(status).sum())}") for status in STATUSES),
             ("clean accuracy", share(self.clean_accuracy)),
-            ("robust accuracy (all samples)", share(self.robust_accuracy)),
+            *([] if smallest else [("robust accuracy (all samples)", share(self.robust_accuracy))]),
             ("success rate (of those attacked)", share(self.success_rate)),
-            (
-                f"median {norm} distance of fooled",
-                f"{float(self.distance[fooled].median()):.4g}" if bool(fooled.any()) else "-",
-            ),
+            (f"median {norm} distance of fooled", f"{away.quantile(0.5):.4g}" if len(away) else "-"),
+            *([(f"mean {norm} distance of fooled", f"{away.mean():.4g}" if len(away) else "-")] if smallest else []),
             ("forward passes per sample", f"{float(self.queries.forward.sum()) / count:.1f}"),
             ("backward passes per sample", f"{float(self.queries.backward.sum()) / count:.1f}"),
             ("seconds", f"{self.seconds:.2f}"),
@@ -167,7 +165,7 @@ class AttackResult:
             if isinstance(threat["eps"], float | int)
             else "one eps each"
         )
-        title = f"{_attack_name(self.config['attack'])} within {threat['name']}({size})"
+        title = f"{attack_name(self.config['attack'])} within {threat['name']}({size})"
         return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in lines), *(f"  ! {n}" for n in self.notes)])
 
     def to_pandas(self) -> pd.DataFrame:
@@ -222,11 +220,12 @@ class AttackResult:
             raise DataError(f"{path} is no result saved by Saddlepoint, or it is damaged: {error!r}") from error
 
 
-def _attack_name(settings: dict[str, Any]) -> str:
-    """`PGD`, or `Restarts(PGD, 5)`."""
-    if "attack" not in settings:
-        return str(settings["name"])
-    return f"{settings['name']}({_attack_name(settings['attack'])}, {settings['times']})"
+def attack_name(settings: dict[str, Any]) -> str:
+    """From an attack's settings: `PGD`, `Restarts(PGD, 5)`, `Bisect(PGD)`, `Sequence(DDN, FMN)`."""
+    inner = [settings["attack"]] if "attack" in settings else settings.get("attacks", [])
+    parts = [attack_name(part) for part in inner if isinstance(part, dict)]
+    parts += [str(settings["times"])] if "times" in settings else []
+    return f"{settings['name']}({', '.join(parts)})" if parts else str(settings["name"])
 
 
 def _mean(mask: Tensor) -> float:

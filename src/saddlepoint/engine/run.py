@@ -310,6 +310,8 @@ class Run:
             notes.append(
                 f"the budget ended the attack on {len(self._cut)} survivors after {made:.1f} of {self.attack.iterations} steps "
                 "on average; they count as survivors all the same"
+                if made
+                else f"the budget does not pay for one step of the attack on {len(self._cut)} samples; they count as survivors"
             )
         span = self.model.bounds[1] - self.model.bounds[0] if self.model.bounds is not None else float("inf")
         if self.threat.norm is Norm.LINF and not self.threat.minimizes and self.threat.largest_eps >= span:

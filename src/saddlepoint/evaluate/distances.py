@@ -6,7 +6,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.attacks.minimal import MINIMAL, minimal
 from saddlepoint.attacks.registry import as_attack, find
 from saddlepoint.engine import Attack, AttackResult, Budget, Interrupted
+from saddlepoint.engine.result import attack_name
 from saddlepoint.errors import CapabilityError, DataError, InputError, UnknownNameError
 from saddlepoint.goals import Goal, Targeted
 from saddlepoint.models.base import Classifier
@@ -82,7 +83,7 @@ class Distances:
     def attack_name(self) -> str:
         """The attack's class with those that it is made of, and whether it is what "minimal" stands for with this budget."""
         config = self.result.config
-        passes, name = config["budget"]["passes"], _name(config["attack"])
+        passes, name = config["budget"]["passes"], attack_name(config["attack"])
         is_minimal = passes is not None and _plain(minimal(self.norm, passes).settings()) == config["attack"]
         return f"{MINIMAL}: {name}" if is_minimal else name
 
@@ -300,7 +301,7 @@ def distance(
             fitting = ", ".join([MINIMAL, *(cls.__name__ for cls in find(norm=norm, minimizes=True))])
             raise CapabilityError(
                 f"{type(attack).__name__} searches a ball of stated size; a distance in {norm} needs one of {fitting} "
-                "(or sp.attacks.Bisect around another attack)"
+                "(or sp.attacks.Bisect around another attack; one of your own declares minimizes=True)"
             )
     own_decision = y is None
     if y is None and isinstance(model, Classifier):
@@ -317,13 +318,6 @@ def distance(
 
 def _of(x: Tensor, result: AttackResult, own_decision: bool, *, complete: bool) -> Distances:
     return Distances(x[result.index.to(x.device)], result, own_decision, complete)
-
-
-def _name(settings: Mapping[str, Any]) -> str:
-    """`DDN`, or `Sequence(DDN, FMN)`."""
-    values = [part for value in settings.values() for part in (value if isinstance(value, list) else [value])]
-    parts = [_name(part) for part in values if isinstance(part, Mapping) and "name" in part]
-    return f"{settings['name']}({', '.join(dict.fromkeys(parts))})" if parts else str(settings["name"])
 
 
 def _plain(settings: object) -> object:

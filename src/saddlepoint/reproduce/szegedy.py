@@ -58,7 +58,7 @@ DEEP = Recipe(sigmoid_network, 20, WeightDecay((1e-5, 1e-5, 1e-6)), bounds=UNIT)
     "Distortions by L-BFGS",
     "Szegedy et al. 2014, arXiv:1312.6199, section 4.1",
     "softmax regression with three weight decays, 10 epochs, and 784-100-100-10 sigmoid network, 20 epochs; Adam 1e-3, batches"
-    " of 128; 100 training images in [0, 1], each towards all other classes; L-BFGS with 60 evaluations for each of 10 weights c",
+    " of 128; 100 training images in [0, 1], each towards all other classes; L-BFGS, 60 evaluations for each of 10 c",
 )
 def distortions(context: Context) -> list[Figure]:
     """Every image can be turned into every class; the more the weights decay, the more it takes."""
