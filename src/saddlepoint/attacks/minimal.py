@@ -15,16 +15,16 @@ from saddlepoint.taxonomy import Norm
 
 MINIMAL = "minimal"  # the name that stands for it
 PASSES = 1000  # where no budget says
-# By which factor a gradient may be wrong before another attack takes over, see `DualAveraging.hand_over`. Where gradients are
-# honest it is 0.8 to 1.4, in l-infinity up to 1.8; on networks that mask them 0.3 to 4, in l-infinity 4 to 8.
+# By which factor a gradient may be wrong before another attack takes over, see `DualAveraging.hand_over`: more than it mostly is
+# where gradients are honest, which differs from norm to norm.
 _MISLED = {Norm.L0: 2.0, Norm.L1: 1.5, Norm.L2: 1.5, Norm.LINF: 2.0}
 
 
 def minimal(norm: Norm | str, passes: int = PASSES) -> Attack:
     """The recommended attack for the smallest perturbation in `norm`, for about `passes` passes a sample.
 
-    `sp.attack(model, x, y, "minimal", sp.Minimize(norm), budget=sp.Budget(passes=N))` is the short form. What it is made of was
-    chosen on networks and images apart from those of the published tables (benchmarks/README.md).
+    `sp.attack(model, x, y, "minimal", sp.Minimize(norm), budget=sp.Budget(passes=N))` is the short form. How its settings were
+    chosen, and where other attacks come nearer, says benchmarks/README.md.
 
     Errors: `UnknownNameError` for an unknown norm, `InputError` for passes < 1.
 
