@@ -11,7 +11,8 @@ from torch import Tensor
 
 from saddlepoint.attacks.fmn import DUAL, length
 from saddlepoint.attacks.registry import register
-from saddlepoint.engine import ALL_NORMS, Attack, Declaration, Problem
+from saddlepoint.attacks.stepping import Stepping
+from saddlepoint.engine import ALL_NORMS, Declaration, Problem
 from saddlepoint.errors import InputError
 from saddlepoint.goals import Aim
 from saddlepoint.taxonomy import Norm
@@ -60,7 +61,7 @@ class Search:
 )
 @final
 @dataclass(frozen=True, kw_only=True)
-class DualAveraging(Attack):
+class DualAveraging(Stepping):
     """Smallest perturbations in any norm, without a step size to choose; "minimal" is made of it.
 
     A walk goes to a class, with w_k falling from 1 to `averaging` and gamma_k from `gamma_init` to `gamma_final`:
@@ -98,10 +99,7 @@ class DualAveraging(Attack):
     hand_over: float = math.inf
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("classes", 1), ("targets", 1), ("explore", 2), ("again", 2), ("patience", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise InputError(f"{name} must be a whole number >= {least}; got {value}")
+        self._check_whole(steps=1, classes=1, targets=1, explore=2, again=2, patience=1)
         for name in ("averaging", "gamma_init", "gamma_final"):
             if not 0 < getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie in (0, 1]; got {getattr(self, name)}")
@@ -109,14 +107,6 @@ class DualAveraging(Attack):
             raise InputError(f"slack and hand_over must be at least 1; got {self.slack} and {self.hand_over}")
         if not self.pushes or not all(push > 0 and math.isfinite(push) for push in self.pushes):
             raise InputError(f"pushes must be positive numbers; got {self.pushes}")
-
-    @property
-    def iterations(self) -> int:
-        return self.steps
-
-    @property
-    def starts_at_origin(self) -> bool:
-        return True
 
     def done(self, state: Search) -> Tensor:
         return state.misled

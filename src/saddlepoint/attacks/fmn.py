@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from saddlepoint.attacks.registry import register
-from saddlepoint.engine import ALL_NORMS, Attack, Declaration, Problem
-from saddlepoint.errors import InputError
+from saddlepoint.attacks.stepping import Stepping
+from saddlepoint.engine import ALL_NORMS, Declaration, Problem
 from saddlepoint.goals import Loss, loss_named
 from saddlepoint.taxonomy import Norm
 from saddlepoint.threats import distance
@@ -47,37 +47,17 @@ _OVER = 1 + 1e-4  # the linearised distance alone would stop a rounding error sh
 
 @dataclass(frozen=True)
 class OnSphere:
-    """The iterate (B, ...), its radius and the smallest distance of a success, (B,) float64 each."""
+    """The iterate (B, ...) and its radius (B,) float64."""
 
     x: Tensor
     eps: Tensor
+
+
+@dataclass(frozen=True)
+class InBall(OnSphere):
+    """And the smallest distance of a success (B,) float64."""
+
     best: Tensor
-
-
-class _Shrinking(Attack):
-    """What DDN and FMN share: they start at the input, and a step is one forward and one backward pass."""
-
-    steps: int
-
-    @property
-    @final
-    def iterations(self) -> int:
-        return self.steps
-
-    @property
-    @final
-    def starts_at_origin(self) -> bool:
-        return True
-
-    def _check_steps(self) -> None:
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise InputError(f"steps must be a whole number >= 1; got {self.steps}")
-
-    def _check_positive(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise InputError(f"{name} must be a positive number; got {value}")
 
 
 @register(
@@ -91,7 +71,7 @@ class _Shrinking(Attack):
 )
 @final
 @dataclass(frozen=True, kw_only=True)
-class DDN(_Shrinking):
+class DDN(Stepping):
     """Decoupled direction and norm: the gradient turns the perturbation, successes and failures set its length.
 
         delta_(k+1) = delta_k + alpha_k * g / ||g||_2,    eps_(k+1) = (1 - gamma) eps_k if x_k succeeds, else (1 + gamma) eps_k
@@ -110,7 +90,7 @@ class DDN(_Shrinking):
     loss: str | Loss = "cross_entropy"
 
     def __post_init__(self) -> None:
-        self._check_steps()
+        self._check_whole(steps=1)
         self._check_positive("gamma", "init_eps")
         loss_named(self.loss)
 
@@ -119,8 +99,7 @@ class DDN(_Shrinking):
         return self.loss
 
     def init(self, problem: Problem) -> OnSphere:
-        first = torch.full_like(problem.eps, self.init_eps)
-        return OnSphere(problem.origin, first, torch.full_like(first, torch.inf))
+        return OnSphere(problem.origin, torch.full_like(problem.eps, self.init_eps))
 
     def step(self, problem: Problem, state: OnSphere) -> OnSphere:
         found = problem.loss_and_grad(state.x, self.loss)
@@ -129,7 +108,7 @@ class DDN(_Shrinking):
         alpha = cosine(self.steps, 1.0, 0.01, problem.k).to(eps)
         delta = state.x - problem.origin + unit(found.gradient) * rows(alpha.to(state.x.dtype), state.x)
         x = problem.origin + unit(delta) * rows(eps.to(delta.dtype), delta)
-        return OnSphere(torch.clamp(x, problem.region.lower, problem.region.upper), eps, state.best)
+        return OnSphere(torch.clamp(x, problem.region.lower, problem.region.upper), eps)
 
 
 @register(
@@ -143,7 +122,7 @@ class DDN(_Shrinking):
 )
 @final
 @dataclass(frozen=True, kw_only=True)
-class FMN(_Shrinking):
+class FMN(Stepping):
     """Fast minimum-norm attack: normalised steps along the margin's gradient, projected into a ball of changing radius.
 
         eps_k = ||delta_k||_p + |margin| / ||g||_q                             before the first success (lp norms)
@@ -164,15 +143,15 @@ class FMN(_Shrinking):
     gamma_final: float = 1e-4
 
     def __post_init__(self) -> None:
-        self._check_steps()
+        self._check_whole(steps=1)
         self._check_positive("alpha_init", "gamma_init", "gamma_final")
 
-    def init(self, problem: Problem) -> OnSphere:
+    def init(self, problem: Problem) -> InBall:
         nothing = torch.full_like(problem.eps, torch.inf)
         first = torch.ones_like(nothing) if problem.region.threat.norm is Norm.L0 else nothing
-        return OnSphere(problem.origin, first, nothing)
+        return InBall(problem.origin, first, nothing)
 
-    def step(self, problem: Problem, state: OnSphere) -> OnSphere:
+    def step(self, problem: Problem, state: InBall) -> InBall:
         found = problem.loss_and_grad(state.x, "margin")
         surplus = problem.surplus(found.logits).double()
         success, away = surplus >= 0, problem.region.distance(state.x)
@@ -190,7 +169,7 @@ class FMN(_Shrinking):
             larger = torch.where(torch.isfinite(best), larger, _OVER * (away + reach))
         eps = torch.where(success, torch.minimum(smaller, best), larger)
         move = unit(found.gradient) * rows(alpha.to(state.x.dtype), state.x)
-        return OnSphere(problem.within(eps).project(state.x + move), eps, best)
+        return InBall(problem.within(eps).project(state.x + move), eps, best)
 
 
 @dataclass(frozen=True)
@@ -214,7 +193,7 @@ class Thresholded:
 )
 @final
 @dataclass(frozen=True, kw_only=True)
-class SigmaZero(_Shrinking):
+class SigmaZero(Stepping):
     """Sigma-zero: the smallest number of features, by descent on a smooth approximation of the l0 norm.
 
         g = grad [ max(-margin, 0) + (1 / d) * sum_i delta_i^2 / (delta_i^2 + sigma) ]
@@ -235,7 +214,7 @@ class SigmaZero(_Shrinking):
     rate: float = 0.01
 
     def __post_init__(self) -> None:
-        self._check_steps()
+        self._check_whole(steps=1)
         self._check_positive("step_size", "sigma", "threshold", "rate")
 
     def init(self, problem: Problem) -> Thresholded:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from saddlepoint.attacks.registry import register
-from saddlepoint.engine import ALL_NORMS, Attack, Declaration, Problem
+from saddlepoint.attacks.stepping import Stepping
+from saddlepoint.engine import ALL_NORMS, Declaration, Problem
 from saddlepoint.errors import InputError
 from saddlepoint.goals import Aim
 from saddlepoint.taxonomy import Norm
@@ -39,28 +40,12 @@ def _away(delta: Tensor, norm: Norm) -> Tensor:
     return delta * rows(torch.where(size > 0, 1 / size, torch.zeros_like(size)).to(delta.dtype), delta)
 
 
-class _Descent(Attack):
-    """What these attacks share: they start at the input, and a step is one forward and one backward pass."""
-
-    steps: int
-
-    @property
-    @final
-    def iterations(self) -> int:
-        return self.steps
-
-    @property
-    @final
-    def starts_at_origin(self) -> bool:
-        return True
+class _Descent(Stepping):
+    """What these attacks share: hyperparameters that may be None."""
 
     def _check(self, positive: tuple[str, ...], shares: tuple[str, ...]) -> None:
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise InputError(f"steps must be a whole number >= 1; got {self.steps}")
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name} must be a positive number; got {value}")
+        self._check_whole(steps=1)
+        self._check_positive(*(name for name in positive if getattr(self, name) is not None))
         for name in shares:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from saddlepoint.attacks.deepfool import candidates, inner, on, plain
 from saddlepoint.attacks.registry import register
-from saddlepoint.engine import ALL_NORMS, Attack, Declaration, Problem
+from saddlepoint.attacks.stepping import Stepping
+from saddlepoint.engine import ALL_NORMS, Declaration, Problem
 from saddlepoint.errors import InputError
 from saddlepoint.goals import Aim
 from saddlepoint.taxonomy import Norm
@@ -47,24 +48,11 @@ class Path:
     over: Tensor
 
 
-class _AlongPath(Attack):
+class _AlongPath(Stepping):
     """What both share: the first step linearises at the input, the others look at points of the path that it gives."""
 
-    steps: int
-
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise InputError(f"steps must be a whole number >= 1; got {self.steps}")
-
-    @property
-    @final
-    def iterations(self) -> int:
-        return self.steps
-
-    @property
-    @final
-    def starts_at_origin(self) -> bool:
-        return True
+        self._check_whole(steps=1)
 
     def init(self, problem: Problem) -> Path:
         none = torch.zeros_like(problem.eps)

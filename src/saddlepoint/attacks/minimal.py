@@ -15,8 +15,8 @@ from saddlepoint.taxonomy import Norm
 
 MINIMAL = "minimal"  # the name that stands for it
 PASSES = 1000  # where no budget says
-# By which factor a gradient may be wrong before another attack takes over, see `DualAveraging.hand_over`: more than it mostly is
-# where gradients are honest, which differs from norm to norm.
+# By which factor a gradient may be wrong before another attack takes over, see `DualAveraging.hand_over`: more than it mostly
+# is where gradients are honest, which differs from norm to norm.
 _MISLED = {Norm.L0: 2.0, Norm.L1: 1.5, Norm.L2: 1.5, Norm.LINF: 2.0}
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from saddlepoint.attacks.deepfool import on
 from saddlepoint.attacks.registry import register
-from saddlepoint.engine import Attack, Declaration, Problem
+from saddlepoint.attacks.stepping import Stepping
+from saddlepoint.engine import Declaration, Problem
 from saddlepoint.errors import CapabilityError, InputError
 from saddlepoint.goals import Aim
 from saddlepoint.taxonomy import Norm
@@ -90,7 +91,7 @@ class Saliency:
 )
 @final
 @dataclass(frozen=True, kw_only=True)
-class JSMA(Attack):
+class JSMA(Stepping):
     """Jacobian-based saliency map attack: see the module for the saliency of a pair.
 
     Each step moves one pair by theta times the range, clips, and repeats until the goal is reached, gamma is spent or no pair
@@ -128,16 +129,7 @@ class JSMA(Attack):
             raise InputError(f'jacobian must be "logits" or "softmax"; got {self.jacobian!r}')
         if self.untargeted not in ("maximal", "non-targeted"):
             raise InputError(f'untargeted must be "maximal" or "non-targeted"; got {self.untargeted!r}')
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise InputError(f"steps must be a whole number >= 1; got {self.steps}")
-
-    @property
-    def iterations(self) -> int:
-        return self.steps
-
-    @property
-    def starts_at_origin(self) -> bool:
-        return True
+        self._check_whole(steps=1)
 
     def cost(self, classes: int) -> tuple[int, int]:
         return (1, classes if self.untargeted == "maximal" else 2)
