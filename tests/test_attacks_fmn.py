@@ -139,14 +139,17 @@ def dual_linf(x0: Array, y: int, tau: float) -> Array:
     target = min(others, key=lambda c: distance[c])
     h = jac[target] - jac[y]
     x, best = x0 + 1.02 * distance[target] * np.sign(h), np.inf
-    for j in range(1, STEPS):
+    j, streak = 1, 0
+    for _ in range(1, STEPS):
         z, g = scores(x), jacobian(x)[target] - jacobian(x)[y]
         reached, size = margin(x, y)[0] - tau, np.abs(x - x0).max()
         lacking = reached if reached >= 0 else z[target] - z[y] - tau
+        streak = max(streak, 0) + 1 if reached >= 0 else min(streak, 0) - 1
+        speed = 2.0 ** max(abs(streak) - 3, 0)
         progress = j / (EXPLORE - 1)
         w, gamma = 0.05**progress, 0.3 * (1e-3 / 0.3) ** progress
         h = h + w * (g - h)
-        move = -lacking / np.abs(g).sum()
+        move, gamma = -lacking / np.abs(g).sum() * speed, min(gamma * speed, max(gamma, 0.3))
         if reached >= 0:
             best = min(best, size)
             eps = min(size + np.clip(move, -gamma * size, -0.1 * gamma * size), best)
@@ -158,6 +161,7 @@ def dual_linf(x0: Array, y: int, tau: float) -> Array:
         x = x0 + kept + w * (eps * np.sign(h) - kept)
         assert x.min() >= 0
         assert x.max() <= 1
+        j += int(np.isfinite(best) and not (reached >= 0 and streak > 3))
     return x
 
 
@@ -166,7 +170,7 @@ ROWS = {
     "FMN": (A.FMN(steps=STEPS, alpha_init=0.3), "linf", fmn_linf),
     "FMN l0": (A.FMN(steps=STEPS, alpha_init=0.3), "l0", fmn_l0),
     "SigmaZero": (A.SigmaZero(steps=STEPS), "l0", sigma_zero),
-    "DualAveraging": (A.DualAveraging(steps=STEPS, targets=1, explore=EXPLORE), "linf", dual_linf),
+    "DualAveraging": (A.DualAveraging(steps=STEPS, targets=1, explore=EXPLORE, hold=3), "linf", dual_linf),
 }
 
 
@@ -260,9 +264,46 @@ def test_masked_gradients_are_handed_over() -> None:
     model = sp.Model(Thresholded())
     x = torch.full((3, 4), 0.2, dtype=torch.float64)
     y = torch.zeros(3, dtype=torch.int64)
-    walks = A.DualAveraging(steps=60, hand_over=1.3, patience=5)
+    walks = A.DualAveraging(steps=60, hand_over=1.5)
     alone = sp.attack(model, x, y, walks, sp.Minimize("l2"))
     assert (alone.iterations < 60).all()
-    both = sp.attack(model, x, y, A.Sequence(walks, A.BrendelBethge(steps=40, fresh=True)), sp.Minimize("l2"))
+    elsewhere = A.Fork(walks, A.BrendelBethge(steps=40, fresh=True), A.DDN())
+    both = sp.attack(model, x, y, elsewhere, sp.Minimize("l2"))
     assert both.success.all()
     assert (both.distance <= alone.distance).all()
+
+
+def test_curved_margins_are_told_from_masked_ones() -> None:
+    """One network's margin saturates soon behind the input and goes on far away, another's is flat at first."""
+    slope = torch.tensor([[1.0, 0.6, 0.3, 0.1]], dtype=torch.float64)
+    bends = {
+        "curved": lambda z: torch.tanh(12 * z) / 6 + torch.relu(z - 0.6) + 0.05 * z - 0.6,
+        "masked": lambda z: torch.relu(z - 0.4) * 6 + 0.01 * z - 0.6,
+        "linear": lambda z: z - 0.6,
+    }
+    x, y = torch.full((1, 4), 0.2, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+    found = {}
+    for name, bend in bends.items():
+
+        class Bent(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                z = bend((x - 0.2) @ slope.T)  # noqa: B023  # used in this round only
+                return torch.cat([torch.zeros_like(z), z], 1)
+
+        walks = A.DualAveraging(steps=30, hand_over=1.5)
+        fork = A.Fork(walks, A.DDN(steps=100), A.DDN(steps=200))
+        found[name] = int(sp.attack(sp.Model(Bent()), x, y, fork, sp.Minimize("l2")).iterations)
+    assert found["linear"] == 30
+    assert 100 < found["masked"] < 130
+    assert 200 < found["curved"] < 230
+
+
+def test_walks_begin_beyond_what_an_earlier_attack_found(model: sp.Model) -> None:
+    """In a sequence no class is ranked again: the first step costs one gradient, and nothing is lost."""
+    x, y = torch.from_numpy(X), torch.from_numpy(Y)
+    first = sp.attack(model, x, y, A.DDN(steps=20), sp.Minimize("l2"))
+    both = sp.attack(model, x, y, A.Sequence(A.DDN(steps=20), A.DualAveraging(steps=20)), sp.Minimize("l2"))
+    assert (first.success | (both.distance == torch.inf)).all()
+    assert (both.distance <= first.distance).all()
+    assert bool((both.distance < first.distance).any())
+    assert torch.equal(both.queries.backward, torch.full_like(both.queries.backward, 40))

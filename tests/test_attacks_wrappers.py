@@ -35,6 +35,9 @@ ROUNDS = (  # wrapped attacks, and what they are asked for
     (Sequence(Bisect(A.PGD(steps=2), 3), A.DDN(steps=4)), sp.Minimize("l2"), sp.Targeted("next")),
     (Sequence(A.FGM(), A.PGD(steps=4), A.NIFGSM(steps=3)), sp.Linf(0.05), None),
     (Sequence(A.UniformNoise(), A.Restarts(A.PGD(steps=2), 3), A.FGSM()), sp.Linf(0.05), None),
+    (A.Fork(A.DualAveraging(steps=12, hand_over=1.0), A.DDN(steps=4), A.FMN(steps=6)), sp.Minimize("l2"), None),
+    (A.Fork(A.DualAveraging(steps=12, hand_over=1.1), Sequence(A.FMN(steps=2), A.FMN(steps=4))), sp.Minimize("l1"), None),
+    (Sequence(A.FMN(steps=3), A.DualAveraging(steps=12, again=5)), sp.Minimize("linf"), None),
 )
 each_round = pytest.mark.parametrize(("attack", "threat", "goal"), ROUNDS, ids=lambda part: str(part)[:60])
 
@@ -52,9 +55,9 @@ def test_counts_are_what_the_model_sees(
         queries = result.queries
         assert counting.forward_rows == int(queries.forward.sum() + queries.verify.sum()) + queries.probe
         assert counting.backward_rows == int(queries.backward.sum())
-        forward, backward = attack.cost(10)
+        (forward, backward), (_, opening) = attack.cost(10), attack.opening(10)
         assert (queries.forward <= attack.iterations * forward + 2).all()
-        assert (queries.backward <= attack.iterations * backward).all()
+        assert (queries.backward <= attack.iterations * backward + opening).all()
         assert (result.iterations <= attack.iterations).all()
 
 
@@ -115,7 +118,7 @@ def test_repr_and_settings(attack: Attack, threat: sp.threats.Threat, goal: sp.T
     settings = attack.settings()
     assert settings["name"] == type(attack).__name__
     inner = settings["attacks"] if "attacks" in settings else [settings["attack"]]
-    parts = attack.attacks if isinstance(attack, Sequence) else (attack.attack,)
+    parts = attack.attacks if isinstance(attack, (Sequence, A.Fork)) else (attack.attack,)
     assert inner == [part.settings() for part in parts]
 
 
@@ -369,6 +372,46 @@ def test_targeted_sequence(mlp: nn.Module, samples: Samples) -> None:
     result = sp.attack(sp.Model(mlp), *samples, Sequence(A.FGM(), A.PGD(steps=10)), sp.Linf(0.3), goal)
     assert result.success.sum() > 8
     assert torch.equal(result.predicted[result.success], ((samples[1] + 1) % 10)[result.success])
+
+
+@dataclass(frozen=True)
+class Told:
+    """Each sample's branch, and what has been asked."""
+
+    x: Tensor
+    branch: Tensor
+
+
+class Tell(Attack):
+    """Looks once, and sends each sample to the branch that its label says."""
+
+    declaration = A.FGM.declaration
+    iterations = 1
+
+    def init(self, problem: Problem) -> Told:
+        return Told(problem.origin, problem.labels % 3 - 1)
+
+    def step(self, problem: Problem, state: Told) -> Told:
+        problem.logits(state.x)
+        return state
+
+    def current(self, state: Told) -> Tensor:
+        return state.x
+
+    def verdict(self, state: Told) -> Tensor:
+        return state.branch
+
+
+def test_a_fork_sends_each_sample_to_its_branch(mlp: nn.Module, samples: Samples) -> None:
+    x, y = samples
+    model, none = sp.Model(mlp), sp.Linf(0.0)
+    result = sp.attack(model, x, y, A.Fork(Tell(), A.BIM(steps=3), A.BIM(steps=7)), none)
+    wrong = model.predict(x) != y
+    steps = torch.tensor([1, 4, 8])[y % 3]
+    assert len(set(steps[~wrong].tolist())) == 3
+    assert torch.equal(result.iterations[~wrong], steps[~wrong])
+    with pytest.raises(InputError, match="no verdict"):
+        A.Fork(A.PGD(), A.FGM())
 
 
 def test_declaration_of_a_sequence() -> None:

@@ -20,12 +20,12 @@ from saddlepoint.attacks.penalty import EAD, LBFGS
 from saddlepoint.attacks.registry import find, get, register
 from saddlepoint.attacks.saliency import JSMA
 from saddlepoint.attacks.square import Square
-from saddlepoint.attacks.wrappers import Bisect, Restarts, Sequence
+from saddlepoint.attacks.wrappers import Bisect, Fork, Restarts, Sequence
 
 __all__ = [
     "ALMA", "APGD", "APGDT", "BIM", "DDN", "EAD", "FAB", "FGM", "FGSM", "FMN", "ILLC", "JSMA", "LBFGS", "MIFGSM", "NIFGSM",
     "OTCM", "PDGD", "PDPGD", "PGD", "RFGSM", "Bisect", "BrendelBethge", "CarliniWagnerL0", "CarliniWagnerL2",
-    "CarliniWagnerLinf", "DeepFool", "DualAveraging", "External", "FastGradientValue", "GaussianNoise", "HotCold",
+    "CarliniWagnerLinf", "DeepFool", "DualAveraging", "External", "FastGradientValue", "Fork", "GaussianNoise", "HotCold",
     "LinearClosedForm", "Restarts", "Sequence", "SigmaZero", "SignNoise", "SparseFool", "Square", "SuperDeepFool",
     "UniformNoise", "find", "get", "minimal", "register",
 ]  # fmt: skip

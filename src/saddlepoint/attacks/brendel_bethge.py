@@ -387,7 +387,7 @@ class BrendelBethge(Attack):
         normal = select(state.n == 0, found.gradient, averaged)
         missing = aimed(problem) - found.loss.double()
         gain = missing * torch.where(missing > 0, self.overshoot, 2 - self.overshoot)
-        decayed = (state.n + 2) // max(1, self.steps // self.decays)
+        decayed = (state.n + 2) * self.decays // self.steps
         width = (region.upper - region.lower).flatten(1).amax(1).double()
         width = torch.where(torch.isfinite(width), width, torch.ones_like(width))
         radius = self.lr * self.lr_decay ** decayed.double() * x[0].numel() * width

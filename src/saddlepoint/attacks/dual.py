@@ -19,6 +19,10 @@ from saddlepoint.taxonomy import Norm
 from saddlepoint.threats import L2
 from saddlepoint.trees import put, rows, select, take
 
+MASKED, CURVED = 0, 1  # what the gradient at the input may turn out to be, as numbers of a `Fork`'s branches
+_OPEN = -1
+_STREAK = 2  # so many iterations in a row on one side of the boundary are no reason to hurry
+
 
 @dataclass(frozen=True)
 class Walk:
@@ -32,8 +36,8 @@ class Walk:
 
 @dataclass(frozen=True)
 class Search:
-    """The present walk and the best point of all: number of the walk, its iteration and its class, and whether
-    the gradients mislead, (B,) each.
+    """The present walk and the best point of all. (B,) each: number of the walk, its iteration j, how many more it waited,
+    how many in a row (negative: failures) were on one side of the boundary, its class, and what the gradients are.
 
     order: the classes in the order in which they are tried (B, T), -1 for none; first (B, T, ...) and gap (B, T): the gradients
     of their margins at the input, and what these margins lack there.
@@ -43,8 +47,10 @@ class Search:
     top: Walk
     number: Tensor
     j: Tensor
+    waited: Tensor
+    streak: Tensor
     target: Tensor
-    misled: Tensor
+    verdict: Tensor
     order: Tensor
     first: Tensor
     gap: Tensor
@@ -74,13 +80,21 @@ class DualAveraging(Stepping):
     s_k is h_k cut by the input range in l2, its sign in l-infinity, the features of largest gain in l1 and l0. A fixed point
     meets the optimality conditions of the smallest perturbation, and averaging makes the walk settle where the gradient jumps.
 
+    As long as the walk stays on one side of the boundary for more than three iterations, the radius's speed doubles with each
+    further one, up to `gamma_init`: in masked networks the first success can be ten times too far away. Before its first
+    success a walk does not grow older, and with `hold` it doesn't after so many successes in a row.
+
     The first step ranks the `classes` likeliest classes by the linearised distance to them. The first `targets` walks, of
     `explore` steps, lead to the nearest ones; one that is more than `slack` times as far as the best after `patience` steps
     is given up. All later walks, of `again` steps, lead to any class, and start beyond the best point: where an l2 move along
-    its gradient promises `push` times its gain (cycling through `pushes`), for other boundaries show from there.
-    hand_over: a sample leaves if after `patience` steps or at the end of its first walk the gradient promises more than
-    `hand_over` times what the margin lacked at the input, or less than that fraction: its gradients mislead, and the next
-    attack of a `Sequence` may do better.
+    its gradient promises `push` times its gain (cycling through `pushes`), for other boundaries show from there. In a
+    `Sequence`, all walks are later ones if an earlier attack has found a point.
+
+    hand_over: after `patience` steps, or with its first walk, a sample gets a `verdict`: what did the margin gain on the way
+    from the input, and what did its gradient there promise? If they differ by more than this factor, the sample leaves, and
+    in a `Fork` another attack goes on with it. Far too little gained, on a way that promised more than enough: the margin is
+    CURVED.
+    Otherwise the gradient is MASKED: what moves the margin does not show at the input.
 
     Ours. The linear step on a ball is that of Frank & Wolfe (1956), averages of gradients are those of Nesterov (2009).
     """
@@ -94,22 +108,29 @@ class DualAveraging(Stepping):
     averaging: float = 0.05
     gamma_init: float = 0.3
     gamma_final: float = 1e-3
-    patience: int = 8
+    patience: int = 5
     slack: float = 1.1
-    hand_over: float = math.inf
+    hold: int | None = None
+    hand_over: float | None = None
 
     def __post_init__(self) -> None:
         self._check_whole(steps=1, classes=1, targets=1, explore=2, again=2, patience=1)
+        if self.hold is not None:
+            self._check_whole(hold=0)
         for name in ("averaging", "gamma_init", "gamma_final"):
             if not 0 < getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie in (0, 1]; got {getattr(self, name)}")
-        if not (self.slack >= 1 and self.hand_over >= 1):
+        if not (self.slack >= 1 and (self.hand_over is None or self.hand_over >= 1)):
             raise InputError(f"slack and hand_over must be at least 1; got {self.slack} and {self.hand_over}")
         if not self.pushes or not all(push > 0 and math.isfinite(push) for push in self.pushes):
             raise InputError(f"pushes must be positive numbers; got {self.pushes}")
 
+    def verdict(self, state: Search) -> Tensor:
+        """What the gradients at the input were found to be, (B,): MASKED, CURVED, or -1."""
+        return state.verdict
+
     def done(self, state: Search) -> Tensor:
-        return state.misled
+        return state.verdict != _OPEN
 
     def opening(self, classes: int) -> tuple[int, int]:
         return 1, max(1, min(self.classes, classes - 1))
@@ -122,11 +143,15 @@ class DualAveraging(Stepping):
         nothing = torch.full_like(problem.eps, torch.inf)
         walk, tried = Walk(x, torch.zeros_like(x), nothing, nothing), (len(x), self.targets)
         first, gap = x.new_zeros(*tried, *x.shape[1:]), nothing.new_zeros(tried)
-        return Search(walk, walk, zero, zero, zero, zero > 0, zero[:, None].expand(tried) - 1, first, gap)
+        found = problem.best
+        away = torch.where(found.success, found.distance, nothing)
+        top = select(found.success, Walk(found.points, torch.zeros_like(x), away, away), walk)
+        number = found.success.long() * self.targets  # in a `Sequence`: no class needs to be explored
+        return Search(walk, top, number, zero, zero, zero, zero, zero + _OPEN, zero[:, None].expand(tried) - 1, first, gap)
 
     def step(self, problem: Problem, state: Search) -> Search:
-        opening = (problem.k == 0).to(problem.origin.device)
-        for which, move in ((opening, self._open), (~opening, self._walk)):
+        opening, known = (problem.k == 0).to(problem.origin.device), state.number >= self.targets
+        for which, move in ((opening & ~known, self._open), (opening & known, self._go_on), (~opening, self._walk)):
             if bool(which.all()):
                 return move(problem, state)
             if bool(which.any()):
@@ -160,7 +185,14 @@ class DualAveraging(Stepping):
         ranked[:, tried], gaps[:, tried] = order[each, nearest], gap[each, nearest]
         first[:, tried] = found.gradients[each, nearest]
         walk = self._set_out(problem, first[:, 0], gaps[:, 0])
-        return Search(walk, state.top, state.number, state.j + 1, ranked[:, 0], state.misled, ranked, first, gaps)
+        return replace(state, walk=walk, j=state.j + 1, target=ranked[:, 0], order=ranked, first=first, gap=gaps)
+
+    def _go_on(self, problem: Problem, state: Search) -> Search:
+        """Set out from beyond the best point that an earlier attack has found."""
+        gradient = problem.loss_and_grad(state.top.x, "margin").gradient
+        top = replace(state.top, gradient=gradient)
+        push = torch.full_like(top.best, self.pushes[0])
+        return replace(state, walk=self._beyond(problem, top, push), top=top)
 
     def _set_out(self, problem: Problem, gradient: Tensor, gap: Tensor) -> Walk:
         """To the extreme point where the margin, linearised at the input, vanishes."""
@@ -191,13 +223,16 @@ class DualAveraging(Stepping):
         progress = state.j.double() / last
         w = self.averaging**progress
         gamma = self.gamma_init * (self.gamma_final / self.gamma_init) ** progress
+        streak = torch.where(success, state.streak.clamp(min=0) + 1, state.streak.clamp(max=0) - 1)
+        speed = 2.0 ** (streak.abs() - 1 - _STREAK).clamp(min=0).double()
+        rate = torch.minimum(speed * gamma, gamma.clamp(min=self.gamma_init))
         gradient = walk.gradient + (found.gradient - walk.gradient) * rows(w.to(walk.x.dtype), walk.x)
         if norm is Norm.L0:
-            eps = _next_count(success, best, walk.eps, away, gamma)
+            eps = _next_count(success, best, walk.eps, away, rate)
         else:
             steepness = length(found.gradient, DUAL[norm])
             move = torch.where(steepness > 0, -surplus / steepness, torch.zeros_like(steepness))
-            eps = _next_radius(success, best, move, away, gamma)
+            eps = _next_radius(success, best, speed * move, away, rate)
         x = problem.within(eps).region.extreme(gradient)
         if norm is not Norm.L0:
             scale = torch.where(away > 0, eps / away, torch.zeros_like(eps))
@@ -206,17 +241,30 @@ class DualAveraging(Stepping):
 
         better = success & (away <= best) & (best < top.best)
         top = select(better, Walk(walk.x, gradient, best, best), top)
-        behind = exploring & (state.j + 1 >= self.patience) & (torch.minimum(eps, best) > self.slack * top.best)
-        over = behind | (state.j >= last)
-        misled = state.misled
-        if math.isfinite(self.hand_over):
-            gain = (top.gradient.double() * (top.x - problem.origin).double()).flatten(1).sum(1)
-            share = gain / state.gap[:, 0]  # 1 where the margin is linear, whichever end one looks from
-            linear = (share <= self.hand_over) & (share * self.hand_over >= 1)
-            misled = misled | ((state.number == 0) & ((state.j + 1 == self.patience) | over) & ~linear)
-        walk = Walk(x, gradient, eps, best)
-        state = Search(walk, top, state.number, state.j + 1, state.target, misled, state.order, state.first, state.gap)
+        steps = state.j + state.waited + 1
+        behind = exploring & (steps >= self.patience) & (torch.minimum(eps, best) > self.slack * top.best)
+        over = behind | (state.j >= last) | (state.waited >= last)
+        verdict = state.verdict
+        if self.hand_over is not None:
+            asked = (state.number == 0) & ((steps == self.patience) | over)
+            verdict = torch.where(asked, self._judge(problem, state, surplus, self.hand_over), verdict)
+        waits = ~torch.isfinite(best)
+        if self.hold is not None:
+            waits |= success & (streak > self.hold)
+        state = replace(
+            state, walk=Walk(x, gradient, eps, best), top=top, j=state.j + (~waits).long(),
+            waited=state.waited + waits.long(), streak=streak, verdict=verdict,
+        )  # fmt: skip
         return self._begin_again(problem, state, over) if bool(over.any()) else state
+
+    def _judge(self, problem: Problem, state: Search, surplus: Tensor, factor: float) -> Tensor:
+        """Compare what the margin gained on the way from the input with what its gradient there promised."""
+        gained = surplus + state.gap[:, 0]
+        promised = (state.first[:, 0].double() * (state.walk.x - problem.origin).double()).flatten(1).sum(1)
+        gained = gained.clamp(min=0)
+        as_promised = (gained <= factor * promised) & (promised <= factor * gained)
+        curved = (promised > factor**2 * gained) & (promised > 1.25 * state.gap[:, 0])
+        return torch.where(as_promised, _OPEN, torch.where(curved, CURVED, MASKED))
 
     def _begin_again(self, problem: Problem, state: Search, over: Tensor) -> Search:
         """The next walk for the samples whose walk is over."""
@@ -236,6 +284,8 @@ class DualAveraging(Stepping):
             state,
             walk=select(over, fresh, state.walk),
             number=number,
+            waited=torch.where(over, 0, state.waited),
+            streak=torch.where(over, 0, state.streak),
             j=torch.where(over, exploring.long(), state.j),  # setting out is an exploring walk's first step
             target=torch.where(over & exploring, target, state.target),
         )

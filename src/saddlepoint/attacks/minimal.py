@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 
 from saddlepoint.attacks.brendel_bethge import BrendelBethge
 from saddlepoint.attacks.dual import DualAveraging
-from saddlepoint.attacks.fmn import SigmaZero
+from saddlepoint.attacks.fmn import FMN, SigmaZero
 from saddlepoint.attacks.registry import as_attack
-from saddlepoint.attacks.wrappers import Sequence
+from saddlepoint.attacks.wrappers import Fork, Sequence
 from saddlepoint.engine import Attack, Budget
 from saddlepoint.errors import InputError, UnknownNameError
 from saddlepoint.taxonomy import Norm
 
 MINIMAL = "minimal"  # the name that stands for it
 PASSES = 1000  # where no budget says
-# By which factor a gradient may be wrong before another attack takes over, see `DualAveraging.hand_over`: more than it mostly
-# is where gradients are honest, which differs from norm to norm.
-_MISLED = {Norm.L0: 2.0, Norm.L1: 1.5, Norm.L2: 1.5, Norm.LINF: 2.0}
+_MISLED = 1.5  # by which factor the gradient at the input may be wrong before another attack goes on
 
 
 def minimal(norm: Norm | str, passes: int = PASSES) -> Attack:
@@ -29,33 +27,34 @@ def minimal(norm: Norm | str, passes: int = PASSES) -> Attack:
     Errors: `UnknownNameError` for an unknown norm, `InputError` for passes < 1.
 
     >>> import saddlepoint as sp
-    >>> [type(part).__name__ for part in sp.attacks.minimal("l2", passes=200).attacks]
-    ['DualAveraging', 'BrendelBethge']
+    >>> [type(part).__name__ for part in sp.attacks.minimal("l0", passes=200).attacks]
+    ['DualAveraging', 'SigmaZero', 'FMN']
     """
     if norm not in set(Norm):
         raise UnknownNameError("norm", str(norm), [each.value for each in Norm])
     if passes < 1:
         raise InputError(f"passes must be at least 1; got {passes}")
+    norm = Norm(norm)
     classes = max(1, min(9, passes // 20))
     steps = max(1, (passes - 2 - classes) // 2 + 1)  # the first ranks the classes, each other one costs two, the last look one
-    many, norm = steps >= 300, Norm(norm)
-    # with many passes, later walks of l2 and l-infinity come as far by themselves
-    hands_over = steps >= 40 and not (many and norm in (Norm.L2, Norm.LINF))
+    many = steps >= 300
     walks = DualAveraging(
         steps=steps,
         classes=classes,
         targets=5 if many else 3,
         explore=40 if many else 35 if norm is Norm.L1 else 25,
         again=70 if many else 35,
-        pushes=(2.0, 1.0, 1.5, 3.0) if many or norm is Norm.L2 else (1.5, 1.0, 2.0, 3.0),
-        patience=8 if norm is Norm.L0 else 5,
-        hand_over=_MISLED[norm] if hands_over else math.inf,
+        pushes=(2.0, 1.0, 1.5, 3.0) if many else (1.0, 2.0, 1.5, 3.0),
+        hold=3 if norm is Norm.LINF else None,
     )
-    if not hands_over:
+    if steps < 40 or norm in (Norm.L2, Norm.LINF):
         return walks
-    # what walks that begin far on the other side find, where the gradients near the input mislead
-    rest = steps - 7
-    return Sequence(walks, SigmaZero(steps=rest) if norm is Norm.L0 else BrendelBethge(steps=rest - 8, fresh=True))
+    first, rest = replace(walks, hand_over=_MISLED), steps - walks.patience
+    if norm is Norm.L0:
+        return Fork(first, SigmaZero(steps=rest), FMN(steps=rest))
+    far = BrendelBethge(steps=min(100, rest * 3 // 7), fresh=True)
+    on = replace(walks, again=70 if many else 40, pushes=(1.0, 2.0))
+    return Fork(first, Sequence(far, on), FMN(steps=rest))
 
 
 def for_budget(norm: Norm, budget: Budget | None) -> Attack:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Any, Protocol, cast, final
 
 import torch
 from torch import Tensor
@@ -144,23 +145,15 @@ class Sequential:
     k: Tensor
 
 
-@final
 @dataclass(frozen=True, kw_only=True)
-class Sequence(Attack):
-    """One attack after another on each sample; the best point of all counts.
-
-    A later attack can begin where the earlier ones came (`problem.best`). Samples in different stages share a batch.
-
-    >>> import saddlepoint as sp
-    >>> sp.attacks.Sequence(sp.attacks.FGSM(), sp.attacks.PGD(steps=20)).iterations
-    21
-    """
+class _Staged(Attack):
+    """Several attacks of which each sample is in one at a time. Samples in different ones share a batch."""
 
     attacks: tuple[Attack, ...]
 
     def __init__(self, *attacks: Attack | str) -> None:
         if not attacks:
-            raise InputError("Sequence needs at least one attack")
+            raise InputError(f"{type(self).__name__} needs at least one attack")
         parts = tuple(as_attack(attack) for attack in attacks)
         object.__setattr__(self, "attacks", parts)
         each = [part.declaration for part in parts]
@@ -183,11 +176,11 @@ class Sequence(Attack):
         )
 
     def __repr__(self) -> str:
-        return f"Sequence({', '.join(map(repr, self.attacks))})"
+        return f"{type(self).__name__}({', '.join(map(repr, self.attacks))})"
 
-    @property
-    def iterations(self) -> int:
-        return sum(_length(attack) for attack in self.attacks)
+    @abstractmethod
+    def _next(self, number: int, inner: State) -> Tensor | int:
+        """The stage after stage `number`, one for all or (B,)."""
 
     def cost(self, classes: int) -> tuple[int, int]:
         costs = [attack.cost(classes) for attack in self.attacks] + [attack.opening(classes) for attack in self.attacks[1:]]
@@ -231,7 +224,7 @@ class Sequence(Attack):
                 mine = select(entering, attack.init(part.restarted(run, k[here])), mine)
             mine, over = _advance(attack, part, mine, k[here], run)
             k[here] = torch.where(over, torch.zeros_like(over, dtype=torch.int64), k[here] + 1)
-            stage[here] += over.long()
+            stage[here] = torch.where(over, torch.as_tensor(self._next(number, mine)).cpu(), stage[here])
             if attack.judge:
                 part.logits(attack.current(mine))
             elif number + 1 < len(self.attacks):
@@ -249,6 +242,65 @@ class Sequence(Attack):
             if bool(here.any()):
                 x = select(here, self.attacks[number].current(state.inner[number]), x)
         return x
+
+
+@final
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Sequence(_Staged):
+    """One attack after another on each sample; the best point of all counts.
+
+    A later attack can begin where the earlier ones came (`problem.best`).
+
+    >>> import saddlepoint as sp
+    >>> sp.attacks.Sequence(sp.attacks.FGSM(), sp.attacks.PGD(steps=20)).iterations
+    21
+    """
+
+    def __init__(self, *attacks: Attack | str) -> None:
+        super().__init__(*attacks)
+
+    @property
+    def iterations(self) -> int:
+        return sum(_length(attack) for attack in self.attacks)
+
+    def _next(self, number: int, inner: State) -> int:
+        return number + 1
+
+
+class Triage(Protocol):
+    """An attack that finds out what a sample needs: `verdict(state)` is a branch's number (B,), or -1 for none."""
+
+    def verdict(self, state: Any, /) -> Tensor: ...
+
+
+@final
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Fork(_Staged):
+    """The first attack says for each sample, by its `verdict`, which of the `branches` goes on with it, if any.
+
+    >>> import saddlepoint as sp
+    >>> walks = sp.attacks.DualAveraging(steps=50, hand_over=2.0)
+    >>> sp.attacks.Fork(walks, sp.attacks.DDN(steps=30), sp.attacks.FMN(steps=40)).iterations
+    90
+    """
+
+    def __init__(self, first: Attack, *branches: Attack | str) -> None:
+        if not hasattr(first, "verdict"):
+            raise InputError(
+                f"{type(first).__name__} has no verdict(state): a Fork needs a first attack that tells samples apart"
+            )
+        super().__init__(first, *branches)
+
+    @property
+    def iterations(self) -> int:
+        first, *branches = (_length(attack) for attack in self.attacks)
+        return first + max(branches, default=0)
+
+    def _next(self, number: int, inner: State) -> Tensor | int:
+        if number:
+            return len(self.attacks)
+        verdict = cast(Triage, self.attacks[0]).verdict(inner)
+        return torch.where(verdict < 0, len(self.attacks), verdict + 1)
 
 
 @dataclass(frozen=True)
