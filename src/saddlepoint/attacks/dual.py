@@ -92,8 +92,7 @@ class DualAveraging(Stepping):
 
     hand_over: after `patience` steps, or with its first walk, a sample gets a `verdict`: what did the margin gain on the way
     from the input, and what did its gradient there promise? If they differ by more than this factor, the sample leaves, and
-    in a `Fork` another attack goes on with it. Far too little gained, on a way that promised more than enough: the margin is
-    CURVED.
+    in a `Fork` another attack goes on with it. Far too little gained, on a way that promised enough: the margin is CURVED.
     Otherwise the gradient is MASKED: what moves the margin does not show at the input.
 
     Ours. The linear step on a ball is that of Frank & Wolfe (1956), averages of gradients are those of Nesterov (2009).
@@ -263,7 +262,7 @@ class DualAveraging(Stepping):
         promised = (state.first[:, 0].double() * (state.walk.x - problem.origin).double()).flatten(1).sum(1)
         gained = gained.clamp(min=0)
         as_promised = (gained <= factor * promised) & (promised <= factor * gained)
-        curved = (promised > factor**2 * gained) & (promised > 1.25 * state.gap[:, 0])
+        curved = (promised > 2 * factor * gained) & (promised > state.gap[:, 0])
         return torch.where(as_promised, _OPEN, torch.where(curved, CURVED, MASKED))
 
     def _begin_again(self, problem: Problem, state: Search, over: Tensor) -> Search:

@@ -15,7 +15,7 @@ from saddlepoint.taxonomy import Norm
 
 MINIMAL = "minimal"  # the name that stands for it
 PASSES = 1000  # where no budget says
-_MISLED = 1.5  # by which factor the gradient at the input may be wrong before another attack goes on
+_MISLED = 2.0  # by which factor the gradient at the input may be wrong before another attack goes on
 
 
 def minimal(norm: Norm | str, passes: int = PASSES) -> Attack:
@@ -54,7 +54,7 @@ def minimal(norm: Norm | str, passes: int = PASSES) -> Attack:
         return Fork(first, SigmaZero(steps=rest), FMN(steps=rest))
     far = BrendelBethge(steps=min(100, rest * 3 // 7), fresh=True)
     on = replace(walks, again=70 if many else 40, pushes=(1.0, 2.0))
-    return Fork(first, Sequence(far, on), FMN(steps=rest))
+    return Fork(first, Sequence(far, on), FMN(steps=rest, alpha_init=0.3))
 
 
 def for_budget(norm: Norm, budget: Budget | None) -> Attack:
