@@ -354,6 +354,27 @@ def show(rows: list[Row], lines: list[Row], norm: str, title: str) -> None:
         )
 
 
+def short(report: list[Row], passes: int) -> None:
+    """One line for each network and norm: "minimal", the best of all ours, and the best peer, all at default settings."""
+    print(f"\n### {passes} passes\n")
+    head = (
+        "network | norm | minimal | within 1 % of all peers | LO | best of ours | best peer | minimal no worse | ours no worse"
+    )
+    print(f"| {head} |")
+    print("| --- | --- | ---: | ---: | ---: | --- | --- | --- | --- |")
+    for part in report:
+        lines = [line for line in part["summary"] if line["peers"] == "default settings"]
+        mine = next((line for line in lines if line["attack"] == "minimal"), None)
+        if part["passes"] != passes or mine is None:
+            continue
+        norm, best = part["norm"], min(lines, key=lambda line: line["median"])
+        row = next(row for row in part["rows"] if row["who"] == OURS and row["attack"] == "minimal")
+        cells = [part["model"], norm, number(mine["median"], norm), f"{mine['near']:.0%}", f"{row['optimality']:.3f}"]
+        cells.append(f"{number(best['median'], norm)} {best['attack']}")
+        cells.append(f"{number(mine['best_median'], norm)} {mine['best_peer']}")
+        print("| " + " | ".join([*cells, *("yes" if line["won"] else "no" for line in (mine, best))]) + " |")
+
+
 def tables(store: Store, options: argparse.Namespace) -> list[Row]:
     """Print what the cache holds of what is asked for."""
     report = []
@@ -369,7 +390,8 @@ def tables(store: Store, options: argparse.Namespace) -> list[Row]:
                     continue
                 lines = summary(store, rows, [chosen[other] for other in chosen if other <= passes])
                 where = f"{options.count} samples from {options.start}"
-                show(rows, lines, norm, f"{model}, {norm}, {passes} passes ({where})")
+                if not options.short:
+                    show(rows, lines, norm, f"{model}, {norm}, {passes} passes ({where})")
                 kept = [{key: value for key, value in row.items() if key != "found"} for row in rows]
                 report.append({"model": model, "norm": norm, "passes": passes, "rows": kept, "summary": lines})
     return report
@@ -451,6 +473,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=600.0, help="seconds after which a run is stopped; default 600")
     parser.add_argument("--plan", action="store_true", help="list what would run, and how long")
     parser.add_argument("--table", action="store_true", help="print the cache's tables, run nothing")
+    parser.add_argument("--short", action="store_true", help="of the tables, one line for each network and norm")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the tables there too")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.models if name not in REFERENCES]:
@@ -468,6 +491,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.plan:
             return 0
     report = tables(store, options)
+    if options.short:
+        for passes in options.passes:
+            short(report, passes)
     if options.json:
         facts = {
             "date": date.today().isoformat(), "python": platform.python_version(), "torch": torch.__version__,

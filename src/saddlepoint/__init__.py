@@ -22,7 +22,22 @@ from saddlepoint.errors import (
     SaddlepointWarning,
     UnknownNameError,
 )
-from saddlepoint.evaluate import Comparison, Distances, compare, distance
+from saddlepoint.evaluate import (
+    AdversarialSet,
+    Campaign,
+    Comparison,
+    Diagnosis,
+    Distances,
+    Evaluation,
+    Union,
+    compare,
+    compare_campaigns,
+    diagnose,
+    distance,
+    evaluate,
+    export,
+    replay,
+)
 from saddlepoint.goals import FalsePositive, Targeted, Untargeted
 from saddlepoint.models import Classifier, Defended, Ensemble, Model, Transform
 from saddlepoint.taxonomy import Access, Norm, Scope, Status
@@ -31,9 +46,10 @@ from saddlepoint.threats import L0, L1, L2, Linf, Minimize
 __version__ = "0.1.0"
 
 __all__ = [
-    "L0", "L1", "L2", "Access", "Adversarial", "AttackResult", "Budget", "CapabilityError", "Classifier", "Comparison",
-    "DataError", "Defended", "Distances", "Ensemble", "FalsePositive", "Hardening", "InputError", "Interrupted", "Linf",
-    "Minimize", "MissingExtraError", "Model", "ModelError", "Norm", "SaddlepointError", "SaddlepointWarning", "Scope",
-    "Standard", "Status", "Targeted", "Training", "Transform", "UnknownNameError", "Untargeted", "attack", "attacks",
-    "compare", "data", "distance", "harden", "models", "perturb", "train", "zoo",
+    "L0", "L1", "L2", "Access", "Adversarial", "AdversarialSet", "AttackResult", "Budget", "Campaign", "CapabilityError",
+    "Classifier", "Comparison", "DataError", "Defended", "Diagnosis", "Distances", "Ensemble", "Evaluation",
+    "FalsePositive", "Hardening", "InputError", "Interrupted", "Linf", "Minimize", "MissingExtraError", "Model",
+    "ModelError", "Norm", "SaddlepointError", "SaddlepointWarning", "Scope", "Standard", "Status", "Targeted", "Training",
+    "Transform", "Union", "UnknownNameError", "Untargeted", "attack", "attacks", "compare", "compare_campaigns", "data",
+    "diagnose", "distance", "evaluate", "export", "harden", "models", "perturb", "replay", "train", "zoo",
 ]  # fmt: skip

@@ -38,6 +38,11 @@ class Case:
         return (self.goal or self.attack.default_goal()).targeted
 
     @property
+    def looks_back(self) -> bool:
+        """Whether a step in which a run ends also looks at where it ended, after the point of its success."""
+        return self.wrapped or isinstance(self.attack, sp.attacks.AutoAttack)
+
+    @property
     def wrapped(self) -> bool:
         return isinstance(self.attack, sp.attacks.Restarts)
 
@@ -55,7 +60,7 @@ class Case:
 def small(cls: type[Attack], **settings: Any) -> Attack:
     """The attack with few steps, where it has steps."""
     names = {f.name for f in fields(cls)}
-    return cls(**{name: value for name, value in ({"steps": 4} | settings).items() if name in names})
+    return cls(**{name: value for name, value in ({"steps": 4, "queries": 8} | settings).items() if name in names})
 
 
 def cases() -> list[Case]:

@@ -234,7 +234,7 @@ def test_best_of_all_evaluated(case: Case, keep: str, mlp: nn.Module, samples: S
         if keep == "first" and result.success[0]:
             first = int((margin >= result.tau).nonzero()[0])
             assert torch.equal(points[first], result.adversarial[0])
-            assert first >= len(points) - 2 or case.wrapped, "and then the sample was done but for its confirmation"
+            assert first >= len(points) - 2 or case.looks_back, "and then the sample was done but for its confirmation"
         else:
             best = float(margin.max())
             torch.testing.assert_close(float(result.margin[0]), best, rtol=1e-4, atol=1e-4)

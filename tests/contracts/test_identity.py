@@ -5,6 +5,7 @@ And no other registered attack passes in its place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -172,7 +173,21 @@ def sign_noise() -> Tensor:
 
 S = {"steps": STEPS, "step_size": E / 4}
 Row = tuple[object, Threat, object, Callable[[], Tensor]]
+
+
+def sprint() -> Tensor:
+    x, velocity = clip(X + E * keys().sign((7,), torch.float64), E), torch.zeros_like(X)
+    for k in range(STEPS):
+        hidden = torch.tanh(x @ W1.T + B1)
+        rival = (hidden @ W2.T + B2).scatter(1, Y[:, None], -torch.inf).argmax(1)
+        g = ((W2[rival] - W2[Y]) * (1 - hidden**2)) @ W1
+        velocity = 0.75 * velocity + g / g.abs().sum(1, keepdim=True)
+        x = clip(x + E * (1 + math.cos(math.pi * k / STEPS)) / 2 * velocity.sign(), E)
+    return x
+
+
 ROWS: dict[str, Row] = {
+    "Sprint": (A.Sprint(steps=STEPS), sp.Linf(E), None, sprint),
     "FGSM": (A.FGSM(), sp.Linf(E), None, fgsm),
     "FGSM targeted": (A.FGSM(), sp.Linf(E), sp.Targeted("next"), fgsm_targeted),
     "FGM": (A.FGM(), sp.L2(E), None, fgm_l2),
@@ -209,6 +224,7 @@ def test_the_hand_written_derivative_is_right() -> None:
 ELSEWHERE = {
     "test_attacks_fmn.py": {"DDN", "FMN", "SigmaZero", "DualAveraging"},
     "test_attacks_apgd.py": {"APGD", "APGDT"},
+    "test_attacks_autoattack.py": {"AutoAttack"},
     "test_attacks_square.py": {"Square"},
     "test_attacks_penalty.py": {"LBFGS", "EAD", "CarliniWagnerL0", "CarliniWagnerL2", "CarliniWagnerLinf"},
     "test_attacks_deepfool.py": {"DeepFool", "SuperDeepFool", "SparseFool"},

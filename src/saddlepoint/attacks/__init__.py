@@ -4,7 +4,8 @@ A new attack is one file with `init` and `step` and the `@register` line (see CO
 """
 
 from saddlepoint.attacks.apgd import APGD, APGDT
-from saddlepoint.attacks.ascent import BIM, FGM, FGSM, ILLC, MIFGSM, NIFGSM, OTCM, PGD, RFGSM, FastGradientValue
+from saddlepoint.attacks.ascent import BIM, FGM, FGSM, ILLC, MIFGSM, NIFGSM, OTCM, PGD, RFGSM, FastGradientValue, Sprint
+from saddlepoint.attacks.autoattack import AutoAttack
 from saddlepoint.attacks.brendel_bethge import BrendelBethge
 from saddlepoint.attacks.carlini_wagner import CarliniWagnerL0, CarliniWagnerL2, CarliniWagnerLinf
 from saddlepoint.attacks.deepfool import DeepFool, SparseFool, SuperDeepFool
@@ -23,9 +24,51 @@ from saddlepoint.attacks.square import Square
 from saddlepoint.attacks.wrappers import Bisect, Fork, Restarts, Sequence
 
 __all__ = [
-    "ALMA", "APGD", "APGDT", "BIM", "DDN", "EAD", "FAB", "FGM", "FGSM", "FMN", "ILLC", "JSMA", "LBFGS", "MIFGSM", "NIFGSM",
-    "OTCM", "PDGD", "PDPGD", "PGD", "RFGSM", "Bisect", "BrendelBethge", "CarliniWagnerL0", "CarliniWagnerL2",
-    "CarliniWagnerLinf", "DeepFool", "DualAveraging", "External", "FastGradientValue", "Fork", "GaussianNoise", "HotCold",
-    "LinearClosedForm", "Restarts", "Sequence", "SigmaZero", "SignNoise", "SparseFool", "Square", "SuperDeepFool",
-    "UniformNoise", "find", "get", "minimal", "register",
+    "ALMA",
+    "APGD",
+    "APGDT",
+    "BIM",
+    "DDN",
+    "EAD",
+    "FAB",
+    "FGM",
+    "FGSM",
+    "FMN",
+    "ILLC",
+    "JSMA",
+    "LBFGS",
+    "MIFGSM",
+    "NIFGSM",
+    "OTCM",
+    "PDGD",
+    "PDPGD",
+    "PGD",
+    "RFGSM",
+    "AutoAttack",
+    "Bisect",
+    "BrendelBethge",
+    "CarliniWagnerL0",
+    "CarliniWagnerL2",
+    "CarliniWagnerLinf",
+    "DeepFool",
+    "DualAveraging",
+    "External",
+    "FastGradientValue",
+    "Fork",
+    "GaussianNoise",
+    "HotCold",
+    "LinearClosedForm",
+    "Restarts",
+    "Sequence",
+    "SigmaZero",
+    "SignNoise",
+    "SparseFool",
+    "Sprint",
+    "Square",
+    "SuperDeepFool",
+    "UniformNoise",
+    "find",
+    "get",
+    "minimal",
+    "register",
 ]  # fmt: skip

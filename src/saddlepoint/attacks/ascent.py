@@ -467,3 +467,36 @@ class NIFGSM(SteepestAscent):
             momentum=self.momentum,
             look_ahead=True,
         )
+
+
+@register(
+    Declaration(
+        summary="a short ascent with momentum from a random corner of the ball, the step size falling from eps to 0",
+        reference="ours; after Madry et al. 2018, arXiv:1706.06083, and Dong et al. 2018, arXiv:1710.06081",
+        norms=_BALLS,
+        linear_oracle=1.05,
+    )
+)
+@final
+@dataclass(frozen=True, kw_only=True)
+class Sprint(SteepestAscent):
+    """The first attack of `sp.evaluate`: most of what falls at all falls to a few large steps on the margin.
+
+        x_0 = a random corner of the ball,    step size eps * (1 + cos(pi k / steps)) / 2,    momentum as in `MIFGSM`
+
+    Ours, of known parts: PGD's start and projection, momentum of MI-FGSM, a cosine schedule from eps.
+    """
+
+    steps: int = 10
+    loss: str | Loss = "margin"
+    momentum: float = 0.75
+
+    def recipe(self) -> Recipe:
+        return Recipe(
+            steps=self.steps,
+            loss=self.loss,
+            path=self.steps,
+            schedule="cosine",
+            start="sign",
+            momentum=self.momentum,
+        )

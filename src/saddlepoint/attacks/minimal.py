@@ -15,7 +15,8 @@ from saddlepoint.taxonomy import Norm
 
 MINIMAL = "minimal"  # the name that stands for it
 PASSES = 1000  # where no budget says
-_MISLED = 2.0  # by which factor the gradient at the input may be wrong before another attack goes on
+# by which factor the gradient at the input may be wrong before another attack goes on
+_MISLED = {Norm.L0: 2.0, Norm.L1: 2.0, Norm.L2: 3.0}
 
 
 def minimal(norm: Norm | str, passes: int = PASSES) -> Attack:
@@ -44,17 +45,17 @@ def minimal(norm: Norm | str, passes: int = PASSES) -> Attack:
         targets=5 if many else 3,
         explore=40 if many else 35 if norm is Norm.L1 else 25,
         again=70 if many else 35,
-        pushes=(2.0, 1.0, 1.5, 3.0) if many else (1.0, 2.0, 1.5, 3.0),
+        pushes=(2.0, 1.0, 1.5, 3.0) if many or norm is Norm.L2 else (1.0, 2.0, 1.5, 3.0),
         hold=3 if norm is Norm.LINF else None,
     )
-    if steps < 40 or norm in (Norm.L2, Norm.LINF):
+    if steps < 40 or norm is Norm.LINF or (many and norm is Norm.L2):
         return walks
-    first, rest = replace(walks, hand_over=_MISLED), steps - walks.patience
+    first, rest = replace(walks, hand_over=_MISLED[norm]), steps - walks.patience
     if norm is Norm.L0:
         return Fork(first, SigmaZero(steps=rest), FMN(steps=rest))
     far = BrendelBethge(steps=min(100, rest * 3 // 7), fresh=True)
     on = replace(walks, again=70 if many else 40, pushes=(1.0, 2.0))
-    return Fork(first, Sequence(far, on), FMN(steps=rest, alpha_init=0.3))
+    return Fork(first, Sequence(far, on), FMN(steps=rest, alpha_init=0.3) if norm is Norm.L1 else walks)
 
 
 def for_budget(norm: Norm, budget: Budget | None) -> Attack:

@@ -20,6 +20,7 @@ from saddlepoint.attacks import find
 from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.cli import config as configuration
 from saddlepoint.cli import inputs
+from saddlepoint.cli.cascade import cascade
 from saddlepoint.cli.config import ConfigFile
 from saddlepoint.cli.distance import distance
 from saddlepoint.cli.options import (
@@ -113,16 +114,30 @@ def evaluate(
     std: Std = None,
     device: Device = None,
     root: Root = None,
+    effort: Annotated[
+        Literal["quick", "standard", "thorough"] | None,
+        typer.Option(help="Instead of --attack: a cascade of attacks, for a figure to rely on; goes on where it was stopped."),
+    ] = None,
+    at_least: Annotated[
+        float | None, typer.Option(help="With --effort: exit status 1 if robust accuracy is below, such as 0.6.")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option(help="With --at-least: a JUnit XML file for CI.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("reports/evaluate"),
     config: ConfigFile = None,
 ) -> None:
     """Attack models at several eps, and write a report: accuracies, security curve, pictures, results.json."""
+    if effort is None and (at_least is not None or junit is not None):
+        raise InputError("--at-least and --junit judge the cascade: add --effort standard")
+    if junit is not None and at_least is None:
+        raise InputError("--junit says whether --at-least is reached: add --at-least 0.6, for instance")
     found = inputs.dataset(data, root)
     threats = inputs.threats(norm, eps)
     chosen = [inputs.attack(text, norm, passes) for text in attack]
     models = inputs.models(model, found, mean=mean, std=std, device=device)
     warn_of_random_weights(model)
     split = inputs.samples(found, samples)
+    if effort is not None:
+        return cascade(models, split, threats, effort, out, seed=seed, batch_size=batch_size, at_least=at_least, junit=junit)
     result = compare(
         models, split.x, split.y, chosen, threats, seed=seed, batch_size=batch_size, budget=Budget(passes=passes), progress=True
     )

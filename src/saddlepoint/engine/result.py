@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +133,17 @@ class AttackResult:
     def success_rate(self) -> float:
         """Share of the samples that could be attacked (not already wrong) and were fooled."""
         return _mean(self.having(Status.FOOLED)[~self.having(Status.ALREADY_WRONG)])
+
+    def at(self, positions: Tensor) -> AttackResult:
+        """The same as a part of something larger, where its samples have these positions (N,)."""
+        return replace(self, index=positions.to(self.index.device), order=positions.to(self.order.device))
+
+    def select(self, rows: Tensor) -> AttackResult:
+        """The same for some rows, (K,) positions in this result."""
+        columns = {name: values[rows.to(values.device)] for name, values in self._tensors().items()}
+        return _from_columns(
+            columns, probe=self.queries.probe, seconds=self.seconds, tau=self.tau, notes=self.notes, config=self.config
+        )
 
     def summary(self) -> str:
         """The main figures as a table in plain text."""

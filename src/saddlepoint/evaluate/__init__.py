@@ -1,6 +1,16 @@
-"""How robust models are: the same attacks on the same samples side by side, and how far samples are from the boundary."""
+"""How robust models are: a figure with its evidence, attacks side by side, distances to the boundary, and what to trust."""
 
+from saddlepoint.evaluate.campaign import Campaign
+from saddlepoint.evaluate.cascade import Effort, evaluate
 from saddlepoint.evaluate.compare import Cell, Comparison, compare
+from saddlepoint.evaluate.diagnose import Diagnosis, Finding, diagnose
 from saddlepoint.evaluate.distances import Distances, Quantile, distance
+from saddlepoint.evaluate.evaluation import Evaluation, Interval, Stage, Union
+from saddlepoint.evaluate.export import AdversarialSet, export
+from saddlepoint.evaluate.paired import Case, Paired, compare_campaigns, replay
 
-__all__ = ["Cell", "Comparison", "Distances", "Quantile", "compare", "distance"]
+__all__ = [
+    "AdversarialSet", "Campaign", "Case", "Cell", "Comparison", "Diagnosis", "Distances", "Effort", "Evaluation", "Finding",
+    "Interval", "Paired", "Quantile", "Stage", "Union", "compare", "compare_campaigns", "diagnose", "distance", "evaluate",
+    "export", "replay",
+]  # fmt: skip

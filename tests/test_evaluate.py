@@ -1,0 +1,257 @@
+"""The cascade: its figure, its books, what makes it go on, and that a stopped one ends as if it had not been."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from contract_support import Counting
+from scipy.stats import binomtest
+from torch import Tensor, nn
+
+import saddlepoint as sp
+from saddlepoint.errors import CapabilityError, InputError, UnknownNameError
+from saddlepoint.evaluate import cascade
+from saddlepoint.evaluate.evaluation import STANDS, WRONG, Evaluation, binomial_limits
+
+Samples = tuple[Tensor, Tensor]
+COUNT = 120
+
+
+@pytest.fixture(scope="module")
+def many() -> Samples:
+    split = sp.data.load("digits").test.take(COUNT)
+    y = split.y.clone()
+    y[::10] = (y[::10] + 3) % 10
+    return split.x, y
+
+
+@pytest.fixture(scope="module")
+def found(mlp: nn.Module, many: Samples) -> Evaluation:
+    return sp.evaluate(sp.Model(mlp), *many, sp.Linf(0.05))
+
+
+def same(first: Evaluation, second: Evaluation) -> None:
+    assert [stage.name for stage in first.stages] == [stage.name for stage in second.stages]
+    assert torch.equal(first.broken_by, second.broken_by)
+    torch.testing.assert_close(first.adversarial, second.adversarial)
+    assert torch.equal(first.queries.forward, second.queries.forward)
+
+
+@pytest.mark.parametrize("threat", [sp.Linf(0.05), sp.L2(0.4), sp.L1(1.5), sp.L0(2)], ids=lambda threat: type(threat).__name__)
+def test_what_it_says_is_true(threat: sp.Linf, mlp: nn.Module, many: Samples) -> None:
+    x, y = many
+    counting = Counting(mlp)
+    model = sp.Model(counting)
+    evaluation = sp.evaluate(model, x, y, threat)
+    clean, after = sp.Model(mlp).predict(x), sp.Model(mlp).predict(evaluation.adversarial)
+    broken = evaluation.broken_by >= 0
+    assert torch.equal(evaluation.clean_predicted, clean)
+    assert torch.equal(evaluation.broken_by == WRONG, clean != y)
+    assert bool((after[broken] != y[broken]).all())
+    assert bool((threat.distance(evaluation.adversarial, x) <= threat.largest_eps).all())
+    assert bool((evaluation.margin[broken] > 0).all())
+    assert bool((evaluation.margin[evaluation.stands] < 0.01).all())
+    assert 0.02 < evaluation.robust_accuracy < evaluation.clean_accuracy
+    queries = evaluation.queries
+    spent = 0 if evaluation.diagnosis is None else (evaluation.diagnosis.forward + evaluation.diagnosis.backward) * 100
+    rows = int(queries.total.sum() + queries.verify.sum()) + queries.probe
+    assert rows <= counting.forward_rows + counting.backward_rows <= rows + spent + 1
+    assert evaluation.cumulative[-1][1] == evaluation.robust_accuracy
+    shares = [share for _, share in evaluation.cumulative]
+    assert shares == sorted(shares, reverse=True)
+    assert type(threat).__name__ in evaluation.summary()
+
+
+def test_each_sample_leaves_at_its_first_success(found: Evaluation) -> None:
+    for number, stage in enumerate(found.stages):
+        before = torch.zeros(len(found), dtype=torch.bool)
+        before[stage.rows] = True
+        gone = (found.broken_by >= 0) & (found.broken_by < number)
+        assert not bool((before & gone).any())
+        assert torch.equal((found.broken_by == number).nonzero()[:, 0], stage.broke.sort().values if number else stage.broke[
+            found.broken_by[stage.broke] == 0].sort().values)  # fmt: skip
+
+
+def test_no_less_than_its_parts(mlp: nn.Module, many: Samples, found: Evaluation) -> None:
+    for attack in (sp.attacks.PGD(steps=40), sp.attacks.APGDT(steps=20)):
+        other = sp.attack(sp.Model(mlp), *many, attack, sp.Linf(0.05))
+        assert found.robust_accuracy <= other.robust_accuracy + 1 / COUNT
+
+
+def test_ladders_begin_with_the_closest_and_stop(mlp: nn.Module, many: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _cascade(mlp, many, sp.Linf(0.03))
+    run.run(cascade.Plan("first", "", sp.attacks.FGSM(loss="margin")))
+    standing = (run.broken_by == STANDS).nonzero()[:, 0]
+    order = standing[run.margin[standing].argsort(descending=True, stable=True)]
+    run.run(cascade.Plan("nothing", "", sp.attacks.UniformNoise(), 0.1))
+    assert torch.equal(run.stages[1].rows, order[:12].sort().values)  # the first rung broke none
+    asked: list[Tensor] = []
+
+    def answers(plan: cascade.Plan, rows: Tensor, done: list[sp.AttackResult]) -> int:
+        asked.append(rows)
+        return 3 - len(asked)
+
+    monkeypatch.setattr(run, "_attack", answers)
+    run.run(cascade.Plan("a rung breaks two, the next one", "", sp.attacks.FGSM(), 0.1))
+    assert [len(rows) for rows in asked] == [12, 24, min(48, len(order) - 36)]
+    assert torch.equal(torch.cat(asked).sort().values, order[: sum(map(len, asked))].sort().values)
+
+
+def test_masked_gradients_bring_more_attacks_and_a_diagnosis(mlp: nn.Module, many: Samples) -> None:
+    class Hot(nn.Module):
+        """Saturates, so that cross-entropy and all but the last bits of the logits are flat."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner((x * 8).detach().round() / 8 + (x - x.detach()) * 0)
+
+    evaluation = sp.evaluate(sp.Model(Hot()), *many, sp.Linf(0.1))
+    assert evaluation.diagnosis is not None
+    assert evaluation.diagnosis.masked
+    assert {"apgd", "restarts", "square-long"} & {stage.name for stage in evaluation.stages}
+    assert any("vanished" in note for note in evaluation.notes)
+
+
+def test_a_model_without_gradients(mlp: nn.Module, many: Samples) -> None:
+    evaluation = sp.evaluate(sp.Model(mlp, access=sp.Access.SCORES), *many, sp.Linf(0.1), "quick")
+    assert int(evaluation.queries.backward.sum()) == 0
+    assert evaluation.robust_accuracy < evaluation.clean_accuracy
+    with pytest.raises(CapabilityError, match="labels only"):
+        sp.evaluate(sp.Model(mlp, access=sp.Access.LABELS), *many, sp.Linf(0.1))
+
+
+def test_figures(found: Evaluation) -> None:
+    count, standing = len(found), int(found.stands.sum())
+    assert found.interval.certified == 0
+    assert found.interval.low == 0
+    assert found.interval.attacked == found.robust_accuracy == pytest.approx(standing / count)
+    limits = binomtest(standing, count).proportion_ci(0.95)
+    assert binomial_limits(standing, count) == pytest.approx((limits.low, limits.high))
+    assert binomial_limits(0, 10)[0] == 0
+    assert binomial_limits(10, 10)[1] == 1
+    classes = found.per_class()
+    assert sum(number for number, _, _ in classes.values()) == count
+    assert sum(number * robust for number, _, robust in classes.values()) == pytest.approx(standing)
+    curve = found.curve()
+    assert curve[0] == (0.0, found.clean_accuracy)
+    assert curve[-1] == (pytest.approx(0.05), found.robust_accuracy)
+    assert [share for _, share in curve] == sorted((share for _, share in curve), reverse=True)
+    with pytest.raises(InputError, match="beyond"):
+        found.curve([0.1])
+    closest = found.closest(5)
+    assert bool(found.stands[closest].all())
+    assert float(found.margin[closest].min()) >= float(found.margin[found.stands].sort(descending=True).values[4])
+    group = found.group(found.y < 5)
+    assert len(group) == int((found.y < 5).sum())
+    assert torch.equal(group.stands, found.stands[found.y < 5])
+    assert int(group.queries.total.sum()) == int(found.queries.total[found.y < 5].sum())
+    assert found.to_dict()["robust_accuracy"] == found.robust_accuracy
+
+
+def test_worst_case_over_threats(mlp: nn.Module, many: Samples) -> None:
+    threats = [sp.Linf(0.03), sp.L2(0.3)]
+    both = sp.evaluate(sp.Model(mlp), *many, threats, "quick")
+    each = [sp.evaluate(sp.Model(mlp), *many, threat, "quick").stands for threat in threats]
+    assert torch.equal(both.stands, each[0] & each[1])
+    assert both.robust_accuracy == pytest.approx(float((each[0] & each[1]).double().mean()))
+    assert "Worst case" in both.summary()
+    assert both.interval.attacked == both.to_dict()["robust_accuracy"]
+
+
+def test_the_batch_changes_nothing(mlp: nn.Module, many: Samples, found: Evaluation) -> None:
+    other = sp.evaluate(sp.Model(mlp), *many, sp.Linf(0.05), batch_size=7)
+    assert torch.equal(found.broken_by, other.broken_by)
+
+
+def test_a_campaign_goes_on_where_it_was_stopped(mlp: nn.Module, many: Samples, found: Evaluation, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    x, y = many
+    monkeypatch.setattr(cascade, "_PART", 30)
+    whole = sp.evaluate(sp.Model(mlp), x, y, sp.Linf(0.05), campaign=sp.Campaign(tmp_path / "whole"))
+    assert torch.equal(whole.broken_by, found.broken_by)
+
+    class StoppedError(Exception):
+        pass
+
+    real, calls = cascade.run_attack, []
+
+    def breaks(*args: object, **settings: object) -> sp.AttackResult:
+        calls.append(1)
+        if len(calls) == 7:
+            raise StoppedError
+        return real(*args, **settings)  # type: ignore[arg-type]  # passed on as they came
+
+    monkeypatch.setattr(cascade, "run_attack", breaks)
+    campaign = sp.Campaign(tmp_path / "cut")
+    with pytest.raises(StoppedError):
+        sp.evaluate(sp.Model(mlp), x, y, sp.Linf(0.05), campaign=campaign)
+    again = sp.evaluate(sp.Model(mlp), x, y, sp.Linf(0.05), campaign=sp.Campaign(tmp_path / "cut"))
+    same(whole, again)
+    parts = sum(-(-len(stage.rows) // 30) for stage in whole.stages)
+    assert len(calls) <= parts + 4  # rungs end parts early
+    table = sp.Campaign(tmp_path / "cut").table()
+    assert table.num_rows == sum(len(stage.rows) for stage in whole.stages)
+    with pytest.raises(InputError, match="eps"):
+        sp.evaluate(sp.Model(mlp), x, y, sp.Linf(0.06), campaign=sp.Campaign(tmp_path / "cut"))
+
+
+def test_ctrl_c_keeps_what_is_finished(mlp: nn.Module, many: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = cascade.run_attack, []
+
+    def stops(*args: object, **settings: object) -> sp.AttackResult:
+        calls.append(1)
+        result = real(*args, **settings)  # type: ignore[arg-type]  # passed on as they came
+        if len(calls) == 2:
+            raise sp.Interrupted(result.select(torch.arange(10)))
+        return result
+
+    monkeypatch.setattr(cascade, "run_attack", stops)
+    evaluation = sp.evaluate(sp.Model(mlp), *many, sp.Linf(0.05))
+    assert not evaluation.complete
+    assert len(evaluation.stages[1].rows) == 10
+    assert "complete" in evaluation.to_dict()
+
+
+def test_what_gives_nan_is_not_robust(mlp: nn.Module, many: Samples) -> None:
+    class Broken(nn.Module):
+        """NaN for bright inputs."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x.flatten(1).sum(1, keepdim=True) > 20, torch.nan, mlp(x))
+
+    bright = many[0].flatten(1).sum(1) > 20
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", sp.SaddlepointWarning)  # the probe says so too
+        evaluation = sp.evaluate(sp.Model(Broken()), *many, sp.Linf(0.0), "quick")
+    assert bool(bright.any())
+    assert torch.equal(evaluation.stands, (sp.Model(mlp).predict(many[0]) == many[1]) & ~bright)
+    assert any("NaN" in note for note in evaluation.notes)
+
+
+def test_bad_questions(mlp: nn.Module, many: Samples) -> None:
+    model = sp.Model(mlp)
+    with pytest.raises(UnknownNameError, match="standard"):
+        sp.evaluate(model, *many, sp.Linf(0.1), "standart")  # type: ignore[call-overload]  # the mistake in question
+    with pytest.raises(InputError, match=r"sp\.distance"):
+        sp.evaluate(model, *many, sp.Minimize("l2"))
+    with pytest.raises(InputError, match="shape"):
+        sp.evaluate(model, many[0], many[1][:3], sp.Linf(0.1))
+    with pytest.raises(InputError, match="at least one threat"):
+        sp.evaluate(model, *many, [])
+    empty = sp.evaluate(model, many[0][:0], many[1][:0], sp.Linf(0.1))
+    assert len(empty) == 0
+
+
+def _cascade(net: nn.Module, samples: Samples, threat: sp.Linf) -> cascade._Cascade:
+    x, y = samples
+    none = torch.full((len(x),), STANDS)
+    return cascade._Cascade(
+        sp.Model(net), x, y, threat, 0, None, False, None, none, x.clone(),
+        torch.full((len(x),), -torch.inf, dtype=torch.float64), none.clone(), torch.zeros(len(x), dtype=torch.bool),
+    )  # fmt: skip
