@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from zoo import REFERENCES, reference, test_split  # benchmarks/zoo.py
 
 import saddlepoint as sp
+from saddlepoint.data.dataset import Split
 
 MODELS = (
     "mnist_lenet_standard", "mnist_smallcnn_trades_eps0.3", "mnist_cnnA_pgd_eps0.3", "cifar10_cnnA_adv",
@@ -67,12 +68,17 @@ class Case:
     index: list[int]
 
 
-@cache
-def case(name: str, start: int, count: int) -> Case:
+def network(name: str) -> tuple[nn.Module, Split]:
+    """A published network with its normalisation, frozen, and the test images that belong to it."""
     root = Path(os.environ["SADDLEPOINT_DATA"])
     bare, mean, std, _ = reference(name, root)
     net = Normalised(bare, mean, std).eval().requires_grad_(False)
-    split = test_split(REFERENCES[name].dataset, root)
+    return net, test_split(REFERENCES[name].dataset, root)
+
+
+@cache
+def case(name: str, start: int, count: int) -> Case:
+    net, split = network(name)
     index: list[int] = []
     for at in range(start, len(split), 100):
         right = predict(net, split.x[at : at + 100]) == split.y[at : at + 100]

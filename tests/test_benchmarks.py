@@ -50,3 +50,17 @@ def test_bad_arguments_are_one_clear_line() -> None:
     assert done.returncode == 2
     assert "--repeats" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_table_of_evaluations(tmp_path: Path) -> None:
+    """Made-up runs: the verdicts are compared image by image, the prices as a ratio."""
+    runs = [
+        {"row": "cifar10_cnnA_adv", "who": who, "count": 4, "stands": stands, "forward": forward, "backward": 10.0}
+        for who, stands, forward in (("AutoAttack", [0, 1, 2], 990.0), ("sp.evaluate", [1, 3], 15.0))
+    ]
+    cache = tmp_path / "runs.jsonl"
+    cache.write_text("".join(json.dumps(run) + "\n" for run in runs))
+    command = [sys.executable, str(SCRIPT.with_name("evaluation.py")), "--cache", str(cache), "--table"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "| 4 | 75.00% | 1000 | 50.00% | 25 | 40 | 40 | 2 | 1 |" in done.stdout

@@ -41,6 +41,27 @@ def call(capsys, *words: str) -> tuple[int, str, str]:
     return status, captured.out, captured.err
 
 
+def test_evaluate_with_effort_keeps_a_campaign_and_gates(here, capsys):
+    asked = ["evaluate", "--model", "net.py:net", "--eps", "0.05", "--samples", "40", "--effort", "quick", "--out", "out"]
+    status, out, _ = call(capsys, *asked)
+    assert status == 0
+    assert "robust accuracy" in out
+    folder = here / "out" / "net-linf-0.05"
+    table = sp.Campaign(folder).table()
+    assert table.num_rows >= 40
+    status, out, _ = call(capsys, *asked, "--at-least", "0.999", "--junit", "gate.xml")
+    assert status == 1
+    assert sp.Campaign(folder).table().num_rows == table.num_rows  # nothing was run again
+    assert "failure" in (here / "gate.xml").read_text()
+    assert json.loads((folder / "gate.json").read_text())["passed"] is False
+    assert call(capsys, *asked, "--at-least", "0.01")[0] == 0
+    assert tomllib.loads((here / "out" / "config.toml").read_text())["evaluate"]["effort"] == "quick"
+    for wrong in (["--at-least", "0.5"], ["--effort", "quick", "--junit", "gate.xml"]):
+        status, _, err = call(capsys, "evaluate", "--model", "net.py:net", *wrong)
+        assert status == 2
+        assert "--effort" in err or "--at-least" in err
+
+
 def test_evaluate_writes_report_results_and_configuration(here, capsys):
     status, out, _ = call(
         capsys, "evaluate", "--model", "net.py:net", "--model", "net.py:make", "--eps", "0.02,1/10", "--samples", "60",

@@ -137,6 +137,8 @@ def evaluate(
     warn_of_random_weights(model)
     split = inputs.samples(found, samples)
     if effort is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        configuration.write(context, out)
         return cascade(models, split, threats, effort, out, seed=seed, batch_size=batch_size, at_least=at_least, junit=junit)
     result = compare(
         models, split.x, split.y, chosen, threats, seed=seed, batch_size=batch_size, budget=Budget(passes=passes), progress=True

@@ -1,0 +1,103 @@
+"""Robust accuracy: `sp.evaluate` beside AutoAttack, verdicts and passes on the same images.
+
+    SADDLEPOINT_DATA=... python benchmarks/evaluation.py --cache FILE [--rows NAME ...] [--count N] [--only-ours]
+    SADDLEPOINT_DATA=... python benchmarks/evaluation.py --cache FILE --table
+
+AutoAttack is our `sp.attacks.AutoAttack()`: 60 images each of mnist_lenet_adv_eps0.3 and cifar10_cnnA_adv got the verdicts of
+the authors' code, for 1 to 2 % fewer passes. Passes are rows per image that a counting module saw, forward and backward, over
+all images, those included that were wrong or fell early; confirmations, the probe and the diagnosis are in them. The cache is
+a file of JSON lines, one for each finished run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from minimal import network
+from overhead import Counting
+
+import saddlepoint as sp
+
+ROWS = {
+    "mnist_smallcnn_trades_eps0.3": (sp.Linf(0.3), 10), "mnist_cnnA_pgd_eps0.3": (sp.Linf(0.3), 10),
+    "cifar10_cnnA_adv": (sp.Linf(2 / 255), 40), "cifar10_resnet2b_adv": (sp.Linf(2 / 255), 40),
+    "cifar10_convsmall_pgd": (sp.Linf(2 / 255), 40), "cifar10_cnnA_adv l2": (sp.L2(0.25), 40),
+    "mnist_lenet_adv_eps0.3 l2": (sp.L2(1.5), 10), "cifar10_resnet20_standard": (sp.Linf(2 / 255), 5),
+}  # fmt: skip
+"""Network (and norm, where it has two rows): the threat, and by how much we want to be cheaper."""
+OURS, AUTOATTACK = "sp.evaluate", "AutoAttack"
+
+
+def measure(name: str, who: str, count: int) -> dict[str, object]:
+    threat, _ = ROWS[name]
+    net, split = network(name.split()[0])
+    x, y = split.x[:count].contiguous(), split.y[:count].contiguous()
+    counting = Counting(net).eval()
+    model = sp.Model(counting)
+    began = time.perf_counter()
+    if who == OURS:
+        found = sp.evaluate(model, x, y, threat)
+        stands, notes = found.stands, list(found.notes)
+    else:
+        result = sp.attack(model, x, y, sp.attacks.AutoAttack(), threat)
+        stands, notes = result.robust, list(result.notes)
+    return {
+        "row": name, "who": who, "count": count, "stands": stands.nonzero()[:, 0].tolist(), "notes": notes,
+        "forward": sum(counting.forward_calls) / count, "backward": sum(counting.backward_calls) / count,
+        "seconds": time.perf_counter() - began,
+    }  # fmt: skip
+
+
+def table(runs: list[dict[str, object]]) -> None:
+    head = "network and threat | images | AutoAttack | passes | ours | passes | cheaper by | asked | only ours broke"
+    print(f"| {head} | only AutoAttack broke |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for name, (threat, asked) in ROWS.items():
+        mine = [run for run in runs if run["row"] == name]
+        for count in sorted({run["count"] for run in mine}):
+            latest = {run["who"]: run for run in mine if run["count"] == count}
+            if OURS not in latest:
+                continue
+            cells = [f"{name.split()[0]}, {threat.norm} {threat.largest_eps:.4g}", str(count)]
+            both = [latest.get(who) for who in (AUTOATTACK, OURS)]
+            for run in both:
+                price = "-" if run is None else f"{run['forward'] + run['backward']:.0f}"
+                cells += ["-" if run is None else f"{len(run['stands']) / count:.2%}", price]
+            if (theirs := both[0]) is not None:
+                first, second = (set(run["stands"]) for run in both)
+                ratio = (theirs["forward"] + theirs["backward"]) / (both[1]["forward"] + both[1]["backward"])
+                cells += [f"{ratio:.0f}", str(asked), str(len(first - second)), str(len(second - first))]
+            else:
+                cells += ["-", str(asked), "-", "-"]
+            print("| " + " | ".join(cells) + " |")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="sp.evaluate beside AutoAttack.")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="NAME")
+    parser.add_argument("--count", type=int, default=1000, help="the first so many test images; default 1000")
+    parser.add_argument("--only-ours", action="store_true")
+    parser.add_argument("--again", action="store_true", help="measure anew what the cache holds")
+    parser.add_argument("--cache", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--table", action="store_true", help="print what the cache holds, run nothing")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    runs = [json.loads(line) for line in options.cache.read_text().splitlines()] if options.cache.is_file() else []
+    for name in [] if options.table else options.rows:
+        for who in (OURS,) if options.only_ours else (OURS, AUTOATTACK):
+            if options.again or not any((run["row"], run["who"], run["count"]) == (name, who, options.count) for run in runs):
+                runs.append(measure(name, who, options.count))
+                with options.cache.open("a") as file:
+                    file.write(json.dumps(runs[-1]) + "\n")
+                print(f"{name}, {who}: {len(runs[-1]['stands']) / options.count:.2%}, {runs[-1]['seconds']:.0f} s", flush=True)
+    table(runs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
