@@ -86,7 +86,7 @@ def test_a_union_needs_samples_that_stand_in_all(model: sp.Model, samples: Sampl
     assert {each.within for each in both.fallen} == {"linf eps 0.08", "l1 eps 1.2"}
     assert "within linf eps 0.08 and l1 eps 1.2;" in both.message
     assert f"l1 eps 1.2: {second.stages[0].name} broke {int((second.broken_by == 0).sum())} of 20" in both.message
-    assert not gate(sp.Union((first, replace(second, complete=False))), 0.01).passed
+    assert not gate(sp.WorstCase((first, replace(second, complete=False))), 0.01).passed
 
 
 # What it says

@@ -29,7 +29,7 @@ from saddlepoint.evaluate import (
     Diagnosis,
     Distances,
     Evaluation,
-    Union,
+    WorstCase,
     compare,
     compare_campaigns,
     diagnose,
@@ -46,10 +46,11 @@ from saddlepoint.threats import L0, L1, L2, Linf, Minimize
 __version__ = "0.1.0"
 
 __all__ = [
-    "L0", "L1", "L2", "Access", "Adversarial", "AdversarialSet", "AttackResult", "Budget", "Campaign", "CapabilityError",
-    "Classifier", "Comparison", "DataError", "Defended", "Diagnosis", "Distances", "Ensemble", "Evaluation",
-    "FalsePositive", "Hardening", "InputError", "Interrupted", "Linf", "Minimize", "MissingExtraError", "Model",
-    "ModelError", "Norm", "SaddlepointError", "SaddlepointWarning", "Scope", "Standard", "Status", "Targeted", "Training",
-    "Transform", "Union", "UnknownNameError", "Untargeted", "attack", "attacks", "compare", "compare_campaigns", "data",
-    "diagnose", "distance", "evaluate", "export", "harden", "models", "perturb", "replay", "train", "zoo",
+    "L0", "L1", "L2", "Access", "Adversarial", "AdversarialSet", "AttackResult", "Budget", "Campaign",
+    "CapabilityError", "Classifier", "Comparison", "DataError", "Defended", "Diagnosis", "Distances", "Ensemble",
+    "Evaluation", "FalsePositive", "Hardening", "InputError", "Interrupted", "Linf", "Minimize", "MissingExtraError",
+    "Model", "ModelError", "Norm", "SaddlepointError", "SaddlepointWarning", "Scope", "Standard", "Status", "Targeted",
+    "Training", "Transform", "UnknownNameError", "Untargeted", "WorstCase", "attack", "attacks", "compare",
+    "compare_campaigns", "data", "diagnose", "distance", "evaluate", "export", "harden", "models", "perturb", "replay",
+    "train", "zoo",
 ]  # fmt: skip

@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 import torch
 
 from saddlepoint.errors import DataError, InputError
-from saddlepoint.evaluate.evaluation import CONFIDENCE, STANDS, WRONG, Evaluation, Union, binomial_limits
+from saddlepoint.evaluate.evaluation import CONFIDENCE, STANDS, WRONG, Evaluation, WorstCase, binomial_limits
 from saddlepoint.report.folder import replace_file
 from saddlepoint.report.gallery import Example, Gallery, Shot, kind_of, magnification
 from saddlepoint.report.words import length, listed, percent, within
@@ -261,13 +261,13 @@ class Gate:
         return figures.to_png(figures.examples(gallery))
 
 
-def gate(evaluation: Evaluation | Union, at_least: float) -> Gate:
+def gate(evaluation: Evaluation | WorstCase, at_least: float) -> Gate:
     """Check what `sp.evaluate` returned: does at least this share of all samples stand?
 
     at_least: 0.6 for 60 %. Errors: `InputError` unless it lies in (0, 1], and where there are no samples.
     """
     check_share(at_least)
-    parts = evaluation.parts if isinstance(evaluation, Union) else (evaluation,)
+    parts = evaluation.parts if isinstance(evaluation, WorstCase) else (evaluation,)
     if not parts or not len(parts[0]):
         raise InputError("the evaluation has no samples: there is nothing to check")
     return Gate(parts, at_least)

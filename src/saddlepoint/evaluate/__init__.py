@@ -5,12 +5,12 @@ from saddlepoint.evaluate.cascade import Effort, evaluate
 from saddlepoint.evaluate.compare import Cell, Comparison, compare
 from saddlepoint.evaluate.diagnose import Diagnosis, Finding, diagnose
 from saddlepoint.evaluate.distances import Distances, Quantile, distance
-from saddlepoint.evaluate.evaluation import Evaluation, Interval, Stage, Union
+from saddlepoint.evaluate.evaluation import Evaluation, Interval, Stage, WorstCase
 from saddlepoint.evaluate.export import AdversarialSet, export
 from saddlepoint.evaluate.paired import Case, Paired, compare_campaigns, replay
 
 __all__ = [
     "AdversarialSet", "Campaign", "Case", "Cell", "Comparison", "Diagnosis", "Distances", "Effort", "Evaluation", "Finding",
-    "Interval", "Paired", "Quantile", "Stage", "Union", "compare", "compare_campaigns", "diagnose", "distance", "evaluate",
+    "Interval", "Paired", "Quantile", "Stage", "WorstCase", "compare", "compare_campaigns", "diagnose", "distance", "evaluate",
     "export", "replay",
 ]  # fmt: skip

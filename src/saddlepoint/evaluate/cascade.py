@@ -22,7 +22,7 @@ from saddlepoint.engine.result import merge
 from saddlepoint.errors import CapabilityError, InputError, UnknownNameError
 from saddlepoint.evaluate.campaign import Campaign, manifest
 from saddlepoint.evaluate.diagnose import Diagnosis, diagnose
-from saddlepoint.evaluate.evaluation import FAILED, STANDS, WRONG, Evaluation, Stage, Union
+from saddlepoint.evaluate.evaluation import FAILED, STANDS, WRONG, Evaluation, Stage, WorstCase
 from saddlepoint.goals import Untargeted
 from saddlepoint.models.base import Classifier
 from saddlepoint.taxonomy import Access, Norm, Status
@@ -247,7 +247,7 @@ def evaluate(
     seed: int = ...,
     batch_size: int | None = ...,
     progress: bool = ...,
-) -> Union: ...
+) -> WorstCase: ...
 def evaluate(
     model: Classifier,
     x: Tensor,
@@ -259,7 +259,7 @@ def evaluate(
     batch_size: int | None = None,
     progress: bool = False,
     campaign: Campaign | None = None,
-) -> Evaluation | Union:
+) -> Evaluation | WorstCase:
     """Robust accuracy within a threat, with the evidence: a cascade of attacks from cheap to strong.
 
     x (N, ...), y (N,): samples inside the model's bounds and their true classes. threat: a ball of stated size; several for
@@ -288,7 +288,7 @@ def evaluate(
                 break
         if not parts:
             raise InputError("evaluate needs at least one threat")
-        return Union(tuple(parts))
+        return WorstCase(tuple(parts))
     if threat.minimizes:
         raise InputError("evaluate needs a ball of stated size, such as sp.Linf(8 / 255); for distances there is sp.distance")
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):

@@ -220,13 +220,13 @@ class Evaluation:
 
 
 @dataclass(frozen=True, repr=False)
-class Union:
+class WorstCase:
     """The same samples within several threats: a sample stands if it stands in all of them."""
 
     parts: tuple[Evaluation, ...]
 
     def __repr__(self) -> str:
-        return f"Union({len(self.parts)} threats, robust accuracy {self.robust_accuracy:.2%}; print .summary() for more)"
+        return f"WorstCase({len(self.parts)} threats, robust accuracy {self.robust_accuracy:.2%}; print .summary() for more)"
 
     @property
     def complete(self) -> bool:
