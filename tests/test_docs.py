@@ -42,12 +42,19 @@ def test_some_docstrings_have_examples():
 
 
 def test_readme_example_runs_and_shows_what_it_says(capsys):
-    first, second = blocks("README.md", "python")
+    first, figure, gate, second = blocks("README.md", "python")
     names: dict[str, object] = {}
     exec(compile(first, "README.md", "exec"), names)  # the README's own example
     printed = capsys.readouterr().out
     assert "robust accuracy" in printed
     assert float(printed.splitlines()[-1]) > names["result"].robust_accuracy + 0.2
+    exec(compile(figure, "README.md", "exec"), names)
+    assert names["evaluation"].robust_accuracy <= float(printed.splitlines()[-1])
+    assert "Diagnosis" in capsys.readouterr().out
+    exec(compile(gate, "README.md", "exec"), names)
+    asked: list[dict[str, object]] = []
+    names["test_release"](lambda *_, **settings: asked.append(settings))
+    assert asked == [{"at_least": 0.6}]
     exec(compile(second, "README.md", "exec"), names)
     smallest = names["smallest"]
     assert smallest.success.all()

@@ -54,8 +54,8 @@ def minimal(norm: Norm | str, passes: int = PASSES) -> Attack:
     if norm is Norm.L0:
         return Fork(first, SigmaZero(steps=rest), FMN(steps=rest))
     far = BrendelBethge(steps=min(100, rest * 3 // 7), fresh=True)
-    on = replace(walks, again=70 if many else 40, pushes=(1.0, 2.0))
-    return Fork(first, Sequence(far, on), FMN(steps=rest, alpha_init=0.3) if norm is Norm.L1 else walks)
+    on = replace(walks, classes=1, again=70 if many else 40, pushes=(1.0, 2.0))  # from the best point: no class to rank
+    return Fork(first, Sequence(far, on), FMN(steps=rest, alpha_init=0.3) if norm is Norm.L1 else on)
 
 
 def for_budget(norm: Norm, budget: Budget | None) -> Attack:
