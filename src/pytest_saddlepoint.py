@@ -41,7 +41,7 @@ class AssertRobust(Protocol):
         threat: Threat | Sequence[Threat],
         *,
         at_least: float,
-        effort: Effort = "quick",
+        effort: Effort = "standard",
         **options: Any,
     ) -> Gate: ...
 
@@ -72,7 +72,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def assert_robust(request: pytest.FixtureRequest) -> AssertRobust:
-    """assert_robust(model, x, y, threat, at_least=0.6, effort="quick"): attack, and fail if too few samples stand.
+    """assert_robust(model, x, y, threat, at_least=0.6, effort="standard"): attack, and fail if too few samples stand.
 
     Several threats ask for the worst case over them. Returns the `saddlepoint.gates.Gate`.
     """
@@ -88,7 +88,7 @@ def assert_robust(request: pytest.FixtureRequest) -> AssertRobust:
         threat: Threat | Sequence[Threat],
         *,
         at_least: float,
-        effort: Effort = "quick",
+        effort: Effort = "standard",
         **options: Any,  # evaluate checks them
     ) -> Gate:
         __tracebackhide__ = True

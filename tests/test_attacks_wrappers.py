@@ -410,6 +410,8 @@ def test_a_fork_sends_each_sample_to_its_branch(mlp: nn.Module, samples: Samples
     steps = torch.tensor([1, 4, 8])[y % 3]
     assert len(set(steps[~wrong].tolist())) == 3
     assert torch.equal(result.iterations[~wrong], steps[~wrong])
+    with pytest.raises(InputError, match="branch"):
+        A.Fork("dualaveraging")
     with pytest.raises(InputError, match="no verdict"):
         A.Fork(A.PGD(), A.FGM())
 

@@ -55,7 +55,7 @@ def test_evaluate_with_effort_keeps_a_campaign_and_gates(here, capsys):
     assert "failure" in (here / "gate.xml").read_text()
     assert json.loads((folder / "gate.json").read_text())["passed"] is False
     assert call(capsys, *asked, "--at-least", "0.01")[0] == 0
-    assert tomllib.loads((here / "out" / "config.toml").read_text())["evaluate"]["effort"] == "quick"
+    assert tomllib.loads((folder / "config.toml").read_text())["evaluate"]["effort"] == "quick"
     for wrong in (["--at-least", "0.5"], ["--effort", "quick", "--junit", "gate.xml"]):
         status, _, err = call(capsys, "evaluate", "--model", "net.py:net", *wrong)
         assert status == 2

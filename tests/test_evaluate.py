@@ -114,6 +114,10 @@ def test_masked_gradients_bring_more_attacks_and_a_diagnosis(mlp: nn.Module, man
     evaluation = sp.evaluate(sp.Model(Hot()), *many, sp.Linf(0.1))
     assert evaluation.diagnosis is not None
     assert evaluation.diagnosis.masked
+    quick = sp.evaluate(sp.Model(Hot()), *many, sp.Linf(0.1), "quick")
+    assert [stage.name for stage in quick.stages][-1] == "square"
+    told = sp.gate(quick, 0.01)
+    assert "vanished" in told.message
     assert {"apgd", "restarts", "square-long"} & {stage.name for stage in evaluation.stages}
     assert any("vanished" in note for note in evaluation.notes)
 
@@ -151,6 +155,9 @@ def test_figures(found: Evaluation) -> None:
     assert len(group) == int((found.y < 5).sum())
     assert torch.equal(group.stands, found.stands[found.y < 5])
     assert int(group.queries.total.sum()) == int(found.queries.total[found.y < 5].sum())
+    for wrong in (torch.tensor([0, 0]), torch.tensor([True]), torch.tensor([len(found)]), torch.tensor([0.5])):
+        with pytest.raises(InputError, match="rows must"):
+            found.group(wrong)
     assert found.to_dict()["robust_accuracy"] == found.robust_accuracy
 
 
@@ -242,6 +249,11 @@ def test_bad_questions(mlp: nn.Module, many: Samples) -> None:
         sp.evaluate(model, *many, sp.Minimize("l2"))
     with pytest.raises(InputError, match="shape"):
         sp.evaluate(model, many[0], many[1][:3], sp.Linf(0.1))
+    for threat in ("linf", 0.1, ["linf"]):
+        with pytest.raises(InputError, match="threat must be"):
+            sp.evaluate(model, *many, threat)  # type: ignore[call-overload]  # the mistake in question
+    with pytest.raises(InputError, match=r"sp\.Model"):
+        sp.evaluate(mlp, *many, sp.Linf(0.1))  # type: ignore[call-overload]  # the mistake in question
     with pytest.raises(InputError, match="at least one threat"):
         sp.evaluate(model, *many, [])
     empty = sp.evaluate(model, many[0][:0], many[1][:0], sp.Linf(0.1))

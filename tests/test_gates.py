@@ -190,7 +190,7 @@ TEST = """
         return sp.Model(net)
 
     def test_small(model, assert_robust):
-        found = assert_robust(model, x, y, sp.Linf(0.001), at_least=0.5)
+        found = assert_robust(model, x, y, sp.Linf(0.001), at_least=0.5, effort="quick")
         assert found.reached >= 0.5
 
     @pytest.mark.parametrize("eps", [0.3])

@@ -168,6 +168,10 @@ class Gate:
         for each in self.fallen:
             where = f"{each.within}: " if several else ""
             yield f"  {where}{each.stage} broke {each.broken} of {each.attacked} ({each.why})"
+        for note in dict.fromkeys(note for part in self.parts for note in part.notes):
+            yield f"  ! {note}"
+        if any(part.diagnosis is not None and part.diagnosis.masked for part in self.parts):
+            yield "  ! the diagnosis found masked gradients: the model may be less robust than this"
         if not self.passed and self.counterexamples:
             yield "counterexamples, the clearest first (distance in the threat's norm, margin of the wrong class):"
             yield f"  {'sample':>6}  {'label':>5}  {'predicted':>9}  {'distance':>8}  {'margin':>8}  broken by"
@@ -195,6 +199,7 @@ class Gate:
             "seconds": self._seconds,
             "attacks": [asdict(each) for each in self.fallen],
             "counterexamples": [asdict(each) for each in self.counterexamples],
+            "notes": [note for part in self.parts for note in part.notes],
             "message": self.message,
         }
 

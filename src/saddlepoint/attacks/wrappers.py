@@ -284,7 +284,10 @@ class Fork(_Staged):
     90
     """
 
-    def __init__(self, first: Attack, *branches: Attack | str) -> None:
+    def __init__(self, first: Attack | str, *branches: Attack | str) -> None:
+        first = as_attack(first)
+        if not branches:
+            raise InputError("Fork needs at least one branch")
         if not hasattr(first, "verdict"):
             raise InputError(
                 f"{type(first).__name__} has no verdict(state): a Fork needs a first attack that tells samples apart"

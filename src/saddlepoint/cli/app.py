@@ -137,9 +137,12 @@ def evaluate(
     warn_of_random_weights(model)
     split = inputs.samples(found, samples)
     if effort is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        configuration.write(context, out)
-        return cascade(models, split, threats, effort, out, seed=seed, batch_size=batch_size, at_least=at_least, junit=junit)
+        if passes is not None:
+            raise InputError("--passes limits single attacks; --effort says how much the cascade tries")
+        return cascade(
+            models, split, threats, effort, out, seed=seed, batch_size=batch_size, at_least=at_least, junit=junit,
+            write=lambda folder: configuration.write(context, folder),
+        )  # fmt: skip
     result = compare(
         models, split.x, split.y, chosen, threats, seed=seed, batch_size=batch_size, budget=Budget(passes=passes), progress=True
     )

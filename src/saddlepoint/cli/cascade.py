@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import typer
@@ -28,13 +28,18 @@ def cascade(
     batch_size: int | None,
     at_least: float | None,
     junit: Path | None,
+    write: Callable[[Path], object],
 ) -> None:
     """Evaluate each model within each threat; what is finished is kept in `out`, and the same command goes on with it.
+
+    write: keeps the configuration in a folder. With several models or threats a JUnit file for each, named after its campaign.
 
     Exit status 1 if `at_least` is given and not reached, 130 after Ctrl-C.
     """
     if at_least is not None:
         check_share(at_least)
+    if junit is not None:
+        junit.unlink(missing_ok=True)  # an old one must not speak for a run that fails
     failed = stopped = False
     for name, model in models.items():
         for threat in threats:
@@ -50,6 +55,7 @@ def cascade(
                 progress=True,
                 campaign=Campaign(folder),
             )
+            write(folder)
             stopped |= not found.complete
             console.print(f"\n[bold]{escape(name)}[/]")
             console.print(escape(found.summary()))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, get_args, overload
 
 import torch
@@ -36,6 +37,7 @@ _LOOKED = 100  # samples whose gradients at the input are looked at
 # gradient at the input promised; above this share of vanished gradients; above this share of all samples that only a ladder
 # broke.
 _MISLED, _VANISHED, _LATE = 0.5, 0.05, 0.01
+_FEW = 4  # so many at least
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,10 @@ def plans(norm: Norm, effort: Effort, *, gradients: bool = True) -> tuple[Plan, 
 
 def escalation(norm: Norm, effort: Effort) -> tuple[Plan, ...]:
     """What is added where gradients mislead."""
-    if norm is Norm.L0 or effort == "quick":
+    if norm is Norm.L0:
         return ()
+    if effort == "quick":
+        return (Plan("square", "signs of masking: search without gradients", Square(steps=300), 0.2),)
     return (
         Plan("apgd", "signs of masking: another step rule", APGD(steps=100), _share(effort, 0.1)),
         Plan("restarts", "signs of masking: other corners", Restarts(Sprint(steps=40), 3), _share(effort, 0.1)),
@@ -183,14 +187,15 @@ class _Cascade:
     def signs(self) -> list[str]:
         """Reasons to distrust the gradients, from what was seen so far."""
         found, count = [], max(len(self.y), 1)
-        steps = sum(int(stage.result.iterations.sum()) for stage in self.stages)
-        vanished = sum(int(stage.result.zero_gradients.sum()) for stage in self.stages) / max(steps, 1)
+        first = [stage for stage in self.stages if stage.name != "sprint-probability"]  # probabilities may well saturate
+        steps = sum(int(stage.result.iterations.sum()) for stage in first)
+        vanished = sum(int(stage.result.zero_gradients.sum()) for stage in first) / max(steps, 1)
         if vanished > _VANISHED:
             found.append(f"{vanished:.0%} of the gradients vanished")
         late = [number for number, stage in enumerate(self.stages) if number >= 2]
-        share = sum(int((self.broken_by == number).sum()) for number in late) / count
-        if share > _LATE:
-            found.append(f"{share:.1%} of the samples fell to heavier attacks only")
+        fell = sum(int((self.broken_by == number).sum()) for number in late)
+        if fell >= _FEW and fell > _LATE * count:
+            found.append(f"{fell / count:.1%} of the samples fell to heavier attacks only")
         if (misled := self._misled()) is not None and misled > _MISLED:
             found.append(
                 f"for {misled:.0%} of the samples that stand, the margin does not change as its gradient at the input says"
@@ -234,7 +239,7 @@ def evaluate(
     seed: int = ...,
     batch_size: int | None = ...,
     progress: bool = ...,
-    campaign: Campaign | None = ...,
+    campaign: Campaign | str | Path | None = ...,
 ) -> Evaluation: ...
 @overload
 def evaluate(
@@ -258,7 +263,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = False,
-    campaign: Campaign | None = None,
+    campaign: Campaign | str | Path | None = None,
 ) -> Evaluation | WorstCase:
     """Robust accuracy within a threat, with the evidence: a cascade of attacks from cheap to strong.
 
@@ -276,8 +281,12 @@ def evaluate(
     >>> sp.evaluate(model, x, model.predict(x), sp.Linf(0.0)).robust_accuracy
     1.0
     """
+    if not isinstance(model, Classifier):
+        raise InputError(f"model must be a Saddlepoint model: sp.Model(net, ...); got {type(model).__name__}")
+    if not isinstance(threat, Threat) and (not isinstance(threat, Sequence) or not all(isinstance(t, Threat) for t in threat)):
+        raise InputError(f"threat must be such as sp.Linf(8 / 255), or a list of them; got {threat!r}")
     if effort not in get_args(Effort):
-        raise UnknownNameError("effort", effort, get_args(Effort))
+        raise UnknownNameError("effort", str(effort), get_args(Effort))
     if not isinstance(threat, Threat):
         if campaign is not None:
             raise InputError("a campaign holds one threat: evaluate one after another, each in its own folder")
@@ -292,13 +301,15 @@ def evaluate(
     if threat.minimizes:
         raise InputError("evaluate needs a ball of stated size, such as sp.Linf(8 / 255); for distances there is sp.distance")
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-        raise InputError(f"evaluate needs the samples as tensors, since each attack sees all of them; got {type(x).__name__}")
+        kinds = f"{type(x).__name__} and {type(y).__name__}"
+        raise InputError(f"evaluate needs the samples as tensors, since each attack sees all of them; got {kinds}")
     if y.shape != (len(x),):
         raise InputError(f"y must have shape ({len(x)},), one class per input; its shape is {tuple(y.shape)}")
     if model.access < Access.SCORES:
         raise CapabilityError("evaluate needs gradients or scores; this model exposes labels only")
     gradients = model.access >= Access.GRADIENTS
     todo = plans(threat.norm, effort, gradients=gradients)
+    campaign = Campaign(campaign) if isinstance(campaign, str | Path) else campaign
     if campaign is not None:
         settings = {"effort": effort, "plans": [plan.attack.settings() | {"share": plan.share} for plan in todo]}
         campaign.open(manifest(model, x, y, threat, seed=seed, configuration=settings))

@@ -95,8 +95,8 @@ class Evaluation:
 
     @property
     def clean_accuracy(self) -> float:
-        """Share of samples that the model gets right."""
-        return _mean(self.broken_by != WRONG)
+        """Share of samples that the model gets right; those that ever gave NaN or infinite values are left out."""
+        return _mean((self.broken_by != WRONG) & (self.broken_by != FAILED))
 
     @property
     def robust_accuracy(self) -> float:
@@ -149,7 +149,9 @@ class Evaluation:
     def curve(self, eps: list[float] | None = None) -> list[tuple[float, float]]:
         """(size, robust accuracy) for smaller sizes as well: what broke at a distance breaks in every larger ball.
 
-        Upper bounds: the attacks looked for points in the whole ball, not for the nearest ones. eps: default 11 steps from 0.
+        Upper bounds, and loose ones: the attacks looked for points in the whole ball and found most of them at its surface. For
+        a curve that means something below the largest size, evaluate at several, or take `sp.distance`. eps: default 11
+        steps from 0.
         """
         largest = self.threat.largest_eps
         chosen = [largest * step / 10 for step in range(11)] if eps is None else eps
@@ -173,7 +175,14 @@ class Evaluation:
 
     def group(self, rows: Tensor) -> Evaluation:
         """The same for some of the samples, (K,) positions or (N,) bool: a subgroup of yours."""
-        rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
+        if rows.dtype == torch.bool and rows.shape == self.y.shape:
+            rows = rows.nonzero()[:, 0]
+        elif rows.dtype != torch.int64 or rows.dim() != 1 or len(rows.unique()) < len(rows):  # type: ignore[no-untyped-call]
+            raise InputError(
+                f"rows must be a bool mask ({len(self)},) or different int64 positions; got {rows.dtype}, {rows.shape}"
+            )
+        elif len(rows) and not (0 <= int(rows.min()) <= int(rows.max()) < len(self)):
+            raise InputError(f"rows must lie in 0 to {len(self) - 1}; got {int(rows.min())} to {int(rows.max())}")
         place = torch.full_like(self.broken_by, -1)
         place[rows] = torch.arange(len(rows), device=place.device)
         stages = []
@@ -214,7 +223,6 @@ class Evaluation:
                 for stage, (_, after) in zip(self.stages, self.cumulative[1:], strict=True)
             ],
             "per_class": {str(label): list(figures) for label, figures in self.per_class().items()},
-            "curve": self.curve(),
             "diagnosis": self.diagnosis.to_dict() if self.diagnosis is not None else None,
         }  # fmt: skip
 
