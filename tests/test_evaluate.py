@@ -15,6 +15,7 @@ import saddlepoint as sp
 from saddlepoint.errors import CapabilityError, InputError, UnknownNameError
 from saddlepoint.evaluate import cascade
 from saddlepoint.evaluate.evaluation import STANDS, WRONG, Evaluation, binomial_limits
+from saddlepoint.gates import gate
 
 Samples = tuple[Tensor, Tensor]
 COUNT = 120
@@ -100,7 +101,9 @@ def test_ladders_begin_with_the_closest_and_stop(mlp: nn.Module, many: Samples, 
     assert torch.equal(torch.cat(asked).sort().values, order[: sum(map(len, asked))].sort().values)
 
 
-def test_masked_gradients_bring_more_attacks_and_a_diagnosis(mlp: nn.Module, many: Samples) -> None:
+def test_masked_gradients_bring_more_attacks_and_a_diagnosis(
+    mlp: nn.Module, many: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Hot(nn.Module):
         """Saturates, so that cross-entropy and all but the last bits of the logits are flat."""
 
@@ -111,12 +114,18 @@ def test_masked_gradients_bring_more_attacks_and_a_diagnosis(mlp: nn.Module, man
         def forward(self, x: Tensor) -> Tensor:
             return self.inner((x * 8).detach().round() / 8 + (x - x.detach()) * 0)
 
-    evaluation = sp.evaluate(sp.Model(Hot()), *many, sp.Linf(0.1))
+    evaluation = sp.evaluate(sp.Model(Hot()), *many, sp.Linf(0.1), campaign=tmp_path / "kept")
     assert evaluation.diagnosis is not None
+    with monkeypatch.context() as patch:  # a finished campaign asks the model nothing
+        patch.setattr(cascade, "run_attack", None)
+        patch.setattr(cascade, "diagnose", None)
+        again = sp.evaluate(sp.Model(Hot()), *many, sp.Linf(0.1), campaign=str(tmp_path / "kept"))
+    assert again.diagnosis == evaluation.diagnosis
+    assert torch.equal(again.broken_by, evaluation.broken_by)
     assert evaluation.diagnosis.masked
     quick = sp.evaluate(sp.Model(Hot()), *many, sp.Linf(0.1), "quick")
     assert [stage.name for stage in quick.stages][-1] == "square"
-    told = sp.gate(quick, 0.01)
+    told = gate(quick, 0.01)
     assert "vanished" in told.message
     assert {"apgd", "restarts", "square-long"} & {stage.name for stage in evaluation.stages}
     assert any("vanished" in note for note in evaluation.notes)

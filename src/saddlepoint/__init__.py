@@ -38,7 +38,6 @@ from saddlepoint.evaluate import (
     export,
     replay,
 )
-from saddlepoint.gates import Gate, gate
 from saddlepoint.goals import FalsePositive, Targeted, Untargeted
 from saddlepoint.models import Classifier, Defended, Ensemble, Model, Transform
 from saddlepoint.taxonomy import Access, Norm, Scope, Status
@@ -49,9 +48,9 @@ __version__ = "0.1.0"
 __all__ = [
     "L0", "L1", "L2", "Access", "Adversarial", "AdversarialSet", "AttackResult", "Budget", "Campaign",
     "CapabilityError", "Classifier", "Comparison", "DataError", "Defended", "Diagnosis", "Distances", "Ensemble",
-    "Evaluation", "FalsePositive", "Gate", "Hardening", "InputError", "Interrupted", "Linf", "Minimize", "MissingExtraError",
+    "Evaluation", "FalsePositive", "Hardening", "InputError", "Interrupted", "Linf", "Minimize", "MissingExtraError",
     "Model", "ModelError", "Norm", "SaddlepointError", "SaddlepointWarning", "Scope", "Standard", "Status", "Targeted",
     "Training", "Transform", "UnknownNameError", "Untargeted", "WorstCase", "attack", "attacks", "compare",
-    "compare_campaigns", "data", "diagnose", "distance", "evaluate", "export", "gate", "harden", "models", "perturb", "replay",
+    "compare_campaigns", "data", "diagnose", "distance", "evaluate", "export", "harden", "models", "perturb", "replay",
     "train", "zoo",
 ]  # fmt: skip

@@ -1,6 +1,8 @@
 """Gates: is a model robust enough to be released?
 
-    found = sp.gate(sp.evaluate(model, x, y, sp.Linf(4 / 255)), at_least=0.6)
+    from saddlepoint.gates import gate
+
+    found = gate(sp.evaluate(model, x, y, sp.Linf(4 / 255)), at_least=0.6)
     Path("robustness.xml").write_text(found.junit())
     sys.exit(found.exit_code)
 

@@ -150,7 +150,7 @@ class _Cascade:
         if kept is not None:
             done.append(kept.select(torch.isin(kept.index, rows).nonzero()[:, 0]))
             rows = rows[~torch.isin(rows, kept.index)]
-        for part in torch.split(rows, _PART):
+        for part in torch.split(rows, _PART) if len(rows) else ():
             try:
                 result = run_attack(
                     self.model, self.x[part], self.y[part], plan.attack, self.threat,
@@ -220,6 +220,17 @@ class _Cascade:
         promised = (gradient.cpu().double() * way).flatten(1).sum(1)
         gained = (self.margin[rows] - before.detach().cpu().double()).clamp(min=0)
         return float(((gained > 2 * promised) | (promised > 4 * gained)).double().mean())
+
+    def diagnosis(self) -> Diagnosis:
+        """What the campaign holds, or a new one."""
+        if self.campaign is not None and (kept := self.campaign.document("diagnosis")) is not None:
+            return Diagnosis.from_dict(kept)
+        found = diagnose(
+            self.model, self.x, self.y, self.threat, seed=self.seed, batch_size=self.batch_size, progress=self.progress
+        )
+        if self.campaign is not None:
+            self.campaign.record("diagnosis", found.to_dict())
+        return found
 
     def evaluation(self, diagnosis: Diagnosis | None, complete: bool) -> Evaluation:
         return Evaluation(
@@ -342,9 +353,7 @@ def _through(run: _Cascade, todo: Sequence[Plan], effort: Effort, gradients: boo
         if gradients and (signs := run.signs()):
             run.notes += signs
             if effort != "quick":
-                diagnosis = diagnose(
-                    run.model, run.x, run.y, run.threat, seed=run.seed, batch_size=run.batch_size, progress=run.progress
-                )
+                diagnosis = run.diagnosis()
             for plan in escalation(run.threat.norm, effort):
                 run.run(plan)
     except Interrupted:

@@ -107,6 +107,12 @@ class Diagnosis:
         """Everything, ready for JSON."""
         return asdict(self) | {"masked": self.masked, "findings": [asdict(finding) for finding in self.findings]}
 
+    @staticmethod
+    def from_dict(document: dict[str, Any]) -> Diagnosis:
+        """What `to_dict` gave."""
+        given = {name: document[name] for name in ("samples", "attacked", "forward", "backward", "seconds")}
+        return Diagnosis(tuple(Finding(**finding) for finding in document["findings"]), **given)
+
 
 def diagnose(
     model: Classifier,
