@@ -134,6 +134,18 @@ def test_in_every_norm(threat: sp.Linf, linear: nn.Module, clean: Samples) -> No
     assert of(diagnosis, "black-box")["fooled_by_pgd"] > 0
 
 
+def test_one_class_everywhere_is_no_masking(clean: Samples) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    with torch.no_grad():
+        net[1].bias[2] += 100  # no input reaches the other classes
+    x = clean[0]
+    diagnosis = examined(net, (x, torch.full((len(x),), 2)))
+    assert of(diagnosis, "unbounded")["standing"] == 1
+    assert not diagnosis.suspicious
+
+
 def test_training_mode_is_told_and_is_no_masking(cnn: nn.Module, clean: Samples) -> None:
     cnn.train()
     try:

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from saddlepoint.attacks import PGD
 from saddlepoint.evaluate.evidence import NOISES, QUERIES, RESTARTS, SCALES, STEPS, Evidence, passes
-from saddlepoint.goals import margin
+from saddlepoint.goals import Targeted, margin
 from saddlepoint.models.base import Classifier
 from saddlepoint.models.compose import Defended
 from saddlepoint.progress import bar
 from saddlepoint.taxonomy import Norm, Status
-from saddlepoint.threats import Threat
+from saddlepoint.threats import Linf, Threat
 
 _HARMLESS = frozenset({"train-mode"})  # worth knowing, but no masking: Saddlepoint evaluates in eval mode
 
@@ -39,6 +39,7 @@ _UNCHANGED = 0.25  # tiny changes of the input change no bit of the output: 0.04
 
 _APART = 0.5  # |measured - claimed| / (|measured| + |claimed|) of a slope, from which on the two disagree
 _CHANGED = 1e-2  # differences of outputs above this part of the largest logit are no rounding
+_TOWARDS = 5  # classes that samples which withstand everything are led to
 _DRAWS = 10  # to average over where the model is random
 
 
@@ -362,17 +363,30 @@ def _black_box(case: Evidence) -> Look:
 
 
 def _unbounded(case: Evidence) -> Look:
-    """In balls four times as large each, up to one that holds every input: what falls in a smaller one falls in all."""
+    """In balls four times as large each, up to one that holds every input: what falls in a smaller one falls in all.
+
+    A sample withstands rightly where the model gives all inputs the same class, so one of another class must be known.
+    """
     features = case.x[0].numel()
-    whole = case.span * {Norm.LINF: 1.0, Norm.L2: features**0.5}.get(case.threat.norm, float(features))
-    whole *= 1 if case.model.bounds is not None else 10  # the samples' own range is no limit then
+    reach = case.span * (1 if case.model.bounds is not None else 10)  # the samples' own range is no limit without bounds
+    whole = reach * {Norm.LINF: 1.0, Norm.L2: features**0.5}.get(case.threat.norm, float(features))
     left, eps = (~case.by_pgd).nonzero()[:, 0], case.threat.eps_for(torch.arange(len(case.x)))
     while len(left) and bool((eps < whole).any()):
         eps = (4 * eps).clamp(max=whole)
         ball = replace(case.threat, eps=eps, mask=None)
         left = left[~case.fooled(case.ascent(STEPS // 2), left, threat=ball)]
-    says = f"{len(left)} of {len(case.x)} withstand PGD in balls that grow until they hold every input (eps = {whole:g})"
-    return case.many(len(left), _BEYOND), {"standing": len(left) / len(case.x), "eps": whole}, says
+    standing = len(left)
+    ball = Linf(reach, grid=case.threat.grid)  # the same set as every norm's ball that holds all inputs
+    left = left[(case.known != case.y[left, None]).any(1)]
+    for label in case.known[:_TOWARDS]:  # from the sample itself, since random points of a ball so large fool by chance
+        others = left[case.y[left] != label]
+        attack = PGD(steps=STEPS // 2, loss="margin", random_start=False)
+        fell = others[case.fooled(attack, others, threat=ball, goal=Targeted(int(label)))] if len(others) else others
+        left = left[~torch.isin(left, fell)]
+    return case.many(len(left), _BEYOND), {"standing": standing / len(case.x), "eps": whole}, (
+        f"{standing} of {len(case.x)} withstand PGD in balls that grow until they hold every input (eps = {whole:g}), though "
+        f"for {len(left)} of them an input of another class is known"
+    )  # fmt: skip
 
 
 Then = Callable[[Evidence, dict[str, float]], str]

@@ -55,6 +55,7 @@ class Evidence:
         labels = check_labels(y, len(x), logits.shape[1])[:SAMPLES].to(model.device)
         right = (logits.argmax(1) == labels) & torch.isfinite(logits).all(1)
         self.ids = right.nonzero()[:, 0]  # names of the samples, and their places in the threat
+        self.predicted = logits.argmax(1)
         self.clean, self.x, self.y = logits[self.ids], self.x[self.ids], labels[self.ids]
         self.ends = model.bounds or (float(x.min()), float(x.max())) if len(x) else (0.0, 1.0)
         self.span = self.ends[1] - self.ends[0]
@@ -295,6 +296,13 @@ class Evidence:
         if not self.cut_off and len(rows := missed.nonzero()[:, 0]):
             missed[rows] = ~self.fooled(Restarts(self.ascent(), RESTARTS), rows)
         return missed
+
+    @cached_property
+    def known(self) -> Tensor:
+        """The classes that some input gets, as far as the samples and some random points show."""
+        keys = Keys.of(self.seed, torch.arange(NOISES)).absorb(3)
+        points = self.ends[0] + self.span * keys.uniform(tuple(self.x.shape[1:]), self.x.dtype).to(self.x.device)
+        return torch.bincount(torch.cat([self.predicted, self.logits(points).argmax(1)])).nonzero()[:, 0]
 
     # in words
 
