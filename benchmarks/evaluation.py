@@ -1,6 +1,6 @@
 """Robust accuracy: `sp.evaluate` beside AutoAttack, verdicts and passes on the same images.
 
-    SADDLEPOINT_DATA=... python benchmarks/evaluation.py --cache FILE [--rows NAME ...] [--count N] [--only-ours]
+    SADDLEPOINT_DATA=... python benchmarks/evaluation.py --cache FILE [--rows NAME ...] [--count N] [--only {ours,autoattack}]
     SADDLEPOINT_DATA=... python benchmarks/evaluation.py --cache FILE --table
 
 AutoAttack is our `sp.attacks.AutoAttack()`: 60 images each of mnist_lenet_adv_eps0.3 and cifar10_cnnA_adv got the verdicts of
@@ -81,7 +81,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="sp.evaluate beside AutoAttack.")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="NAME")
     parser.add_argument("--count", type=int, default=1000, help="the first so many test images; default 1000")
-    parser.add_argument("--only-ours", action="store_true")
+    parser.add_argument("--only", choices=["ours", "autoattack"])
     parser.add_argument("--again", action="store_true", help="measure anew what the cache holds")
     parser.add_argument("--cache", type=Path, required=True, metavar="FILE")
     parser.add_argument("--table", action="store_true", help="print what the cache holds, run nothing")
@@ -89,7 +89,7 @@ def main() -> int:
     torch.set_num_threads(1)
     runs = [json.loads(line) for line in options.cache.read_text().splitlines()] if options.cache.is_file() else []
     for name in [] if options.table else options.rows:
-        for who in (OURS,) if options.only_ours else (OURS, AUTOATTACK):
+        for who in {"ours": (OURS,), "autoattack": (AUTOATTACK,), None: (OURS, AUTOATTACK)}[options.only]:
             if options.again or not any((run["row"], run["who"], run["count"]) == (name, who, options.count) for run in runs):
                 runs.append(measure(name, who, options.count))
                 with options.cache.open("a") as file:

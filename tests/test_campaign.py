@@ -142,8 +142,8 @@ def assert_same(one: Campaign, other: Campaign) -> None:
         a, b = one.finished(stage), other.finished(stage)
         assert a is not None
         assert b is not None
-        for name, column in a._tensors().items():
-            assert torch.equal(column, b._tensors()[name]), name
+        for name, column in a.columns().items():
+            assert torch.equal(column, b.columns()[name]), name
         assert (a.tau, a.notes, a.config, a.queries.probe) == (b.tau, b.notes, b.config, b.queries.probe)
     assert one.document("after first") == other.document("after first")
     assert one.complete is other.complete is True
@@ -211,11 +211,11 @@ def test_leftovers_of_a_killed_run_are_ignored_and_removed(tmp_path: Path) -> No
         campaign.open(MANIFEST)
         campaign.add("a", found(torch.arange(3)), torch.arange(3))
     leftovers = [
-        tmp_path / "tables" / ".000002-a.parquet.tmp",
-        tmp_path / "shards" / ".000002-a.safetensors.tmp",
+        tmp_path / "tables" / ".000002-a.parquet-abc.tmp",
+        tmp_path / "shards" / ".000002-a.safetensors-abc.tmp",
         tmp_path / "shards" / "000002-a.safetensors",
-        tmp_path / "documents" / ".x.json.tmp",
-        tmp_path / ".manifest.json.tmp",
+        tmp_path / "documents" / ".x.json-abc.tmp",
+        tmp_path / ".manifest.json-abc.tmp",
     ]
     foreign = [tmp_path / "report.html", tmp_path / ".mine.tmp", tmp_path / "shards" / "mine.safetensors"]
     for file in leftovers + foreign:

@@ -24,7 +24,7 @@ from saddlepoint.report import words
 from saddlepoint.report.gallery import gallery
 from saddlepoint.report.verdict import headline, observations, verdict
 from saddlepoint.taxonomy import Norm, Status
-from saddlepoint.threats import Threat
+from saddlepoint.threats import Threat, size
 
 HOSTILE = "<script src=http://evil/x.js>\"'&$x^$ ../../`q`\x07"
 SETTINGS: dict[str, Any] = {"title": "A try", "data_name": "made up", "config": {"eps": [0.1]}, "seed": 3}
@@ -353,7 +353,7 @@ def test_smallest_perturbations(tmp_path: Path) -> None:
 
 
 def test_words() -> None:
-    assert [words.size(v) for v in (0.1, 8 / 255, 0.2, 3.0, float("inf"))] == ["0.1", "8/255", "0.2", "3", "–"]
+    assert [size(v) for v in (0.1, 8 / 255, 0.2, 3.0, float("inf"))] == ["0.1", "8/255", "0.2", "3", "–"]
     assert words.length(0.20000000298) == "0.2"
     assert words.percent(float("nan")) == "–"
     assert words.file_name("../..", "a b") == "_-a_b"

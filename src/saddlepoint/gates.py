@@ -24,9 +24,9 @@ import torch
 
 from saddlepoint.errors import DataError, InputError
 from saddlepoint.evaluate.evaluation import CONFIDENCE, STANDS, WRONG, Evaluation, WorstCase, binomial_limits
-from saddlepoint.report.folder import replace_file
+from saddlepoint.files import write_file
 from saddlepoint.report.gallery import Example, Gallery, Shot, kind_of, magnification
-from saddlepoint.report.words import length, listed, percent, within
+from saddlepoint.report.words import length, listed, percent
 from saddlepoint.taxonomy import Status
 
 _SHOWN = 5  # counterexamples
@@ -122,9 +122,7 @@ class Gate:
         for part in self.parts:
             for number, stage in enumerate(part.stages):
                 attacked = int((part.broken_by[stage.rows] != WRONG).sum())  # the first stage also tells which are wrong
-                found.append(
-                    Fallen(within(part.threat), stage.name, stage.why, attacked, int((part.broken_by == number).sum()))
-                )
+                found.append(Fallen(str(part.threat), stage.name, stage.why, attacked, int((part.broken_by == number).sum())))
         return tuple(found)
 
     @cached_property
@@ -143,7 +141,7 @@ class Gate:
 
     @property
     def _threats(self) -> str:
-        return listed(within(part.threat) for part in self.parts)
+        return listed(str(part.threat) for part in self.parts)
 
     @property
     def _figure(self) -> str:
@@ -235,9 +233,9 @@ class Gate:
         folder = Path(folder)
         saved, picture = replace(self, folder=folder), self._picture()
         try:
-            replace_file(folder / "gate.json", json.dumps(saved.to_dict(), indent=1).encode())
+            write_file(folder / "gate.json", json.dumps(saved.to_dict(), indent=1).encode())
             if picture is not None:
-                replace_file(folder / "counterexamples.png", picture)
+                write_file(folder / "counterexamples.png", picture)
             else:
                 (folder / "counterexamples.png").unlink(missing_ok=True)  # of an earlier run
         except OSError as error:
@@ -291,4 +289,4 @@ def _counterexample(part: Evaluation, sample: int) -> Counterexample:
     predicted = int(stage.result.predicted[(stage.rows == sample).nonzero()[0, 0]])
     (distance,) = part.threat.distance(part.adversarial[sample, None], part.x[sample, None]).tolist()
     label, margin = int(part.y[sample]), float(part.margin[sample])
-    return Counterexample(sample, label, predicted, distance, margin, within(part.threat), stage.name)
+    return Counterexample(sample, label, predicted, distance, margin, str(part.threat), stage.name)

@@ -45,6 +45,17 @@ def distance(points: Tensor, origin: Tensor, norm: Norm | str, *, per: str = "fe
             return (delta != 0).sum(1).double()
 
 
+def size(eps: float | None) -> str:
+    """An eps: 0.1, 8/255 (where that is what was meant), 12; a dash where there is none."""
+    if eps is None or not math.isfinite(eps):
+        return "–"
+    level = eps * 255
+    is_short = math.isclose(float(f"{eps:.3g}"), eps, rel_tol=1e-5)
+    if not is_short and 0.5 < level < 255 and math.isclose(level, round(level), rel_tol=1e-5):
+        return f"{round(level)}/255"
+    return f"{eps:.4g}"
+
+
 def _norm(delta: Tensor, order: float) -> Tensor:
     """Norms of rows (B, D), summed in float64."""
     norm: Tensor = torch.linalg.vector_norm(delta, ord=order, dim=1, dtype=torch.float64)
@@ -190,9 +201,26 @@ class Threat(ABC):
     def __hash__(self) -> int:
         return hash(repr(self.settings()))
 
+    def __str__(self) -> str:
+        """In words: `linf eps 0.1`, with what else limits it."""
+        if self.minimizes:
+            words = f"smallest {self.norm}"
+        elif isinstance(self.eps, tuple):
+            words = f"{self.norm} eps up to {size(max(self.eps, default=None))}, one per sample"
+        else:
+            words = f"{self.norm} eps {size(self.largest_eps)}"
+        return words + (", on a grid" if self.grid is not None else "") + (", masked" if self.mask is not None else "")
+
     def at(self, eps: float | Sequence[float] | Tensor) -> Threat:
         """The same threat with another eps."""
         return replace(self, eps=eps)
+
+    def only(self, rows: Tensor, x: Tensor) -> Threat:
+        """The same threat for some of the samples: rows (K,) are positions; x: inputs of the rank that it is meant for."""
+        mask = self.mask
+        if mask is not None and mask.dim() == x.dim() and len(mask) > 1:
+            mask = mask[rows.to(mask.device)]
+        return replace(self, eps=self.eps_for(rows.cpu()) if isinstance(self.eps, tuple) else self.eps, mask=mask)
 
     def eps_for(self, index: Tensor) -> Tensor:
         """eps of the samples at the positions `index` (B,) of the input, as (B,) float64."""

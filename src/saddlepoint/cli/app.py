@@ -47,8 +47,8 @@ from saddlepoint.errors import InputError, SaddlepointError, SaddlepointWarning,
 from saddlepoint.evaluate import Cell, Comparison, compare
 from saddlepoint.goals import LOSSES
 from saddlepoint.models import Model
-from saddlepoint.report.words import size
 from saddlepoint.taxonomy import Access, Norm
+from saddlepoint.threats import size
 
 app = typer.Typer(
     help="Attack and harden classifiers, and show what was found. For testing your own models.",

@@ -203,7 +203,7 @@ def read_image_folder(root: Path) -> tuple[Split | None, Split, tuple[str, ...]]
         ]
         if not files[part]:
             raise DataError(f"{folder}: no PNG or JPEG files in its class folders")
-    images = {path: _read_image(path) for entries in files.values() for path, _ in entries}
+    images = {path: read_image(path) for entries in files.values() for path, _ in entries}
 
     first, first_image = next(iter(images.items()))
     channels = max(image.shape[0] for image in images.values())
@@ -233,7 +233,7 @@ def _size(image: Array) -> str:
     return f"{image.shape[2]}x{image.shape[1]}"
 
 
-def _read_image(path: Path) -> Bytes:
+def read_image(path: Path) -> Bytes:
     """One 8-bit image as (C, H, W), C = 1 or 3."""
     from PIL import Image  # imported late: few users have folders of images
 

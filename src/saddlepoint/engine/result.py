@@ -139,10 +139,11 @@ class AttackResult:
         return replace(self, index=positions.to(self.index.device), order=positions.to(self.order.device))
 
     def select(self, rows: Tensor) -> AttackResult:
-        """The same for some rows, (K,) positions in this result."""
-        columns = {name: values[rows.to(values.device)] for name, values in self._tensors().items()}
-        return _from_columns(
-            columns, probe=self.queries.probe, seconds=self.seconds, tau=self.tau, notes=self.notes, config=self.config
+        """The same for some rows, (K,) positions in this result, with their share of the time."""
+        columns = {name: values[rows.to(values.device)] for name, values in self.columns().items()}
+        seconds = self.seconds * len(rows) / max(len(self), 1)
+        return AttackResult.from_columns(
+            columns, probe=self.queries.probe, seconds=seconds, tau=self.tau, notes=self.notes, config=self.config
         )
 
     def summary(self) -> str:
@@ -192,10 +193,26 @@ class AttackResult:
         columns |= {"iterations": self.iterations, "zero_gradients": self.zero_gradients}
         return pandas.DataFrame({k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in columns.items()})
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def columns(self) -> dict[str, Tensor]:
+        """All that there is for each sample, (N, ...) by name."""
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "Tensor"}
         named |= {f"distances.{name}": value for name, value in self.distances.items()}
         return named | {f"queries.{name}": getattr(self.queries, name) for name in ("forward", "backward", "verify")}
+
+    @staticmethod
+    def from_columns(
+        columns: dict[str, Tensor], *, probe: int, seconds: float, tau: float, notes: tuple[str, ...], config: dict[str, Any]
+    ) -> AttackResult:
+        """The inverse of `columns`, with what else a result has. Errors: `KeyError` for a missing column."""
+        return AttackResult(
+            **{f.name: columns[f.name] for f in fields(AttackResult) if f.type == "Tensor"},
+            distances={norm.value: columns[f"distances.{norm.value}"] for norm in Norm},
+            queries=Queries(columns["queries.forward"], columns["queries.backward"], columns["queries.verify"], probe),
+            seconds=seconds,
+            tau=tau,
+            notes=notes,
+            config=config,
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write a folder with tensors.safetensors and result.json; it appears complete or not at all."""
@@ -211,7 +228,7 @@ class AttackResult:
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as draft:
                 folder = Path(draft) / "result"
                 folder.mkdir()
-                save_file({k: v.cpu().contiguous() for k, v in self._tensors().items()}, folder / _TENSORS)
+                save_file({k: v.cpu().contiguous() for k, v in self.columns().items()}, folder / _TENSORS)
                 (folder / _DOCUMENT).write_text(json.dumps(document, indent=1))
                 os.replace(folder, path)
         except (OSError, SafetensorError) as error:
@@ -226,7 +243,9 @@ class AttackResult:
             document = json.loads((path / _DOCUMENT).read_text())
             tensors = load_file(path / _TENSORS)
             names = ("probe", "seconds", "tau", "config")
-            return _from_columns(tensors, notes=tuple(document["notes"]), **{name: document[name] for name in names})
+            return AttackResult.from_columns(
+                tensors, notes=tuple(document["notes"]), **{name: document[name] for name in names}
+            )
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is no result saved by Saddlepoint, or it is damaged: {error!r}") from error
 
@@ -250,29 +269,14 @@ def measure(points: Tensor, origin: Tensor) -> dict[str, Tensor]:
 
 def merge(parts: list[AttackResult]) -> AttackResult:
     """Results of disjoint samples of one run as one, in the order of the input."""
-    filled = [part._tensors() for part in parts if len(part)] or [parts[0]._tensors()]
+    filled = [part.columns() for part in parts if len(part)] or [parts[0].columns()]
     order = torch.cat([part["order"] for part in filled]).argsort()
     columns = {name: torch.cat([part[name] for part in filled])[order] for name in filled[0]}
-    return _from_columns(
+    return AttackResult.from_columns(
         columns,
         probe=sum(part.queries.probe for part in parts),
         seconds=sum(part.seconds for part in parts),
         tau=parts[0].tau,
         notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
         config=parts[0].config,
-    )
-
-
-def _from_columns(
-    columns: dict[str, Tensor], *, probe: int, seconds: float, tau: float, notes: tuple[str, ...], config: dict[str, Any]
-) -> AttackResult:
-    """The inverse of `AttackResult._tensors`. Errors: `KeyError` for a missing column."""
-    return AttackResult(
-        **{f.name: columns[f.name] for f in fields(AttackResult) if f.type == "Tensor"},
-        distances={norm.value: columns[f"distances.{norm.value}"] for norm in Norm},
-        queries=Queries(columns["queries.forward"], columns["queries.backward"], columns["queries.verify"], probe),
-        seconds=seconds,
-        tau=tau,
-        notes=notes,
-        config=config,
     )

@@ -253,7 +253,7 @@ class Run:
         if not bool(slots.region.contains(best.points).all()):
             raise SaddlepointError(f"{self.attack} returned points outside its threat set: please report this")
         judge, rounds = self._judge(slots), _VOTES if self._probe.stochastic else 1
-        with _full_precision(self.model.device.type):
+        with full_precision(self.model.device.type):
             logits = torch.stack([judge.bare(best.points, rows) for _ in range(rounds)])
         votes = torch.stack([beyond_confidence(slots.aim, each) > 0 for each in logits]).sum(0)
         self.model.queries.forward += rounds * len(slots)
@@ -346,7 +346,7 @@ def _known(setting: Any) -> Any:  # Any: JSON
 
 
 @contextmanager
-def _full_precision(device: str) -> Iterator[None]:
+def full_precision(device: str) -> Iterator[None]:
     """Without autocast and TF32: the model as it is stored."""
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         if device != "cuda":

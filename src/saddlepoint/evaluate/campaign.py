@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, final
@@ -24,9 +25,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from saddlepoint.engine import AttackResult
-from saddlepoint.engine.result import _from_columns, merge
+from saddlepoint.engine.result import merge
 from saddlepoint.engine.source import fingerprint as data_fingerprint
 from saddlepoint.errors import CapabilityError, DataError, InputError, MissingExtraError, SaddlepointWarning
+from saddlepoint.files import sync_folder, write_file
 from saddlepoint.models.base import Classifier
 from saddlepoint.threats import Threat
 
@@ -114,8 +116,8 @@ class Campaign:
         with self._writing(self.path):
             for name in (_TABLES, _SHARDS, _DOCUMENTS):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
-            _sync(self.path)
-            _sync(self.path.parent)
+            sync_folder(self.path)
+            sync_folder(self.path.parent)
             self._lock()
         try:
             self._begin_or_resume(wanted)
@@ -157,7 +159,7 @@ class Campaign:
         result = replace(result, index=rows, order=rows)
         shard = safetensors.torch.save(
             # copies, because safetensors refuses tensors that share memory
-            {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in result._tensors().items()}
+            {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in result.columns().items()}
         )
         try:
             with self._writing(part.table):
@@ -276,7 +278,7 @@ class Campaign:
                 raise _damaged(
                     part.shard, part, f"its checksum is not the one that its table states; it has {len(content)} bytes"
                 )
-            return _from_columns(safetensors.torch.load(content), notes=tuple(document.pop("notes")), **document)
+            return AttackResult.from_columns(safetensors.torch.load(content), notes=tuple(document.pop("notes")), **document)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, DataError):
                 raise
@@ -344,10 +346,10 @@ class Campaign:
 
     def _clean(self) -> None:
         """Remove what a killed run left: drafts, and shards whose table never came."""
-        (self.path / f".{_MANIFEST}.tmp").unlink(missing_ok=True)
-        for name in (_TABLES, _SHARDS, _DOCUMENTS):
-            for draft in (self.path / name).glob(".*.tmp"):
-                draft.unlink()
+        drafts = [self.path.glob(f".{_MANIFEST}-*.tmp")]
+        drafts += [(self.path / name).glob(".*.tmp") for name in (_TABLES, _SHARDS, _DOCUMENTS)]
+        for draft in chain.from_iterable(drafts):
+            draft.unlink()
         whole = {part.shard for part in self.parts()}
         for shard in (self.path / _SHARDS).glob("*.safetensors"):
             if shard not in whole and _NAME.fullmatch(shard.stem):
@@ -407,31 +409,6 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[Diff
         for key in dict.fromkeys((*old, *new))
         if json.dumps(old.get(key)) != json.dumps(new.get(key))
     )
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that it appears complete or not at all, and stays when the power fails. Errors: `OSError`."""
-    draft = path.with_name(f".{path.name}.tmp")
-    try:
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException:
-        with suppress(OSError):
-            draft.unlink()
-        raise
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Names are on the disk only when their folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _arrow() -> tuple[Any, Any]:  # Any: modules that ship no types

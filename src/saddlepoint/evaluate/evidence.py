@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from saddlepoint.attacks import APGD, FGM, PGD, Restarts, SignNoise, Square, UniformNoise
 from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.engine import Attack, AttackResult, Budget, Record
-from saddlepoint.engine.run import _full_precision
+from saddlepoint.engine.run import full_precision
 from saddlepoint.engine.source import check_labels
 from saddlepoint.errors import InputError, ModelError
 from saddlepoint.goals import Loss, Untargeted, cross_entropy, margin
@@ -59,7 +58,7 @@ class Evidence:
         self.clean, self.x, self.y = logits[self.ids], self.x[self.ids], labels[self.ids]
         self.ends = model.bounds or (float(x.min()), float(x.max())) if len(x) else (0.0, 1.0)
         self.span = self.ends[1] - self.ends[0]
-        self.threat = _only(threat, self.ids, self.x)
+        self.threat = threat.only(self.ids, self.x)
         if isinstance(threat, L0):  # the ball around it in which there are steepest steps
             features = x.shape[1] if threat.per == "pixel" else 1
             self.threat = L1(torch.as_tensor(self.threat.eps) * features * self.span, self.threat.mask, threat.grid)
@@ -114,7 +113,7 @@ class Evidence:
     def forward(self, x: Tensor, model: Classifier | None = None) -> Tensor:
         """Logits (Q, C) in eval mode and full precision; counted. A random model makes the same draws every time."""
         model, parts = model or self.model, []
-        with model.frozen(), _full_precision(model.device.type):
+        with model.frozen(), full_precision(model.device.type):
             for part in torch.split(x, self.batch):
                 torch.manual_seed(self.seed)
                 parts.append(model.forward(part))
@@ -226,7 +225,7 @@ class Evidence:
     ) -> AttackResult:
         """Attack the samples `rows`, default all; `threat` is one for all K."""
         rows = torch.arange(len(self.x), device=self.x.device) if rows is None else rows
-        ball, model = _only(threat or self.threat, rows, self.x), model or self.model
+        ball, model = (threat or self.threat).only(rows, self.x), model or self.model
         before = passes(model)
         result = run_attack(
             model, self.x[rows], self.y[rows], attack, ball,
@@ -316,11 +315,3 @@ class Evidence:
     def apart(self, first: Tensor, second: Tensor) -> float:
         """The largest difference of logits, as a part of the largest logit."""
         return float((first - second).abs().max() / self.clean.abs().max().clamp(min=torch.finfo(first.dtype).tiny))
-
-
-def _only(threat: Threat, rows: Tensor, x: Tensor) -> Threat:
-    """The threat of some of the samples; x (N, ...): inputs of the same rank."""
-    mask = threat.mask
-    if mask is not None and mask.dim() == x.dim() and len(mask) > 1:
-        mask = mask[rows.to(mask.device)]
-    return replace(threat, eps=threat.eps_for(rows.cpu()), mask=mask)

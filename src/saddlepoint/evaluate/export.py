@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from saddlepoint.data.formats import _read_image, read_npz
+from saddlepoint.data.formats import read_image, read_npz
 from saddlepoint.errors import DataError, InputError, UnknownNameError
-from saddlepoint.evaluate.campaign import write_file
+from saddlepoint.files import write_file
 
 Kind = Literal["png", "npz"]
 
@@ -156,7 +156,7 @@ class AdversarialSet(Dataset[tuple[Tensor, int]]):
         if self._arrays is not None:
             return self._arrays[index], self.labels[index]
         path = self.folder / self._which / _file(index, len(self))
-        pixels = torch.from_numpy(_read_image(path).copy())
+        pixels = torch.from_numpy(read_image(path).copy())
         if tuple(pixels.shape) != self.shape:
             raise DataError(f"{path}: has the shape {tuple(pixels.shape)}, the set's is {self.shape}: export it again")
         return _values(pixels, self.bounds), self.labels[index]

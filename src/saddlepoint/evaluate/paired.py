@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from saddlepoint.engine import AttackResult
-from saddlepoint.engine.result import _from_columns, attack_name
+from saddlepoint.engine.result import attack_name
 from saddlepoint.errors import InputError
 from saddlepoint.evaluate.campaign import Campaign, Difference, differences
 from saddlepoint.taxonomy import Status
@@ -280,7 +281,7 @@ def replay(campaign: Campaign | str | Path, case_id: int) -> Case:
     for part in store.parts():
         ids = store.read(part)["sample"].to_pylist()
         if case_id in ids:
-            attempts.append(Attempt(part.stage, _row(store.restore(part), ids.index(case_id))))
+            attempts.append(Attempt(part.stage, store.restore(part).select(torch.tensor([ids.index(case_id)]))))
     if not attempts:
         known = store.table()["sample"].to_pylist()
         have = f"{len(set(known))} samples with ids from {min(known)} to {max(known)}" if known else "no finished samples yet"
@@ -288,11 +289,3 @@ def replay(campaign: Campaign | str | Path, case_id: int) -> Case:
     first = attempts[0].result
     row, label, predicted = (int(column[0]) for column in (first.index, first.labels, first.clean_predicted))
     return Case(case_id, row, label, predicted, tuple(attempts))
-
-
-def _row(result: AttackResult, index: int) -> AttackResult:
-    """A result of one sample. The seconds are the part's, shared equally."""
-    columns = {name: column[index : index + 1] for name, column in result._tensors().items()}
-    return _from_columns(
-        columns, probe=0, seconds=result.seconds / len(result), tau=result.tau, notes=result.notes, config=result.config
-    )

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from saddlepoint.errors import DataError, InputError
 from saddlepoint.evaluate import Distances
+from saddlepoint.files import write_file
 from saddlepoint.models.base import Classifier
 from saddlepoint.report.document import frame, plain
-from saddlepoint.report.folder import data_url, environment, replace_file, replace_result
+from saddlepoint.report.folder import data_url, environment, replace_result
 from saddlepoint.report.gallery import Example, Gallery, Shot, confidences, kind_of, magnification
 from saddlepoint.report.words import class_name, file_name, length, listed, percent
 from saddlepoint.taxonomy import Norm, Status
@@ -66,10 +67,10 @@ def write_distances(
         for model, distances in zip(document["models"], found.values(), strict=True):
             replace_result(distances.result, folder / model["folder"])
         for name, content in pictures.items():
-            replace_file(folder / "figures" / name, content)
-        replace_file(folder / "distances.csv", _rows(found).encode(errors="replace"))
-        replace_file(folder / "results.json", json.dumps(document, indent=1, allow_nan=False).encode())
-        replace_file(folder / "report.html", page.encode(errors="replace"))
+            write_file(folder / "figures" / name, content)
+        write_file(folder / "distances.csv", _rows(found).encode(errors="replace"))
+        write_file(folder / "results.json", json.dumps(document, indent=1, allow_nan=False).encode())
+        write_file(folder / "report.html", page.encode(errors="replace"))
     except OSError as error:
         raise DataError(f"cannot write the report to {folder}: {error}") from error
     return folder / "report.html"

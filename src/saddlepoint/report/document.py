@@ -14,8 +14,9 @@ from torch import Tensor
 
 from saddlepoint.evaluate import Cell, Comparison
 from saddlepoint.report.verdict import observations, verdict
-from saddlepoint.report.words import attack_labels, file_name, size, within
+from saddlepoint.report.words import attack_labels, file_name
 from saddlepoint.taxonomy import Norm, Status
+from saddlepoint.threats import size
 
 SCHEMA = 1
 
@@ -189,7 +190,7 @@ def _cell(cell: Cell, label: str, folder: str) -> dict[str, Any]:
     )
     return {
         "attack": label,
-        "threat": within(cell.threat),
+        "threat": str(cell.threat),
         "norm": cell.norm.value,
         "eps": cell.eps,
         "settings": {key: result.config[key] for key in ("attack", "threat", "goal", "keep", "seed", "budget")},

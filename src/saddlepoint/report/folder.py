@@ -10,17 +10,18 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saddlepoint.engine import AttackResult
 from saddlepoint.errors import DataError, InputError
 from saddlepoint.evaluate import Comparison
+from saddlepoint.files import write_file
 from saddlepoint.report import words
 from saddlepoint.report.document import History, cell_folders, results
 from saddlepoint.report.gallery import Gallery, gallery
 from saddlepoint.report.verdict import measured, norms
+from saddlepoint.threats import size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,27 +74,12 @@ def write(
         for cell, name in cell_folders(comparison):
             replace_result(cell.result, folder / name)
         for name, content in pictures.items():
-            replace_file(folder / "figures" / name, content)
-        replace_file(folder / "results.json", json.dumps(document, indent=1, allow_nan=False).encode())
-        replace_file(folder / "report.html", page.encode(errors="replace"))
+            write_file(folder / "figures" / name, content)
+        write_file(folder / "results.json", json.dumps(document, indent=1, allow_nan=False).encode())
+        write_file(folder / "report.html", page.encode(errors="replace"))
     except OSError as error:
         raise DataError(f"cannot write the report to {folder}: {error}") from error
     return folder / "report.html"
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write the file under another name first, so that nobody ever sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(draft, 0o644)  # mkstemp's are for the owner alone
-        os.replace(draft, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(draft)
-        raise
 
 
 def replace_result(result: AttackResult, path: Path) -> None:
@@ -171,7 +157,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     made.filters |= {
-        "percent": words.percent, "size": words.size, "length_of": words.length, "count": words.count,
+        "percent": words.percent, "size": size, "length_of": words.length, "count": words.count,
         "code": _code, "pretty": _pretty,
     }  # fmt: skip
     return made

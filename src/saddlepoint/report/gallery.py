@@ -14,7 +14,7 @@ from torch import Tensor
 from saddlepoint.evaluate import Cell, Comparison
 from saddlepoint.models.base import Classifier
 from saddlepoint.report.verdict import headline, norms
-from saddlepoint.report.words import attack_labels, is_noise, within
+from saddlepoint.report.words import attack_labels, is_noise
 from saddlepoint.taxonomy import Access, Status
 
 MAX_BARS = 128  # more features than this make no bar chart that one can read
@@ -87,7 +87,7 @@ def gallery(comparison: Comparison, count: int, seed: int = 0) -> Gallery:
     largest = max((float(shot.delta.abs().max()) for example in examples for shot in example.shots), default=0.0)
     label = attack_labels(cell.attack for cell in comparison.cells)[cells[0].attack]
     models = tuple(cell.model for cell in cells)
-    return Gallery(kind, label, within(cells[0].threat), low, high, magnification(largest), models, examples)
+    return Gallery(kind, label, str(cells[0].threat), low, high, magnification(largest), models, examples)
 
 
 def kind_of(x: Tensor) -> Literal["images", "features", "none"]:

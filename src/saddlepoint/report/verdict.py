@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from saddlepoint.evaluate import Cell, Comparison
-from saddlepoint.report.words import attack_labels, is_noise, length, listed, percent, size, within
+from saddlepoint.report.words import attack_labels, is_noise, length, listed, percent
 from saddlepoint.taxonomy import Access, Norm
+from saddlepoint.threats import size
 
 _SLIP = 0.02  # by this share must an attack lag behind a weaker one before it is remarked upon
 
@@ -135,7 +136,7 @@ def observations(comparison: Comparison) -> list[str]:
     found = []
     for cell in comparison.cells:
         beside = [c for c in comparison.cells if c.model == cell.model and c.threat == cell.threat and c is not cell]
-        accuracy, name = cell.result.robust_accuracy, f"{labels[cell.attack]} within {within(cell.threat)}"
+        accuracy, name = cell.result.robust_accuracy, f"{labels[cell.attack]} within {cell.threat!s}"
         slip = max(_SLIP, 2 / max(len(cell.result), 1))
         weaker = [c for c in beside if _rank(c) < _rank(cell) and c.result.robust_accuracy < accuracy - slip]
         for other in weaker:
@@ -154,7 +155,7 @@ def observations(comparison: Comparison) -> list[str]:
             if best.result.robust_accuracy < accuracy - slip:
                 found.append(
                     f"`{cell.model}`: {name} leaves {percent(accuracy)}, more than the {percent(best.result.robust_accuracy)} "
-                    f"within {within(best.threat)}. The larger set contains the smaller one, so the search stopped short."
+                    f"within {best.threat!s}. The larger set contains the smaller one, so the search stopped short."
                 )
     return found
 

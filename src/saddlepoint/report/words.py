@@ -8,23 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from saddlepoint.engine import Attack
 from saddlepoint.taxonomy import Access
-from saddlepoint.threats import Threat
 
 
 def percent(share: float | None) -> str:
     """A share with one decimal, a dash where there is none."""
     return "–" if share is None or math.isnan(share) else f"{100 * share:.1f}%"
-
-
-def size(eps: float | None) -> str:
-    """An eps: 0.1, 8/255 (where that is what was meant), 12; a dash where there is none."""
-    if eps is None or not math.isfinite(eps):
-        return "–"
-    level = eps * 255
-    is_short = math.isclose(float(f"{eps:.3g}"), eps, rel_tol=1e-5)
-    if not is_short and 0.5 < level < 255 and math.isclose(level, round(level), rel_tol=1e-5):
-        return f"{round(level)}/255"
-    return f"{eps:.4g}"
 
 
 def length(distance: float | None) -> str:
@@ -59,18 +47,6 @@ def file_name(*parts: str) -> str:
 def class_name(label: int, class_names: Sequence[str]) -> str:
     """The class's name if it has one, otherwise its number."""
     return str(class_names[label]) if 0 <= label < len(class_names) else str(label)
-
-
-def within(threat: Threat) -> str:
-    """The threat in words: `linf eps 0.1`, with what else limits it."""
-    eps = threat.settings()["eps"]
-    if threat.minimizes:
-        words = f"smallest {threat.norm}"
-    elif isinstance(eps, tuple):
-        words = f"{threat.norm} eps up to {size(max(eps))}, one per sample"
-    else:
-        words = f"{threat.norm} eps {size(threat.largest_eps)}"
-    return words + (", on a grid" if threat.grid is not None else "") + (", masked" if threat.mask is not None else "")
 
 
 def is_noise(attack: Attack) -> bool:
