@@ -63,7 +63,7 @@ def test_what_it_says_is_true(threat: sp.Linf, mlp: nn.Module, many: Samples) ->
     assert evaluation.cumulative[-1][1] == evaluation.robust_accuracy
     shares = [share for _, share in evaluation.cumulative]
     assert shares == sorted(shares, reverse=True)
-    assert type(threat).__name__ in evaluation.summary()
+    assert f"within {threat}" in evaluation.summary()
 
 
 def test_each_sample_leaves_at_its_first_success(found: Evaluation) -> None:
@@ -72,8 +72,7 @@ def test_each_sample_leaves_at_its_first_success(found: Evaluation) -> None:
         before[stage.rows] = True
         gone = (found.broken_by >= 0) & (found.broken_by < number)
         assert not bool((before & gone).any())
-        assert torch.equal((found.broken_by == number).nonzero()[:, 0], stage.broke.sort().values if number else stage.broke[
-            found.broken_by[stage.broke] == 0].sort().values)  # fmt: skip
+        assert torch.equal((found.broken_by == number).nonzero()[:, 0], stage.broke.sort().values)
 
 
 def test_no_less_than_its_parts(mlp: nn.Module, many: Samples, found: Evaluation) -> None:
@@ -91,7 +90,7 @@ def test_ladders_begin_with_the_closest_and_stop(mlp: nn.Module, many: Samples, 
     assert torch.equal(run.stages[1].rows, order[:12].sort().values)  # the first rung broke none
     asked: list[Tensor] = []
 
-    def answers(plan: cascade.Plan, rows: Tensor, done: list[sp.AttackResult]) -> int:
+    def answers(plan: cascade.Plan, rows: Tensor, threat: sp.Linf, done: list[sp.AttackResult]) -> int:
         asked.append(rows)
         return 3 - len(asked)
 
@@ -131,6 +130,99 @@ def test_masked_gradients_bring_more_attacks_and_a_diagnosis(
     assert any("vanished" in note for note in evaluation.notes)
 
 
+def test_each_sample_has_its_own_size_and_mask(mlp: nn.Module, many: Samples) -> None:
+    x, y = many
+    eps = torch.where(torch.arange(COUNT) < COUNT // 2, 0.0, 0.1)
+    mask = torch.ones(x.shape, dtype=torch.bool)
+    mask[-20:] = False
+    threat = sp.Linf(eps, mask=mask)
+    evaluation = sp.evaluate(sp.Model(mlp), x, y, threat)
+    moved = (evaluation.adversarial - x).abs().flatten(1).amax(1)
+    assert bool((moved <= eps + 1e-6).all())
+    assert not bool(moved[-20:].any())
+    middle = slice(COUNT // 2, COUNT - 20)
+    alone = sp.evaluate(sp.Model(mlp), x[middle], y[middle], sp.Linf(0.1))
+    assert int(evaluation.broken[middle].sum()) >= int(alone.broken.sum()) - 1
+    assert not bool(evaluation.broken[: COUNT // 2].any() | evaluation.broken[-20:].any())
+    assert evaluation.group(torch.arange(50, 70)).threat.eps == tuple(eps[50:70].tolist())
+    with pytest.raises(InputError, match="its own"):
+        evaluation.curve()
+
+
+def test_thorough_attacks_all_that_stand(mlp: nn.Module, many: Samples) -> None:
+    x, y = many[0][:30], many[1][:30]
+    evaluation = sp.evaluate(sp.Model(mlp), x, y, sp.Linf(0.02), "thorough")
+    assert bool(evaluation.stands.any())
+    for number, stage in enumerate(evaluation.stages):
+        if number:
+            gone = (evaluation.broken_by >= 0) & (evaluation.broken_by < number) | (evaluation.broken_by == WRONG)
+            assert len(stage.rows) == 30 - int(gone.sum())
+
+
+def test_the_curve_answers_for_every_size(mlp: nn.Module, many: Samples) -> None:
+    model = sp.Model(mlp)
+    evaluation = sp.evaluate(model, *many, sp.Linf(0.05), curve=True)
+    assert torch.equal(evaluation.stands, evaluation.distance > 0.05)
+    for eps in (0.02, 0.08):
+        itself = sp.evaluate(model, *many, sp.Linf(eps))
+        ((_, share),) = evaluation.curve([eps])
+        assert itself.robust_accuracy - 0.01 <= share <= itself.robust_accuracy + 0.03
+    assert [size for size, _ in evaluation.curve()][-1] == pytest.approx(0.1)
+    assert evaluation.stages[-1].name == "nearest"
+    assert len(evaluation.stages[-1].rows) == int(evaluation.right.sum())
+    assert bool((sp.Linf(0.05).distance(evaluation.adversarial, many[0]) <= 0.05).all())
+
+
+def test_random_models_are_averaged_over(mlp: nn.Module, many: Samples) -> None:
+    x, y = many[0][:20], many[1][:20]
+    counting = Counting(mlp)
+
+    class Noisy(nn.Module):
+        """Gaussian noise on the input."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = counting
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x + 0.1 * torch.randn_like(x))
+
+    model = sp.Model(Noisy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", sp.SaddlepointWarning)
+        evaluation = sp.evaluate(model, x, y, sp.Linf(0.1), "quick")
+    assert "expectation" in [stage.name for stage in evaluation.stages]
+    assert any("draws=10" in note for note in evaluation.notes)
+    assert (model.queries.forward, model.queries.backward) == (counting.forward_rows, counting.backward_rows)
+
+
+def test_what_has_no_gradients_is_searched_and_diagnosed(mlp: nn.Module, cnn: nn.Module, many: Samples) -> None:
+    x, y = many[0][:40], many[1][:40]
+
+    class Detached(nn.Module):
+        """No path to the input."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x.detach())
+
+    alone = sp.evaluate(sp.Model(Detached()), x, y, sp.Linf(0.1))
+    assert alone.diagnosis is not None
+    assert alone.diagnosis.masked
+    assert [stage.name for stage in alone.stages] == ["noise", "square"]
+    assert "no path leads" in alone.summary()
+    helped = sp.evaluate(sp.Model(Detached()), x, y, sp.Linf(0.1), "quick", sources=[sp.Model(mlp)])
+    honest = sp.evaluate(sp.Model(mlp), x, y, sp.Linf(0.1), "quick")
+    assert helped.stages[0].name == "transfer-1"
+    assert helped.robust_accuracy <= honest.robust_accuracy + 0.05
+    other = sp.evaluate(sp.Model(Detached()), x, y, sp.Linf(0.1), "quick", sources=[sp.Model(cnn)])
+    assert len(other.stages[0].broke)
+    assert bool((sp.Model(mlp).predict(other.adversarial[other.broken]) != y[other.broken]).all())
+
+
 def test_a_model_without_gradients(mlp: nn.Module, many: Samples) -> None:
     evaluation = sp.evaluate(sp.Model(mlp, access=sp.Access.SCORES), *many, sp.Linf(0.1), "quick")
     assert int(evaluation.queries.backward.sum()) == 0
@@ -155,11 +247,13 @@ def test_figures(found: Evaluation) -> None:
     assert curve[0] == (0.0, found.clean_accuracy)
     assert curve[-1] == (pytest.approx(0.05), found.robust_accuracy)
     assert [share for _, share in curve] == sorted((share for _, share in curve), reverse=True)
-    with pytest.raises(InputError, match="beyond"):
+    with pytest.raises(InputError, match="or evaluate with curve=True"):
         found.curve([0.1])
     closest = found.closest(5)
     assert bool(found.stands[closest].all())
     assert float(found.margin[closest].min()) >= float(found.margin[found.stands].sort(descending=True).values[4])
+    with pytest.raises(InputError, match="at least 0"):
+        found.closest(-1)
     group = found.group(found.y < 5)
     assert len(group) == int((found.y < 5).sum())
     assert torch.equal(group.stands, found.stands[found.y < 5])
@@ -178,6 +272,9 @@ def test_worst_case_over_threats(mlp: nn.Module, many: Samples) -> None:
     assert both.robust_accuracy == pytest.approx(float((each[0] & each[1]).double().mean()))
     assert "Worst case" in both.summary()
     assert both.interval.attacked == both.to_dict()["robust_accuracy"]
+    assert sum(number * share for number, _, share in both.per_class().values()) == pytest.approx(int(both.stands.sum()))
+    assert bool(both.stands[both.closest(5)].all())
+    assert both.group(many[1] < 5).robust_accuracy == pytest.approx(float(both.stands[many[1] < 5].double().mean()))
 
 
 def test_the_batch_changes_nothing(mlp: nn.Module, many: Samples, found: Evaluation) -> None:
@@ -231,7 +328,37 @@ def test_ctrl_c_keeps_what_is_finished(mlp: nn.Module, many: Samples, monkeypatc
     evaluation = sp.evaluate(sp.Model(mlp), *many, sp.Linf(0.05))
     assert not evaluation.complete
     assert len(evaluation.stages[1].rows) == 10
-    assert "complete" in evaluation.to_dict()
+    assert evaluation.to_dict()["complete"] is False
+
+
+def test_ctrl_c_between_attacks_keeps_what_is_finished(mlp: nn.Module, many: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stops(run: cascade._Cascade) -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cascade._Cascade, "signs", stops)
+    evaluation = sp.evaluate(sp.Model(mlp), *many, sp.Linf(0.05))
+    assert not evaluation.complete
+    assert evaluation.robust_accuracy < evaluation.clean_accuracy
+
+
+def test_a_campaign_notices_other_code_around_the_same_weights(mlp: nn.Module, many: Samples, tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        """Another forward under the same names."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) * factor
+
+    factor = 1.0
+    x, y = many[0][:20], many[1][:20]
+    sp.evaluate(sp.Model(Scaled()), x, y, sp.Linf(0.05), "quick", campaign=tmp_path)
+    sp.evaluate(sp.Model(Scaled()), x, y, sp.Linf(0.05), "quick", campaign=tmp_path)
+    factor = 2.0
+    with pytest.raises(InputError, match="other outputs"):
+        sp.evaluate(sp.Model(Scaled()), x, y, sp.Linf(0.05), "quick", campaign=tmp_path)
 
 
 def test_what_gives_nan_is_not_robust(mlp: nn.Module, many: Samples) -> None:
@@ -248,6 +375,8 @@ def test_what_gives_nan_is_not_robust(mlp: nn.Module, many: Samples) -> None:
     assert bool(bright.any())
     assert torch.equal(evaluation.stands, (sp.Model(mlp).predict(many[0]) == many[1]) & ~bright)
     assert any("NaN" in note for note in evaluation.notes)
+    clean = sum(number * share for number, share, _ in evaluation.per_class().values())
+    assert clean / COUNT == pytest.approx(evaluation.clean_accuracy)
 
 
 def test_bad_questions(mlp: nn.Module, many: Samples) -> None:
@@ -270,9 +399,4 @@ def test_bad_questions(mlp: nn.Module, many: Samples) -> None:
 
 
 def _cascade(net: nn.Module, samples: Samples, threat: sp.Linf) -> cascade._Cascade:
-    x, y = samples
-    none = torch.full((len(x),), STANDS)
-    return cascade._Cascade(
-        sp.Model(net), x, y, threat, 0, None, False, None, none, x.clone(),
-        torch.full((len(x),), -torch.inf, dtype=torch.float64), none.clone(), torch.zeros(len(x), dtype=torch.bool),
-    )  # fmt: skip
+    return cascade._Cascade(sp.Model(net), *samples, threat, 0, None, False, None)

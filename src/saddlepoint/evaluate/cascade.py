@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args, overload
 
@@ -19,18 +19,21 @@ from torch import Tensor
 from saddlepoint.attacks import APGD, APGDT, DualAveraging, Restarts, SignNoise, Sprint, Square, minimal
 from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.engine import Attack, AttackResult, Interrupted
-from saddlepoint.engine.result import merge
+from saddlepoint.engine.problem import input_gradient
+from saddlepoint.engine.result import STATUSES, merge
 from saddlepoint.errors import CapabilityError, InputError, UnknownNameError
-from saddlepoint.evaluate.campaign import Campaign, manifest
+from saddlepoint.evaluate.campaign import Campaign, fingerprint, manifest
 from saddlepoint.evaluate.diagnose import Diagnosis, diagnose
 from saddlepoint.evaluate.evaluation import FAILED, STANDS, WRONG, Evaluation, Stage, WorstCase
 from saddlepoint.goals import Untargeted
-from saddlepoint.models.base import Classifier
+from saddlepoint.models.base import Classifier, Probe
+from saddlepoint.models.compose import Borrowed, Defended
 from saddlepoint.taxonomy import Access, Norm, Status
 from saddlepoint.threats import Threat
 
 Effort = Literal["quick", "standard", "thorough"]
 _PART = 500  # samples of a stage that are finished, and kept by a campaign, together
+_NEAREST = 100  # passes a sample for the curve
 _FEWEST = 8  # samples of a ladder's first rung
 _LOOKED = 100  # samples whose gradients at the input are looked at
 # Signs of masking: above this share of samples whose margin gained more than twice, or less than a quarter, of what the
@@ -38,16 +41,25 @@ _LOOKED = 100  # samples whose gradients at the input are looked at
 # broke.
 _MISLED, _VANISHED, _LATE = 0.5, 0.05, 0.01
 _FEW = 4  # so many at least
+_DRAWS = 10  # to average over where the model is random
+_SAME = 8  # samples for which a campaign's model must say the same again
+_ROUNDING = 100  # within so many times the margin that numerical noise is allowed
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A stage to come. share: None for all that stand, else the share of all samples of a ladder's first rung."""
+    """A stage to come.
+
+    share: None for all that stand; for heavy attacks the share of all samples of a ladder's first rung, 1 for all that stand at
+    once. model: to be attacked in place of
+    the one that is evaluated; it predicts the same, with other gradients.
+    """
 
     name: str
     why: str
     attack: Attack
     share: float | None = None
+    model: Classifier | None = None
 
 
 def plans(norm: Norm, effort: Effort, *, gradients: bool = True) -> tuple[Plan, ...]:
@@ -93,8 +105,27 @@ def escalation(norm: Norm, effort: Effort) -> tuple[Plan, ...]:
     )
 
 
+def borrowing(model: Classifier, sources: Sequence[Classifier], norm: Norm) -> tuple[Plan, ...]:
+    """What is added where gradients mislead and other models are at hand."""
+    attack, why = _follow(norm), "signs of masking: gradients of another model"
+    borrowers = [Borrowed(model, source) for source in sources]
+    return tuple(Plan(f"transfer-{number}", why, attack, model=one) for number, one in enumerate(borrowers, 1))
+
+
+def averaging(model: Classifier, norm: Norm) -> Plan:
+    """What is added where the model is random and doesn't say so."""
+    averaged = Defended(model, [], draws=_DRAWS)
+    return Plan("expectation", f"the model is random: gradients averaged over {_DRAWS} draws", _follow(norm), model=averaged)
+
+
+def _follow(norm: Norm) -> Attack:
+    """For gradients that can be trusted."""
+    return minimal(norm, 100) if norm is Norm.L0 else Sprint(steps=40)
+
+
 def _share(effort: Effort, share: float) -> float:
-    return min(1.0, 5 * share) if effort == "thorough" else share
+    """Of a ladder's first rung: whoever wants to be thorough doesn't trust the order, and attacks all."""
+    return 1.0 if effort == "thorough" else share
 
 
 @dataclass
@@ -109,14 +140,19 @@ class _Cascade:
     batch_size: int | None
     progress: bool
     campaign: Campaign | None
-    broken_by: Tensor
-    adversarial: Tensor
-    margin: Tensor
-    clean_predicted: Tensor
-    looked: Tensor
     probe: int = 0
     stages: list[Stage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    diagnosis: Diagnosis | None = None
+    nearest: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.y)
+        self.broken_by = torch.full((count,), STANDS)
+        self.clean_predicted = torch.full((count,), -1)
+        self.adversarial = self.x.clone()
+        self.margin = torch.full((count,), -math.inf, dtype=torch.float64)
+        self.looked = torch.zeros(count, dtype=torch.bool)
 
     def run(self, plan: Plan) -> None:
         """One stage: all samples that stand, or rung by rung."""
@@ -128,24 +164,41 @@ class _Cascade:
         done: list[AttackResult] = []
         try:
             if plan.share is None:
-                self._attack(plan, standing, done)
+                self._attack(plan, standing, self.threat, done)
                 return
             order = standing[self.margin[standing].argsort(descending=True, stable=True)]
             size = max(_FEWEST, math.ceil(plan.share * len(self.y)))
             while len(order):
-                broke = self._attack(plan, order[:size].sort().values, done)
+                broke = self._attack(plan, order[:size].sort().values, self.threat, done)
                 order, size = order[size:], 2 * size
                 if not broke:
                     return
         finally:
             if done:
-                result = merge(done)
-                self.stages.append(Stage(plan.name, plan.why, result.index, result))
-                self._learn(len(self.stages) - 1)
+                self._add(plan, merge(done))
 
-    def _attack(self, plan: Plan, rows: Tensor, done: list[AttackResult]) -> int:
+    def measure(self) -> None:
+        """The smallest perturbation of each sample that the model gets right, which answers for every size."""
+        rows = ((self.broken_by != WRONG) & (self.broken_by != FAILED)).nonzero()[:, 0]
+        plan = Plan("nearest", "the smallest perturbations, for the curve", minimal(self.threat.norm, _NEAREST))
+        done: list[AttackResult] = []
+        try:
+            if len(rows):
+                self._attack(plan, rows, self.threat.at(math.inf), done)
+        finally:
+            self.nearest = torch.full((len(self.y),), math.inf, dtype=torch.float64)
+            if done:
+                result = merge(done)
+                self.nearest[result.index] = result.distance
+                self._add(plan, _inside(result, self.x, self.threat))
+
+    def _add(self, plan: Plan, result: AttackResult) -> None:
+        self.stages.append(Stage(plan.name, plan.why, result.index, result, plan.share is not None))
+        self._learn(len(self.stages) - 1)
+
+    def _attack(self, plan: Plan, rows: Tensor, threat: Threat, done: list[AttackResult]) -> int:
         """Attack these samples part by part; how many broke."""
-        before = len(done)
+        before, model = len(done), plan.model or self.model
         kept = self.campaign.finished(plan.name) if self.campaign is not None else None
         if kept is not None:
             done.append(kept.select(torch.isin(kept.index, rows).nonzero()[:, 0]))
@@ -153,12 +206,17 @@ class _Cascade:
         for part in torch.split(rows, _PART) if len(rows) else ():
             try:
                 result = run_attack(
-                    self.model, self.x[part], self.y[part], plan.attack, self.threat,
+                    model, self.x[part], self.y[part], plan.attack, threat.only(part, self.x),
                     batch_size=self.batch_size, seed=self.seed, ids=part, progress=self.progress,
                 )  # fmt: skip
             except Interrupted as stop:
                 self._keep(plan, stop.result, part, done)
                 raise
+            finally:
+                if plan.model is not None:  # which counts for itself
+                    self.model.queries.forward += plan.model.queries.forward
+                    self.model.queries.backward += plan.model.queries.backward
+                    plan.model.queries.reset()
             self._keep(plan, result, part, done)
         return sum(int(result.having(Status.FOOLED).sum()) for result in done[before:])
 
@@ -170,13 +228,13 @@ class _Cascade:
             done.append(result)
 
     def _learn(self, number: int) -> None:
-        """Take over what stage `number` found."""
+        """Take over what stage `number` found: what was broken before stays so, and of two points the clearer one counts."""
         rows, result = self.stages[number].rows, self.stages[number].result
         if number == 0:
             self.clean_predicted[rows] = result.clean_predicted
             self.broken_by[rows[result.having(Status.ALREADY_WRONG)]] = WRONG
         fooled = result.having(Status.FOOLED)
-        self.broken_by[rows[fooled]] = number
+        self.broken_by[rows[fooled & (self.broken_by[rows] == STANDS)]] = number
         closer = fooled | (result.margin.double() > self.margin[rows])
         self.margin[rows[closer]] = result.margin[closer].double()
         self.adversarial[rows[closer]] = result.adversarial[closer]
@@ -184,17 +242,36 @@ class _Cascade:
         if failed := int(result.having(Status.ERROR).sum()):
             self.notes.append(f"{self.stages[number].name}: the model gave NaN or infinite values for {failed} samples")
 
+    def no_gradients(self) -> str:
+        """Why the model can't be differentiated; empty if it can."""
+        if not len(self.y):
+            return ""
+        model = self.model
+        try:
+            with model.frozen(), torch.enable_grad():
+                leaf = self.x[:1].to(model.device).requires_grad_()
+                logits = model.forward(leaf)
+                path = logits.requires_grad and torch.autograd.grad(logits.sum(), leaf, allow_unused=True)[0] is not None
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a network raises that can't take inputs which require gradients
+            return f"the model cannot be differentiated ({type(error).__name__}: {error})"
+        model.queries.forward += 1
+        model.queries.backward += 1
+        self.probe += 2
+        return "" if path else "no path leads from the model's output back to its input"
+
     def signs(self) -> list[str]:
         """Reasons to distrust the gradients, from what was seen so far."""
         found, count = [], max(len(self.y), 1)
-        first = [stage for stage in self.stages if stage.name != "sprint-probability"]  # probabilities may well saturate
-        steps = sum(int(stage.result.iterations.sum()) for stage in first)
-        vanished = sum(int(stage.result.zero_gradients.sum()) for stage in first) / max(steps, 1)
+        of_logits = [stage.result for stage in self.stages if stage.result.config["attack"].get("loss") != "probability_margin"]
+        steps = sum(int(result.iterations.sum()) for result in of_logits)  # probabilities may well saturate
+        vanished = sum(int(result.zero_gradients.sum()) for result in of_logits) / max(steps, 1)
         if vanished > _VANISHED:
             found.append(f"{vanished:.0%} of the gradients vanished")
-        late = [number for number, stage in enumerate(self.stages) if number >= 2]
+        late = [number for number, stage in enumerate(self.stages) if stage.heavy]
         fell = sum(int((self.broken_by == number).sum()) for number in late)
-        if fell >= _FEW and fell > _LATE * count:
+        if self.threat.norm is not Norm.L0 and fell >= _FEW and fell > _LATE * count:  # l0's cheap search is meant to be crude
             found.append(f"{fell / count:.1%} of the samples fell to heavier attacks only")
         if (misled := self._misled()) is not None and misled > _MISLED:
             found.append(
@@ -209,34 +286,51 @@ class _Cascade:
         if not len(rows):
             return None
         self.looked[rows] = True
+        parts = [self._promise(part) for part in torch.split(rows, self.batch_size or _LOOKED)]
+        promised, gained = (torch.cat(each) for each in zip(*parts, strict=True))
+        return float(((gained > 2 * promised) | (promised > 4 * gained)).double().mean())
+
+    def _promise(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What the margin was to gain on the way to the best attempt, by its gradient at the input, and what it gained."""
         x, device = self.x[rows], self.model.device
         with self.model.frozen(), torch.enable_grad():
             leaf = x.to(device).requires_grad_()
             logits = self.model.forward(leaf)
             aim = Untargeted().aim(self.y[rows].to(device), torch.full_like(rows, -1).to(device), logits.shape[1])
             before = aim.margin(logits)
-            (gradient,) = torch.autograd.grad(before.sum(), leaf)
-        way = (self.adversarial[rows] - x).double()
-        promised = (gradient.cpu().double() * way).flatten(1).sum(1)
-        gained = (self.margin[rows] - before.detach().cpu().double()).clamp(min=0)
-        return float(((gained > 2 * promised) | (promised > 4 * gained)).double().mean())
+            gradient = input_gradient(before, leaf).cpu().double()
+        self.model.queries.forward += len(rows)
+        self.model.queries.backward += len(rows)
+        promised = (gradient * (self.adversarial[rows] - x).double()).flatten(1).sum(1)
+        return promised, (self.margin[rows] - before.detach().cpu().double()).clamp(min=0)
 
-    def diagnosis(self) -> Diagnosis:
-        """What the campaign holds, or a new one."""
+    def diagnose(self) -> None:
+        """Take what the campaign holds, or look."""
         if self.campaign is not None and (kept := self.campaign.document("diagnosis")) is not None:
-            return Diagnosis.from_dict(kept)
-        found = diagnose(
+            self.diagnosis = Diagnosis.from_dict(kept)
+            return
+        self.diagnosis = diagnose(
             self.model, self.x, self.y, self.threat, seed=self.seed, batch_size=self.batch_size, progress=self.progress
         )
         if self.campaign is not None:
-            self.campaign.record("diagnosis", found.to_dict())
-        return found
+            self.campaign.record("diagnosis", self.diagnosis.to_dict())
 
-    def evaluation(self, diagnosis: Diagnosis | None, complete: bool) -> Evaluation:
+    def evaluation(self, complete: bool) -> Evaluation:
         return Evaluation(
             self.x, self.y, self.threat, self.clean_predicted, tuple(self.stages), self.broken_by, self.adversarial,
-            self.margin, torch.zeros_like(self.looked), self.looked, diagnosis, tuple(self.notes), self.probe, complete,
+            self.margin, torch.zeros_like(self.looked), self.looked, self.diagnosis, tuple(self.notes), self.nearest,
+            self.probe, complete,
         )  # fmt: skip
+
+
+def _inside(result: AttackResult, x: Tensor, threat: Threat) -> AttackResult:
+    """What a search for the smallest perturbations says about the ball: a point beyond it is none."""
+    beyond = result.distance > threat.eps_for(result.index)
+    away = beyond & result.having(Status.FOOLED)
+    survived = torch.full_like(result.codes, STATUSES.index(Status.SURVIVED))
+    points = torch.where(beyond.view(-1, *[1] * (x.dim() - 1)), x[result.index], result.adversarial)
+    margin = torch.where(beyond, torch.full_like(result.margin, -math.inf), result.margin)
+    return replace(result, codes=torch.where(away, survived, result.codes), adversarial=points, margin=margin)
 
 
 @overload
@@ -247,6 +341,8 @@ def evaluate(
     threat: Threat,
     effort: Effort = ...,
     *,
+    curve: bool = ...,
+    sources: Sequence[Classifier] = ...,
     seed: int = ...,
     batch_size: int | None = ...,
     progress: bool = ...,
@@ -260,6 +356,8 @@ def evaluate(
     threat: Sequence[Threat],
     effort: Effort = ...,
     *,
+    curve: bool = ...,
+    sources: Sequence[Classifier] = ...,
     seed: int = ...,
     batch_size: int | None = ...,
     progress: bool = ...,
@@ -271,6 +369,8 @@ def evaluate(
     threat: Threat | Sequence[Threat],
     effort: Effort = "standard",
     *,
+    curve: bool = False,
+    sources: Sequence[Classifier] = (),
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = False,
@@ -279,7 +379,10 @@ def evaluate(
     """Robust accuracy within a threat, with the evidence: a cascade of attacks from cheap to strong.
 
     x (N, ...), y (N,): samples inside the model's bounds and their true classes. threat: a ball of stated size; several for
-    the worst case over them. effort: "quick" for a first look, "standard", or "thorough" for a figure to publish.
+    the worst case over them. effort: "quick" for a first look; "standard", where heavy attacks begin with the samples closest
+    to falling and go on only while some do; "thorough", where they attack all that stand.
+    curve: look for the smallest perturbations too, so that `Evaluation.curve` answers for every size. sources: other models of
+    the same classes, whose gradients are tried where this one's mislead.
     campaign: a folder that keeps what is finished; the same call goes on where an earlier one was stopped.
 
     Where there are signs of masked gradients, more and other attacks run, and `diagnose` says what is wrong. Ctrl-C returns
@@ -292,49 +395,41 @@ def evaluate(
     >>> sp.evaluate(model, x, model.predict(x), sp.Linf(0.0)).robust_accuracy
     1.0
     """
-    if not isinstance(model, Classifier):
-        raise InputError(f"model must be a Saddlepoint model: sp.Model(net, ...); got {type(model).__name__}")
-    if not isinstance(threat, Threat) and (not isinstance(threat, Sequence) or not all(isinstance(t, Threat) for t in threat)):
-        raise InputError(f"threat must be such as sp.Linf(8 / 255), or a list of them; got {threat!r}")
-    if effort not in get_args(Effort):
-        raise UnknownNameError("effort", str(effort), get_args(Effort))
+    _check(model, threat, effort, sources)
     if not isinstance(threat, Threat):
         if campaign is not None:
             raise InputError("a campaign holds one threat: evaluate one after another, each in its own folder")
         parts: list[Evaluation] = []
+        same = {"curve": curve, "sources": sources, "seed": seed, "batch_size": batch_size, "progress": progress}
         for one in threat:
-            parts.append(evaluate(model, x, y, one, effort, seed=seed, batch_size=batch_size, progress=progress))
+            parts.append(evaluate(model, x, y, one, effort, **same))  # type: ignore[call-overload]  # as they came
             if not parts[-1].complete:
                 break
-        if not parts:
-            raise InputError("evaluate needs at least one threat")
         return WorstCase(tuple(parts))
-    if threat.minimizes:
-        raise InputError("evaluate needs a ball of stated size, such as sp.Linf(8 / 255); for distances there is sp.distance")
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         kinds = f"{type(x).__name__} and {type(y).__name__}"
         raise InputError(f"evaluate needs the samples as tensors, since each attack sees all of them; got {kinds}")
     if y.shape != (len(x),):
         raise InputError(f"y must have shape ({len(x)},), one class per input; its shape is {tuple(y.shape)}")
-    if model.access < Access.SCORES:
-        raise CapabilityError("evaluate needs gradients or scores; this model exposes labels only")
-    gradients = model.access >= Access.GRADIENTS
-    todo = plans(threat.norm, effort, gradients=gradients)
+    model.check_inputs(x)
+    x, y = x.detach().cpu(), y.detach().cpu()
     campaign = Campaign(campaign) if isinstance(campaign, str | Path) else campaign
-    if campaign is not None:
-        settings = {"effort": effort, "plans": [plan.attack.settings() | {"share": plan.share} for plan in todo]}
-        campaign.open(manifest(model, x, y, threat, seed=seed, configuration=settings))
     before = model.queries.forward
-    if len(x):
-        model.probe(x)  # here, so that a resumed run has the same margin of success
-    none = torch.full((len(x),), STANDS)
-    run = _Cascade(
-        model, x, y, threat, seed, batch_size, progress, campaign, none, x.clone(),
-        torch.full((len(x),), -math.inf, dtype=torch.float64), none.clone(), torch.zeros(len(x), dtype=torch.bool),
-        probe=model.queries.forward - before,
-    )  # fmt: skip
+    if campaign is not None:
+        todo = plans(threat.norm, effort, gradients=model.access >= Access.GRADIENTS)
+        settings = {
+            "effort": effort, "plans": [plan.attack.settings() | {"share": plan.share} for plan in todo],
+            "sources": [fingerprint(source) for source in sources], "curve": curve,
+        }  # fmt: skip
+        campaign.open(manifest(model, x, y, threat, seed=seed, configuration=settings))
     try:
-        evaluation = _through(run, todo, effort, gradients)
+        run = _Cascade(model, x, y, threat, seed, batch_size, progress, campaign)
+        if len(x):
+            probe = model.probe(x)  # here, so that a resumed run has the same margin of success
+            if campaign is not None:
+                _check_outputs(campaign, model, x, probe)
+        run.probe = model.queries.forward - before
+        evaluation = _through(run, effort, sources, curve)
         if campaign is not None and evaluation.complete:
             campaign.record("evaluation", evaluation.to_dict())
             campaign.finish()
@@ -344,18 +439,68 @@ def evaluate(
     return evaluation
 
 
-def _through(run: _Cascade, todo: Sequence[Plan], effort: Effort, gradients: bool) -> Evaluation:
+def _check(model: Classifier, threat: Threat | Sequence[Threat], effort: str, sources: Sequence[Classifier]) -> None:
+    for one in (model, *sources):
+        if not isinstance(one, Classifier):
+            raise InputError(f"model must be a Saddlepoint model: sp.Model(net, ...); got {type(one).__name__}")
+    threats = threat if isinstance(threat, Sequence) else [threat]
+    if not all(isinstance(one, Threat) for one in threats):
+        raise InputError(f"threat must be such as sp.Linf(8 / 255), or a list of them; got {threat!r}")
+    if not threats:
+        raise InputError("evaluate needs at least one threat")
+    if any(one.minimizes for one in threats):
+        raise InputError("evaluate needs a ball of stated size, such as sp.Linf(8 / 255); for distances there is sp.distance")
+    if effort not in get_args(Effort):
+        raise UnknownNameError("effort", str(effort), get_args(Effort))
+    if model.access < Access.SCORES:
+        raise CapabilityError("evaluate needs gradients or scores; this model exposes labels only")
+
+
+def _check_outputs(campaign: Campaign, model: Classifier, x: Tensor, probe: Probe) -> None:
+    """A fingerprint knows the weights, not the code around them: what the model says must be the same too."""
+    if probe.stochastic:
+        return
+    now = model.logits(x[:_SAME]).cpu().double()
+    if (kept := campaign.document("outputs")) is None:
+        campaign.record("outputs", {"logits": now.tolist()})
+        return
+    before = torch.tensor(kept["logits"], dtype=torch.float64)
+    if before.shape == now.shape and torch.allclose(now, before, rtol=0, atol=_ROUNDING * probe.tau, equal_nan=True):
+        return
+    raise InputError(
+        f"{campaign.path} was begun with a model of the same weights that gave other outputs for the first {len(now)} samples: "
+        "has its forward() changed, or what stands around it? Undo that, or take another folder"
+    )
+
+
+def _through(run: _Cascade, effort: Effort, sources: Sequence[Classifier], curve: bool) -> Evaluation:
     """All stages; after Ctrl-C what is finished."""
-    diagnosis = None
+    model, norm = run.model, run.threat.norm
     try:
-        for plan in todo:
-            run.run(plan)
-        if gradients and (signs := run.signs()):
-            run.notes += signs
+        gradients = model.access >= Access.GRADIENTS
+        if gradients and (why := run.no_gradients()):
+            gradients = False
+            run.notes.append(
+                f"{why}; searched by scores alone" + (" and with the gradients of other models" if sources else "")
+            )
             if effort != "quick":
-                diagnosis = run.diagnosis()
-            for plan in escalation(run.threat.norm, effort):
+                run.diagnose()
+            for plan in borrowing(model, sources, norm):
                 run.run(plan)
-    except Interrupted:
-        return run.evaluation(diagnosis, complete=False)
-    return run.evaluation(diagnosis, complete=True)
+        for plan in plans(norm, effort, gradients=gradients):
+            run.run(plan)
+        if gradients:
+            if len(run.y) and model.probe(run.x).stochastic and model.draws == 1:
+                run.notes.append("the model is random, and doesn't say so: take sp.Defended(model, [], draws=10)")
+                run.run(averaging(model, norm))
+            if signs := run.signs():
+                run.notes += signs
+                if effort != "quick":
+                    run.diagnose()
+                for plan in (*escalation(norm, effort), *borrowing(model, sources, norm)):
+                    run.run(plan)
+        if curve:
+            run.measure()
+    except KeyboardInterrupt:
+        return run.evaluation(complete=False)
+    return run.evaluation(complete=True)

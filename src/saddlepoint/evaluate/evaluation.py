@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -41,13 +42,15 @@ class Interval:
 class Stage:
     """One attack on the samples that stood until then. name: short. why: the reason it was run, in words.
 
-    rows: positions (K,) of the samples that it attacked; result: K rows, in that order.
+    rows: positions (K,) of the samples that it attacked; result: K rows, in that order. heavy: meant for samples that cheap
+    attacks leave; unless the effort is thorough, it began with those that came closest to falling, and went on while some fell.
     """
 
     name: str
     why: str
     rows: Tensor
     result: AttackResult
+    heavy: bool = False
 
     @property
     def broke(self) -> Tensor:
@@ -63,8 +66,10 @@ class Evaluation:
     -3 where it gave NaN or infinite values, which counts as not robust.
     adversarial (N, ...): the adversarial input, or the best attempt. margin (N,): of the goal there, negative where the sample
     stands: the nearer to 0, the closer the call. certified (N,) bool: samples with a proof. looked (N,) bool: those whose
-    gradient at the input was looked at for signs of masking, one forward and one backward pass each. probe: rows spent on
-    looking at the model before. notes: what to know about the figure. complete: False after Ctrl-C: later stages are missing.
+    gradient at the input was looked at for signs of masking, one forward and one backward pass each.
+    notes: what to know about the figure. nearest (N,) float64: distance of the nearest adversarial input in the ball or beyond,
+    where they were looked for (`curve=True`). probe: rows spent on looking at the model before. complete: False after Ctrl-C:
+    later stages are missing.
     """
 
     x: Tensor
@@ -79,6 +84,7 @@ class Evaluation:
     looked: Tensor
     diagnosis: Diagnosis | None
     notes: tuple[str, ...]
+    nearest: Tensor | None = None
     probe: int = 0
     complete: bool = True
 
@@ -94,9 +100,19 @@ class Evaluation:
         return self.broken_by == STANDS
 
     @property
+    def broken(self) -> Tensor:
+        """Samples that the model gets right and an attack broke, (N,) bool: those with an adversarial input."""
+        return self.broken_by >= 0
+
+    @property
+    def right(self) -> Tensor:
+        """Samples that the model gets right without an attack, (N,) bool; not those that ever gave NaN or infinite values."""
+        return (self.broken_by != WRONG) & (self.broken_by != FAILED)
+
+    @property
     def clean_accuracy(self) -> float:
-        """Share of samples that the model gets right; those that ever gave NaN or infinite values are left out."""
-        return _mean((self.broken_by != WRONG) & (self.broken_by != FAILED))
+        """Share of samples that the model gets right; those that ever gave NaN or infinite values count as wrong."""
+        return _mean(self.right)
 
     @property
     def robust_accuracy(self) -> float:
@@ -132,7 +148,7 @@ class Evaluation:
     def cumulative(self) -> list[tuple[str, float]]:
         """Robust accuracy after each stage, by its name, from the clean accuracy on."""
         lost = [int((self.broken_by == number).sum()) for number in range(len(self.stages))]
-        standing = len(self) - int(((self.broken_by == WRONG) | (self.broken_by == FAILED)).sum())
+        standing = int(self.right.sum())
         points = [("clean", self.clean_accuracy)]
         for stage, gone in zip(self.stages, lost, strict=True):
             standing -= gone
@@ -141,43 +157,45 @@ class Evaluation:
 
     @property
     def distance(self) -> Tensor:
-        """Of the adversarial inputs, in the threat's norm, (N,) float64: 0 where the model was wrong, inf where it stands."""
+        """Of the nearest adversarial inputs that are known, in the threat's norm, (N,) float64: 0 where the model was wrong or
+        gave NaN, inf where none is known."""
         away = self.threat.distance(self.adversarial, self.x)
-        away = torch.where(self.broken_by == WRONG, torch.zeros_like(away), away)
-        return torch.where(self.stands, torch.full_like(away, torch.inf), away)
+        away = torch.where(self.stands, torch.full_like(away, torch.inf), away)
+        if self.nearest is not None:
+            away = torch.minimum(away, self.nearest)
+        return torch.where(self.right, away, torch.zeros_like(away))
 
-    def curve(self, eps: list[float] | None = None) -> list[tuple[float, float]]:
-        """(size, robust accuracy) for smaller sizes as well: what broke at a distance breaks in every larger ball.
+    def curve(self, eps: Sequence[float] | None = None) -> list[tuple[float, float]]:
+        """(size, robust accuracy) for other sizes, without another attack: what broke at a distance breaks in larger balls.
 
-        Upper bounds, and loose ones: the attacks looked for points in the whole ball and found most of them at its surface. For
-        a curve that means something below the largest size, evaluate at several, or take `sp.distance`. eps: default 11
-        steps from 0.
+        eps: sizes >= 0; default 11 steps from 0 to the one that was evaluated (with `curve=True` to twice that).
+        Each figure is an upper bound. With `evaluate(..., curve=True)` it comes from the smallest perturbations; without,
+        sizes below the one that was evaluated are answered loosely, since attacks stop anywhere in the ball.
+        Errors: `InputError` for larger sizes without `curve=True`, or where each sample has its own.
         """
         largest = self.threat.largest_eps
-        chosen = [largest * step / 10 for step in range(11)] if eps is None else eps
-        if any(size > largest for size in chosen):
-            raise InputError(f"nothing is known beyond eps = {largest:g}, which was evaluated")
+        if isinstance(self.threat.eps, tuple):
+            raise InputError("there is no curve over eps where each sample has its own")
+        limit = largest if self.nearest is None else math.inf
+        chosen = [largest * (1 + (self.nearest is not None)) * step / 10 for step in range(11)] if eps is None else eps
+        if any(not 0 <= size <= limit for size in chosen):
+            raise InputError(f"sizes must lie between 0 and {limit:g}, or evaluate with curve=True; got {list(chosen)}")
         away = self.distance
         return [(size, _mean(away > size)) for size in chosen]
 
     def per_class(self) -> dict[int, tuple[int, float, float]]:
         """For each class: number of samples, clean accuracy, robust accuracy."""
-        found = {}
-        for label in sorted(set(self.y.tolist())):
-            mine = self.y == label
-            found[int(label)] = (int(mine.sum()), _mean(self.broken_by[mine] != WRONG), _mean(self.stands[mine]))
-        return found
+        return _per_class(self.y, self.right, self.stands)
 
     def closest(self, count: int = 10) -> Tensor:
         """Positions of the samples that stand by the least margin: the first to look at, and to attack further."""
-        rows = self.stands.nonzero()[:, 0]
-        return rows[self.margin[rows].argsort(descending=True)][:count]
+        return _closest(self.stands, self.margin, count)
 
     def group(self, rows: Tensor) -> Evaluation:
         """The same for some of the samples, (K,) positions or (N,) bool: a subgroup of yours."""
         if rows.dtype == torch.bool and rows.shape == self.y.shape:
             rows = rows.nonzero()[:, 0]
-        elif rows.dtype != torch.int64 or rows.dim() != 1 or len(rows.unique()) < len(rows):  # type: ignore[no-untyped-call]
+        elif rows.dtype != torch.int64 or rows.dim() != 1 or len(set(rows.tolist())) < len(rows):
             raise InputError(
                 f"rows must be a bool mask ({len(self)},) or different int64 positions; got {rows.dtype}, {rows.shape}"
             )
@@ -188,18 +206,21 @@ class Evaluation:
         stages = []
         for stage in self.stages:
             kept = (place[stage.rows] >= 0).nonzero()[:, 0]
-            stages.append(Stage(stage.name, stage.why, place[stage.rows[kept]], stage.result.select(kept)))
+            stages.append(replace(stage, rows=place[stage.rows[kept]], result=stage.result.select(kept)))
         names = ("x", "y", "clean_predicted", "broken_by", "adversarial", "margin", "certified", "looked")
-        return replace(self, stages=tuple(stages), **{name: getattr(self, name)[rows] for name in names})
+        own = {name: getattr(self, name)[rows] for name in names}
+        own["nearest"] = self.nearest[rows] if self.nearest is not None else None
+        return replace(self, threat=self.threat.only(rows, self.x), stages=tuple(stages), **own)
 
     def summary(self) -> str:
         """The figure, how it came about, and what it cost, in plain text."""
         between, each = self.interval, max(len(self), 1)
+        proven = f"{between.certified:.2%}" if bool(self.certified.any()) else "nothing: no proof was looked for"
         lines = [
-            f"Evaluation of {len(self)} samples within {type(self.threat).__name__}({self.threat.largest_eps:g})",
+            f"Evaluation of {len(self)} samples within {self.threat}",
             f"  clean accuracy   {self.clean_accuracy:.2%}",
             f"  robust accuracy  {self.robust_accuracy:.2%} at most; {between.high:.2%} for all such inputs (97.5 % sure)",
-            f"  proven           {between.certified:.2%}",
+            f"  proven           {proven}",
             f"  passes a sample  {float(self.queries.total.sum()) / each:.1f}, {self.seconds:.1f} s",
             "  stage                attacked  broke  passes each  robust accuracy after it",
         ]
@@ -213,15 +234,20 @@ class Evaluation:
         """The figures, ready for JSON."""
         between, queries, each = self.interval, self.queries, max(len(self), 1)
         return {
-            "samples": len(self), "threat": type(self.threat).__name__, "eps": self.threat.largest_eps,
+            "samples": len(self), "threat": self.threat.settings(),
             "clean_accuracy": self.clean_accuracy, "robust_accuracy": self.robust_accuracy,
             "interval": asdict(between),
             "passes": {"forward": float(queries.forward.sum()) / each, "backward": float(queries.backward.sum()) / each},
             "seconds": self.seconds, "complete": self.complete, "notes": list(self.notes),
             "stages": [
-                {"name": stage.name, "why": stage.why, "attacked": len(stage.rows), "broke": len(stage.broke), "after": after}
+                {
+                    "name": stage.name, "why": stage.why, "heavy": stage.heavy, "attacked": len(stage.rows),
+                    "broke": len(stage.broke), "after": after, "passes": float(stage.result.queries.total.sum()),
+                    "seconds": stage.result.seconds,
+                }
                 for stage, (_, after) in zip(self.stages, self.cumulative[1:], strict=True)
             ],
+            "curve": [list(point) for point in self.curve()] if self.nearest is not None else None,
             "per_class": {str(label): list(figures) for label, figures in self.per_class().items()},
             "diagnosis": self.diagnosis.to_dict() if self.diagnosis is not None else None,
         }  # fmt: skip
@@ -247,9 +273,30 @@ class WorstCase:
         return torch.stack([part.stands for part in self.parts]).all(0)
 
     @property
+    def clean_accuracy(self) -> float:
+        """Share of samples that the model gets right, as `Evaluation.clean_accuracy`."""
+        return _mean(self._right)
+
+    @property
+    def _right(self) -> Tensor:
+        return torch.stack([part.right for part in self.parts]).all(0)
+
+    @property
     def robust_accuracy(self) -> float:
         """Share of samples that stand in the worst case over the threats."""
         return _mean(self.stands)
+
+    def per_class(self) -> dict[int, tuple[int, float, float]]:
+        """For each class: number of samples, clean accuracy, robust accuracy in the worst case."""
+        return _per_class(self.parts[0].y, self._right, self.stands)
+
+    def closest(self, count: int = 10) -> Tensor:
+        """Positions of the samples that stand by the least margin within any of the threats."""
+        return _closest(self.stands, torch.stack([part.margin for part in self.parts]).amax(0), count)
+
+    def group(self, rows: Tensor) -> WorstCase:
+        """The same for some of the samples, as `Evaluation.group`."""
+        return WorstCase(tuple(part.group(rows) for part in self.parts))
 
     @property
     def interval(self) -> Interval:
@@ -261,13 +308,16 @@ class WorstCase:
 
     def summary(self) -> str:
         """The worst case, then each threat."""
-        names = ", ".join(f"{type(part.threat).__name__}({part.threat.largest_eps:g})" for part in self.parts)
+        names = ", ".join(str(part.threat) for part in self.parts)
         head = f"Worst case over {names}: robust accuracy {self.robust_accuracy:.2%} at most"
         return "\n\n".join([head, *(part.summary() for part in self.parts)])
 
     def to_dict(self) -> dict[str, Any]:
         """The figures, ready for JSON."""
-        return {"robust_accuracy": self.robust_accuracy, "parts": [part.to_dict() for part in self.parts]}
+        return {
+            "clean_accuracy": self.clean_accuracy, "robust_accuracy": self.robust_accuracy, "complete": self.complete,
+            "interval": asdict(self.interval), "parts": [part.to_dict() for part in self.parts],
+        }  # fmt: skip
 
 
 def binomial_limits(hits: int, count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -278,6 +328,21 @@ def binomial_limits(hits: int, count: int, confidence: float = CONFIDENCE) -> tu
     low = float(beta.ppf(tail, hits, count - hits + 1)) if hits else 0.0
     high = float(beta.ppf(1 - tail, hits + 1, count - hits)) if hits < count else 1.0
     return low, high
+
+
+def _per_class(labels: Tensor, right: Tensor, stands: Tensor) -> dict[int, tuple[int, float, float]]:
+    found = {}
+    for label in sorted(set(labels.tolist())):
+        mine = labels == label
+        found[int(label)] = (int(mine.sum()), _mean(right[mine]), _mean(stands[mine]))
+    return found
+
+
+def _closest(stands: Tensor, margin: Tensor, count: int) -> Tensor:
+    if count < 0:
+        raise InputError(f"count must be at least 0; got {count}")
+    rows = stands.nonzero()[:, 0]
+    return rows[margin[rows].argsort(descending=True)][:count]
 
 
 def _mean(mask: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Models made of models: ensembles, and models behind input transformations."""
+"""Models made of models: ensembles, models behind input transformations, and models with borrowed gradients."""
 
 from __future__ import annotations
 
@@ -105,3 +105,38 @@ class Defended(Classifier):
             "draws": self.draws,
             "model": self.model.describe(),
         }
+
+
+@final
+class Borrowed(Classifier):
+    """A model's outputs with the gradients of another, for attacks where the model's own mislead or don't exist.
+
+    Every point is judged by `model`, and the way there is shown by `source`: a transfer attack that sees at each step whether
+    it has arrived. A pass is one through both.
+    Errors: `InputError` unless they share bounds.
+    """
+
+    def __init__(self, model: Classifier, source: Classifier) -> None:
+        if model.bounds != source.bounds:
+            raise InputError(f"the bounds of model and source differ: {model.bounds} and {source.bounds}")
+        super().__init__(model.bounds, source.access, model.num_classes, max(model.draws, source.draws), model.device)
+        self.model, self.source = model, source
+
+    def networks(self) -> tuple[nn.Module, ...]:
+        return self.model.networks() + self.source.networks()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            outputs = self.model.forward(x)
+        if not torch.is_grad_enabled():
+            return outputs
+        guide = self.source.forward(x.to(self.source.device)).to(outputs.device)
+        if guide.shape != outputs.shape:
+            raise InputError(f"model and source differ in their outputs: {tuple(outputs.shape)} and {tuple(guide.shape)}")
+        return outputs + (guide - guide.detach())
+
+    def features(self, x: Tensor, layer: str) -> Tensor:
+        return self.model.features(x, layer)
+
+    def describe(self) -> dict[str, object]:
+        return {"name": "Borrowed", "model": self.model.describe(), "source": self.source.describe()}
