@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saddlepoint.attacks import PGD
+from saddlepoint.attacks import APGD, PGD, Restarts
 from saddlepoint.evaluate.evidence import NOISES, QUERIES, RESTARTS, SCALES, STEPS, Evidence, passes
 from saddlepoint.goals import Targeted, margin
 from saddlepoint.models.base import Classifier
@@ -35,6 +35,7 @@ _ZERO = 0.1  # the gradient is zero or not finite: 0.04, where certified trainin
 _DISAGREEING = 0.1  # the gradient disagrees with finite differences: none
 _NOT_RISING = 0.1  # the loss doesn't rise in one step, or in forty: 0.06
 _BEATEN = 0.15  # an attack fools fewer samples than a cruder one, by so many: 0.08
+_RUGGED = 0.05  # steps that adapt find what fixed ones with restarts miss: 0.02
 _UNCHANGED = 0.25  # tiny changes of the input change no bit of the output: 0.04, in that dead network
 
 _APART = 0.5  # |measured - claimed| / (|measured| + |claimed|) of a slope, from which on the two disagree
@@ -316,6 +317,18 @@ def _not_rising(case: Evidence) -> Look:
     return case.many(flat.sum(), _NOT_RISING), {"not_rising": _mean(flat)}, says
 
 
+def _rugged(case: Evidence) -> Look:
+    """Where the result hangs on the step size, the loss has bumps that hold up one attack or the other."""
+    left = (~case.by_pgd).nonzero()[:, 0]
+    fell = left[case.fooled(APGD(steps=100, loss="margin"), left)] if len(left) else left
+    only = fell[~case.fooled(Restarts(case.ascent(), RESTARTS), fell)] if len(fell) else fell
+    measured = {"fooled_by_pgd": float(case.by_pgd.sum()), "fooled_by_adaptive_steps_only": float(len(only))}
+    return case.many(len(only), _RUGGED), measured, (
+        f"PGD's {STEPS} steps fool {case.of(case.by_pgd)}; APGD, whose steps adapt, {len(fell)} of the others, {len(only)} of "
+        f"which PGD with {RESTARTS} restarts doesn't"
+    )  # fmt: skip
+
+
 def _one_step(case: Evidence) -> Look:
     """One step beats forty; or it is misled by the gradient at the input, as after training on such steps (label leaking)."""
     only = case.by_one_step & case.beyond
@@ -447,6 +460,8 @@ _CHECKS = (
     _Check("wrong-gradients", lambda c: c.cut_off or c.rough, _wrong_gradients,
            _compare("the backward pass is a substitute, or derivatives explode; look for better substitutes")),
     _Check("loss-not-rising", lambda c: c.restless, _not_rising, _compare(_SEARCH)),
+    _Check("rugged-loss", lambda c: c.cut_off or ("" if c.threat.norm is not Norm.L1 else "in l1 PGD is APGD already"), _rugged,
+           _say("no single step size will do: run APGD, restarts, and Square with thousands of queries; `evaluate` does")),
     _Check("one-step", lambda c: c.restless, _one_step,
            _compare("count no one-step attack, and start others at random points")),
     _Check("random-search", lambda c: c.idle, _random_search, _compare(_SEARCH)),
