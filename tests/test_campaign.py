@@ -367,8 +367,11 @@ def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"model": {"fingerprint": "n"}}, 'model.fingerprint: "m" before, "n" now'),
-        ({"data": {"fingerprint": "e"}}, 'data.fingerprint: "d" before, "e" now'),
+        ({"model": {"fingerprint": "n"}}, "\n  the model's weights or layers differ"),
+        ({"model": {"name": "other"}}, 'model.name: null before, "other" now'),
+        ({"data": {"fingerprint": "e"}}, "\n  the samples or labels differ"),
+        ({"configuration": {"sources": ["f"]}}, "\n  the models whose gradients may be borrowed differ"),
+        ({"configuration": {"plans": [{"name": "PGD"}]}}, "\n  the cascade's attacks differ"),
         ({"threat": {"norm": "linf", "eps": 0.2}}, "threat.eps: 0.1 before, 0.2 now"),
         ({"seed": 1}, "seed: 0 before, 1 now"),
         ({"configuration": {"effort": "quick", "limits": {"passes": 5}}}, "configuration.limits.passes: null before, 5 now"),
@@ -382,7 +385,7 @@ def test_another_run_is_refused(changed: dict[str, Any], told: str, tmp_path: Pa
     with pytest.raises(InputError, match="was begun with something else") as caught:
         Campaign(tmp_path).open({**MANIFEST, **changed})
     assert told in str(caught.value)
-    assert "model" in changed or "model" not in str(caught.value)
+    assert "model" in told or "model" not in str(caught.value)
     assert max(map(len, str(caught.value).splitlines()[1:])) < 120
     assert (tmp_path / "manifest.json").read_bytes() == before
     with Campaign(tmp_path) as campaign:  # the one that was refused let go of it
@@ -465,16 +468,16 @@ def test_manifest_tells_what_matters(tmp_path: Path) -> None:
 
     with Campaign(tmp_path) as campaign:
         campaign.open(of())
-    for key, changes in {
-        "model.fingerprint": {"model": sp.Model(net(nn.Tanh()))},
-        "data.fingerprint": {"x": x.flip(0)},
-        "threat.eps": {"threat": sp.Linf(0.2)},
-        "seed": {"seed": 1},
-        "configuration.effort": {"configuration": {"effort": "standard"}},
+    for told, changes in {
+        "the model's weights or layers differ": {"model": sp.Model(net(nn.Tanh()))},
+        "the samples or labels differ": {"x": x.flip(0)},
+        "threat.eps: ": {"threat": sp.Linf(0.2)},
+        "seed: ": {"seed": 1},
+        "configuration.effort: ": {"configuration": {"effort": "standard"}},
     }.items():
         with pytest.raises(InputError) as caught:
             Campaign(tmp_path).open(of(**changes))
-        assert f"\n  {key}: " in str(caught.value)
+        assert f"\n  {told}" in str(caught.value)
         assert len(str(caught.value).splitlines()) == 2
     model.probe(x)
     with Campaign(tmp_path) as campaign:
@@ -689,6 +692,7 @@ def test_png_rounds_and_says_by_how_much(channels: int, tmp_path: Path) -> None:
     assert done.linf_written == pytest.approx(float((read - x).abs().max()))
     assert done.linf == pytest.approx(float((adversarial - x).abs().max()))
     assert f"{done.moved:.3g}" in done.summary()
+    assert "left the ball" in done.summary()
     names = sorted(os.listdir(tmp_path / "set" / "adversarial"))
     assert names[0] == "00.png"
     assert names[11] == "11.png"
@@ -739,6 +743,24 @@ def test_reevaluation_on_another_model(mlp: nn.Module, cnn: nn.Module, samples: 
     accuracy = {name: float((sp.Model(net).predict(read) == labels).double().mean()) for name, net in (("m", mlp), ("c", cnn))}
     assert accuracy["m"] == result.robust_accuracy
     assert accuracy["c"] > accuracy["m"]  # they were made for the other one
+
+
+@pytest.mark.parametrize("kind", ["png", "npz"])
+def test_a_set_knows_where_its_samples_stood(kind: Any, tmp_path: Path) -> None:
+    x, adversarial, y = images()
+    rows = torch.tensor([7, 2, 30])
+    export(x[:3], adversarial[:3], y[:3], tmp_path / "set", kind, samples=rows)
+    assert AdversarialSet(tmp_path / "set").samples == (7, 2, 30)
+    export(x, adversarial, y, tmp_path / "other", kind)
+    assert AdversarialSet(tmp_path / "other").samples is None
+    manifest = tmp_path / "other" / "manifest.json"
+    before = json.loads(manifest.read_text())
+    del before["samples"]  # as sets were written before
+    manifest.write_text(json.dumps(before))
+    assert AdversarialSet(tmp_path / "other").samples is None
+    for wrong in (rows[:2], rows.float(), rows[:, None]):
+        with pytest.raises(InputError, match="samples must be"):
+            export(x[:3], adversarial[:3], y[:3], tmp_path / "no", kind, samples=wrong)
 
 
 def test_export_refuses(tmp_path: Path) -> None:

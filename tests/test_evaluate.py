@@ -90,13 +90,14 @@ def test_ladders_begin_with_the_closest_and_stop(mlp: nn.Module, many: Samples, 
     assert torch.equal(run.stages[1].rows, order[:12].sort().values)  # the first rung broke none
     asked: list[Tensor] = []
 
-    def answers(plan: cascade.Plan, rows: Tensor, threat: sp.Linf, done: list[sp.AttackResult]) -> int:
+    def answers(plan: cascade.Plan, rows: Tensor, threat: sp.Linf, done: list[sp.AttackResult]) -> tuple[int, int]:
         asked.append(rows)
-        return 3 - len(asked)
+        return 3 - len(asked), 1000 * len(rows)
 
     monkeypatch.setattr(run, "_attack", answers)
     run.run(cascade.Plan("a rung breaks two, the next one", "", sp.attacks.FGSM(), 0.1))
-    assert [len(rows) for rows in asked] == [12, 24, min(48, len(order) - 36)]
+    paid = cascade._PRICE // 1000  # rows that a sample which fell pays for
+    assert [len(rows) for rows in asked] == [12, 2 * paid, paid]
     assert torch.equal(torch.cat(asked).sort().values, order[: sum(map(len, asked))].sort().values)
 
 
@@ -285,7 +286,7 @@ def test_the_batch_changes_nothing(mlp: nn.Module, many: Samples, found: Evaluat
 def test_a_campaign_goes_on_where_it_was_stopped(mlp: nn.Module, many: Samples, found: Evaluation, tmp_path: Path,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     x, y = many
-    monkeypatch.setattr(cascade, "_PART", 30)
+    monkeypatch.setattr(cascade, "PART", 30)
     whole = sp.evaluate(sp.Model(mlp), x, y, sp.Linf(0.05), campaign=sp.Campaign(tmp_path / "whole"))
     assert torch.equal(whole.broken_by, found.broken_by)
 

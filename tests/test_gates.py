@@ -17,7 +17,7 @@ from torch import Tensor
 
 import saddlepoint as sp
 from saddlepoint.errors import DataError, InputError
-from saddlepoint.gates import gate
+from saddlepoint.gates import gate, junit
 
 pytest_plugins = ["pytester"]
 Samples = tuple[Tensor, Tensor]
@@ -149,6 +149,23 @@ def test_json_and_junit_agree(found: sp.Evaluation) -> None:
         assert float(case.get("time")) == pytest.approx(found.seconds, abs=1e-3)
         assert f"{share:.1%}" in case.get("name")
         assert case.find("system-out" if checked.passed else "failure").text == values["message"] == checked.message
+
+
+def test_several_gates_are_one_document(found: sp.Evaluation) -> None:
+    met, missed, short = gate(found, 0.01), gate(found, 0.99), gate(replace(found, complete=False), 0.01)
+    root = ElementTree.fromstring(junit([("net", met), ("net", missed), ("other & more", short)]))
+    (suite,) = root.findall("testsuite")
+    assert {name: suite.get(name) for name in ("tests", "failures", "errors", "skipped")} == {
+        "tests": "3", "failures": "1", "errors": "1", "skipped": "0",
+    }  # fmt: skip
+    assert float(suite.get("time")) == pytest.approx(3 * found.seconds, abs=1e-3)
+    cases = suite.findall("testcase")
+    assert [child.tag for case in cases for child in case] == ["system-out", "failure", "error"]
+    assert [case.get("name").split(":")[0] for case in cases] == ["net", "net", "other & more"]
+    assert len({case.get("name") for case in cases}) == 3
+    assert [case[0].text for case in cases] == [met.message, missed.message, short.message]
+    (alone,) = ElementTree.fromstring(met.junit()).findall("testsuite/testcase")
+    assert f"net: {alone.get('name')}" == cases[0].get("name")
 
 
 def test_save(found: sp.Evaluation, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_summary(pair: tuple[Campaign, Campaign]) -> None:
     text = compare_campaigns(pair[0].path, str(pair[1].path)).summary()
     for part in (
         f"a = {pair[0].path}, b = {pair[1].path}: 10 samples",
-        'differs: configuration.effort: "quick" before, "standard" now',
+        'from a to b: configuration.effort: "quick" before, "standard" now',
         "stand in both 3, in a only 4, in b only 1, in neither 2",
         "robust accuracy 70.00% in a, 40.00% in b: -30.00 points (95% interval ",
         "4 to 1 among the samples with another verdict may be chance (McNemar's exact test, p = 0.38)",
@@ -89,7 +89,7 @@ def test_the_same_twice(tmp_path: Path) -> None:
     paired = compare_campaigns(a, b)
     assert (paired.difference, paired.p_value, paired.interval, paired.changed) == (0, 1, (0, 0), ())
     assert "no sample has another verdict" in paired.summary()
-    assert "differs" not in paired.summary()
+    assert "from a to b" not in paired.summary()
 
 
 @pytest.mark.parametrize(("lost", "gained"), [(0, 1), (1, 1), (2, 7), (9, 4), (0, 6)])
@@ -126,7 +126,7 @@ def test_to_dict(pair: tuple[Campaign, Campaign]) -> None:
 def test_other_samples_are_refused(tmp_path: Path) -> None:
     a = campaign(tmp_path / "a", "....")
     other = campaign(tmp_path / "other", "....", manifest={**MANIFEST, "data": {"fingerprint": "e"}})
-    with pytest.raises(InputError, match="are on different data"):
+    with pytest.raises(InputError, match=r"are on different data \(the samples or labels differ\)"):
         compare_campaigns(a, other)
     with pytest.raises(InputError, match=r"1 samples are in only one .*\(4 samples\).*\(3\), the first with id 103"):
         compare_campaigns(a, campaign(tmp_path / "short", "..."))
@@ -182,3 +182,20 @@ def test_verdicts_agree_with_the_results(
     paired = compare_campaigns(made, made)
     assert [verdict.robust for verdict in paired.a] == result.robust.tolist()
     assert paired.robust_accuracy == (result.robust_accuracy, result.robust_accuracy)
+
+
+def test_what_was_found_beyond_the_ball_breaks_nothing(
+    mlp: torch.nn.Module, samples: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    """The search for the smallest perturbations, with `curve=True`, finds them at any distance."""
+    x, y = samples
+    evaluation = sp.evaluate(sp.Model(mlp), x, y, sp.Linf(0.05), "quick", curve=True, campaign=tmp_path)
+    assert bool(evaluation.stands.any())
+    paired = compare_campaigns(tmp_path, tmp_path)
+    assert [verdict.robust for verdict in paired.a] == evaluation.stands.tolist()
+    standing = int(evaluation.stands.nonzero()[0, 0])
+    case = replay(tmp_path, standing)
+    assert case.verdict.robust
+    assert "only beyond the ball" in case.summary()
+    fallen = int(evaluation.broken.nonzero()[0, 0])
+    assert str(replay(tmp_path, fallen).verdict) == f"broken by {evaluation.stages[evaluation.broken_by[fallen]].name}"

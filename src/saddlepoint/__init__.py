@@ -28,12 +28,14 @@ from saddlepoint.evaluate import (
     Comparison,
     Diagnosis,
     Distances,
+    Estimate,
     Evaluation,
     WorstCase,
     compare,
     compare_campaigns,
     diagnose,
     distance,
+    estimate,
     evaluate,
     export,
     replay,
@@ -46,11 +48,11 @@ from saddlepoint.threats import L0, L1, L2, Linf, Minimize
 __version__ = "0.1.0"
 
 __all__ = [
-    "L0", "L1", "L2", "Access", "Adversarial", "AdversarialSet", "AttackResult", "Budget", "Campaign",
-    "CapabilityError", "Classifier", "Comparison", "DataError", "Defended", "Diagnosis", "Distances", "Ensemble",
-    "Evaluation", "FalsePositive", "Hardening", "InputError", "Interrupted", "Linf", "Minimize", "MissingExtraError",
-    "Model", "ModelError", "Norm", "SaddlepointError", "SaddlepointWarning", "Scope", "Standard", "Status", "Targeted",
+    "L0", "L1", "L2", "Access", "Adversarial", "AdversarialSet", "AttackResult", "Budget", "Campaign", "CapabilityError",
+    "Classifier", "Comparison", "DataError", "Defended", "Diagnosis", "Distances", "Ensemble", "Estimate", "Evaluation",
+    "FalsePositive", "Hardening", "InputError", "Interrupted", "Linf", "Minimize", "MissingExtraError", "Model",
+    "ModelError", "Norm", "SaddlepointError", "SaddlepointWarning", "Scope", "Standard", "Status", "Targeted",
     "Training", "Transform", "UnknownNameError", "Untargeted", "WorstCase", "attack", "attacks", "compare",
-    "compare_campaigns", "data", "diagnose", "distance", "evaluate", "export", "harden", "models", "perturb", "replay",
-    "train", "zoo",
+    "compare_campaigns", "data", "diagnose", "distance", "estimate", "evaluate", "export", "harden", "models", "perturb",
+    "replay", "train", "zoo",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -209,21 +209,21 @@ class Gate:
 
     def junit(self) -> str:
         """A JUnit XML document with one test: failed if too few samples stand, in error if too few attacks were run to say."""
-        missed, seconds = self.standing < self.needed, f"{self._seconds:.3f}"
-        counts = {"failures": int(missed), "errors": int(not missed and not self.complete), "tests": 1, "skipped": 0}
-        suite = {"name": "saddlepoint", "time": seconds} | {name: str(number) for name, number in counts.items()}
+        return junit([("", self)])
+
+    def _case(self, suite: ElementTree.Element, subject: str) -> str:
+        """Put the test into the suite; what it came to: "" if it passed, "failures" or "errors"."""
         name = f"robust accuracy of at least {percent(self.at_least)} within {self._threats}"
-        root = ElementTree.Element("testsuites")
         case = ElementTree.SubElement(
-            ElementTree.SubElement(root, "testsuite", suite), "testcase", classname="saddlepoint.gate", name=name, time=seconds
-        )
+            suite, "testcase", classname="saddlepoint.gate", name=f"{subject}: {name}" if subject else name,
+            time=f"{self._seconds:.3f}",
+        )  # fmt: skip
         if self.passed:
             ElementTree.SubElement(case, "system-out").text = self.message
-        else:
-            kind, (first, *_) = "failure" if missed else "error", self._lines()
-            ElementTree.SubElement(case, kind, message=first, type="Gate").text = self.message
-        text: bytes = ElementTree.tostring(root, encoding="us-ascii", xml_declaration=True)
-        return text.decode()
+            return ""
+        kind, (first, *_) = "failure" if self.standing < self.needed else "error", self._lines()
+        ElementTree.SubElement(case, kind, message=first, type="Gate").text = self.message
+        return f"{kind}s"
 
     def save(self, folder: str | Path) -> Gate:
         """Write gate.json and, of images and short tables, counterexamples.png; returns this gate with its `folder`.
@@ -276,6 +276,20 @@ def gate(evaluation: Evaluation | WorstCase, at_least: float) -> Gate:
     if not parts or not len(parts[0]):
         raise InputError("the evaluation has no samples: there is nothing to check")
     return Gate(parts, at_least)
+
+
+def junit(gates: Iterable[tuple[str, Gate]]) -> str:
+    """A JUnit XML document with a test for each gate, as `Gate.junit`; each comes with the name of what it is about."""
+    root = ElementTree.Element("testsuites")
+    suite = ElementTree.SubElement(root, "testsuite", name="saddlepoint")
+    pairs = list(gates)
+    came_to = [one._case(suite, subject) for subject, one in pairs]
+    counts = {"tests": len(pairs), "failures": came_to.count("failures"), "errors": came_to.count("errors"), "skipped": 0}
+    for key, value in counts.items():
+        suite.set(key, str(value))
+    suite.set("time", f"{sum(one._seconds for _, one in pairs):.3f}")
+    text: bytes = ElementTree.tostring(root, encoding="us-ascii", xml_declaration=True)
+    return text.decode()
 
 
 def check_share(at_least: float) -> None:

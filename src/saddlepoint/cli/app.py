@@ -18,9 +18,9 @@ from saddlepoint import data as data_module
 from saddlepoint import zoo
 from saddlepoint.attacks import find
 from saddlepoint.attacks.facade import attack as run_attack
+from saddlepoint.cli import campaigns, inputs
 from saddlepoint.cli import config as configuration
-from saddlepoint.cli import inputs
-from saddlepoint.cli.cascade import cascade
+from saddlepoint.cli.cascade import Cascade
 from saddlepoint.cli.config import ConfigFile
 from saddlepoint.cli.distance import distance
 from saddlepoint.cli.options import (
@@ -47,6 +47,7 @@ from saddlepoint.errors import InputError, SaddlepointError, SaddlepointWarning,
 from saddlepoint.evaluate import Cell, Comparison, compare
 from saddlepoint.goals import LOSSES
 from saddlepoint.models import Model
+from saddlepoint.report.words import listed
 from saddlepoint.taxonomy import Access, Norm
 from saddlepoint.threats import size
 
@@ -62,6 +63,7 @@ fetching = typer.Typer(help="Datasets on this computer.", no_args_is_help=True)
 app.add_typer(listing, name="list")
 app.add_typer(fetching, name="data")
 errors = Console(stderr=True, highlight=False)
+_ATTACKS = ("uniformnoise", "fgm", "pgd")
 
 
 def _version(wanted: bool) -> None:
@@ -101,11 +103,13 @@ def evaluate(
     data: DataText = "digits",
     norm: NormText = Norm.LINF,
     eps: Annotated[str, typer.Option(help="Sizes of the perturbation, such as 2/255,4/255.")] = "0.05,0.1,0.2",
-    attack: Annotated[list[str], typer.Option(help="Such as pgd:steps=100 or pgd*5 (restarts); repeat for more.")] = [  # noqa: B006  # typer reads the default only
-        "uniformnoise",
-        "fgm",
-        "pgd",
-    ],
+    attack: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Such as pgd:steps=100 or pgd*5 (restarts); repeat for more. Default: {', '.join(_ATTACKS)}.",
+            show_default=False,
+        ),
+    ] = None,
     samples: Samples = None,
     batch_size: BatchSize = None,
     passes: Passes = None,
@@ -122,27 +126,52 @@ def evaluate(
         float | None, typer.Option(help="With --effort: exit status 1 if robust accuracy is below, such as 0.6.")
     ] = None,
     junit: Annotated[Path | None, typer.Option(help="With --at-least: a JUnit XML file for CI.")] = None,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="With --effort: look for the smallest perturbations too, for every size's figure.")
+    ] = False,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(help="With --effort: another model, whose gradients are tried where this one's mislead; repeat for more."),
+    ] = None,
+    export: Annotated[
+        Literal["png", "npz"] | None, typer.Option(help="With --effort: write the broken samples as an adversarial set.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="With --effort: write all figures to this file.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --effort: only say what it would cost in passes, time and memory.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("reports/evaluate"),
     config: ConfigFile = None,
 ) -> None:
     """Attack models at several eps, and write a report: accuracies, security curve, pictures, results.json."""
-    if effort is None and (at_least is not None or junit is not None):
-        raise InputError("--at-least and --junit judge the cascade: add --effort standard")
+    only = {
+        "--at-least": at_least is not None, "--junit": junit is not None, "--curve": curve, "--source": bool(source),
+        "--export": export is not None, "--json": json is not None, "--dry-run": dry_run,
+    }  # fmt: skip
+    if effort is None and any(only.values()):
+        given = listed(name for name, here in only.items() if here)
+        raise InputError(f"{given} only with a cascade of attacks: add --effort standard")
+    if effort is not None and attack:
+        raise InputError("--attack names single attacks, --effort brings a cascade of its own: leave out one of them")
+    if effort is not None and passes is not None:
+        raise InputError("--passes limits single attacks; --effort says how much the cascade tries")
     if junit is not None and at_least is None:
         raise InputError("--junit says whether --at-least is reached: add --at-least 0.6, for instance")
+    if effort is None:
+        attack = context.params["attack"] = attack or list(_ATTACKS)  # the configuration that is written shows them
     found = inputs.dataset(data, root)
     threats = inputs.threats(norm, eps)
-    chosen = [inputs.attack(text, norm, passes) for text in attack]
+    chosen = [inputs.attack(text, norm, passes) for text in attack or []]
     models = inputs.models(model, found, mean=mean, std=std, device=device)
     warn_of_random_weights(model)
     split = inputs.samples(found, samples)
     if effort is not None:
-        if passes is not None:
-            raise InputError("--passes limits single attacks; --effort says how much the cascade tries")
-        return cascade(
-            models, split, threats, effort, out, seed=seed, batch_size=batch_size, at_least=at_least, junit=junit,
-            write=lambda folder: configuration.write(context, folder),
+        others = inputs.models(source or [], found, mean=mean, std=std, device=device)
+        cascade = Cascade(
+            models, split, threats, effort, out, curve=curve, sources=tuple(others.values()), seed=seed, batch_size=batch_size,
+            at_least=at_least, junit=junit, json=json, kind=export, write=lambda folder: configuration.write(context, folder),
         )  # fmt: skip
+        return cascade.estimate() if dry_run else cascade.run()
     result = compare(
         models, split.x, split.y, chosen, threats, seed=seed, batch_size=batch_size, budget=Budget(passes=passes), progress=True
     )
@@ -312,6 +341,9 @@ def harden(
 
 
 app.command()(distance)
+app.command()(campaigns.compare)
+app.command()(campaigns.replay)
+app.command()(campaigns.recheck)
 app.command()(reproduce)
 
 

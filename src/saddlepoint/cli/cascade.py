@@ -2,74 +2,131 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.markup import escape
 
-from saddlepoint.cli.options import console
+from saddlepoint.cli.options import console, make_way, write_json, writing
 from saddlepoint.data.dataset import Split
-from saddlepoint.evaluate import Campaign, Effort, evaluate
-from saddlepoint.gates import check_share, gate
+from saddlepoint.evaluate import AdversarialSet, Campaign, Effort, Evaluation, estimate, evaluate, export
+from saddlepoint.evaluate.export import Kind
+from saddlepoint.files import write_file
+from saddlepoint.gates import Gate, check_share, gate, junit
 from saddlepoint.models.base import Classifier
 from saddlepoint.threats import Threat
 
 
-def cascade(
-    models: Mapping[str, Classifier],
-    split: Split,
-    threats: Sequence[Threat],
-    effort: Effort,
-    out: Path,
-    *,
-    seed: int,
-    batch_size: int | None,
-    at_least: float | None,
-    junit: Path | None,
-    write: Callable[[Path], object],
-) -> None:
-    """Evaluate each model within each threat; what is finished is kept in `out`, and the same command goes on with it.
+@dataclass(frozen=True)
+class Cascade:
+    """What is asked for: each of the models within each of the threats. at_least, junit, json, kind: None where not wanted.
 
-    write: keeps the configuration in a folder. With several models or threats a JUnit file for each, named after its campaign.
-
-    Exit status 1 if `at_least` is given and not reached, 130 after Ctrl-C.
+    write: keeps the configuration in a folder. kind: of the adversarial set.
     """
-    if at_least is not None:
-        check_share(at_least)
-    if junit is not None:
-        junit.unlink(missing_ok=True)  # an old one must not speak for a run that fails
-    failed = stopped = False
-    for name, model in models.items():
-        for threat in threats:
-            folder = out / f"{name}-{threat.norm.value}-{threat.largest_eps:.6g}"
-            found = evaluate(
-                model,
-                split.x,
-                split.y,
-                threat,
-                effort,
-                seed=seed,
-                batch_size=batch_size,
-                progress=True,
-                campaign=Campaign(folder),
+
+    models: Mapping[str, Classifier]
+    split: Split
+    threats: Sequence[Threat]
+    effort: Effort
+    out: Path
+    curve: bool
+    sources: Sequence[Classifier]
+    seed: int
+    batch_size: int | None
+    at_least: float | None
+    junit: Path | None
+    json: Path | None
+    kind: Kind | None
+    write: Callable[[Path], object]
+
+    def run(self) -> None:
+        """Evaluate; what is finished is kept in `out`, and the same command goes on with it.
+
+        Exit status 1 if `at_least` is given and not reached, 130 after Ctrl-C.
+        """
+        if self.at_least is not None:
+            check_share(self.at_least)
+        with writing(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+        for path in (self.junit, self.json):
+            make_way(path)
+        found: list[dict[str, Any]] = []
+        gates: list[tuple[str, Gate]] = []
+        stopped = False
+        for name, model, threat in self._each():
+            folder = self.out / f"{name}-{threat.norm.value}-{threat.largest_eps:.6g}"
+            evaluation = self._evaluate(model, threat, folder)
+            found.append({"model": name, "campaign": str(folder)} | evaluation.to_dict())
+            if self.at_least is not None:
+                gates.append((name, self._judge(evaluation, self.at_least, folder)))
+            if self.kind is not None:
+                _export(evaluation, model, folder / f"adversarial-set-{self.kind}", self.kind)
+            if stopped := not evaluation.complete:
+                break
+        write_json(self.json, {"format": 1, "evaluations": found})
+        if self.junit is not None:
+            with writing(self.junit):
+                write_file(self.junit, junit(gates).encode())
+        if stopped or not all(one.passed for _, one in gates):
+            raise typer.Exit(130 if stopped else 1)
+
+    def estimate(self) -> None:
+        """Say what `run` would cost, and attack nothing."""
+        found = []
+        for name, model, threat in self._each():
+            expected = estimate(
+                model, self.split.x, threat, self.effort, curve=self.curve, sources=self.sources, batch_size=self.batch_size
             )
-            write(folder)
-            stopped |= not found.complete
-            console.print(f"\n[bold]{escape(name)}[/]")
-            console.print(escape(found.summary()))
-            console.print(
-                f"campaign: [bold]{escape(str(folder))}[/]   (sp.Campaign; the same command goes on where it stopped)"
-            )
-            if at_least is not None:
-                result = gate(found, at_least)
-                failed |= not result.passed
-                console.print(escape(result.message))
-                (folder / "gate.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
-                if junit is not None:
-                    junit.parent.mkdir(parents=True, exist_ok=True)
-                    several = len(models) * len(threats) > 1
-                    (junit.with_stem(f"{junit.stem}-{folder.name}") if several else junit).write_text(result.junit())
-    if failed or stopped:
-        raise typer.Exit(130 if stopped else 1)
+            found.append({"model": name, "threat": threat.settings()} | expected.to_dict())
+            console.print(f"within {threat}, {self.effort}: {expected.summary()}", markup=False, soft_wrap=True)
+        write_json(self.json, {"format": 1, "estimates": found})
+        console.print("nothing was attacked: leave out --dry-run for that")
+
+    def _each(self) -> Iterator[tuple[str, Classifier, Threat]]:
+        for name, model in self.models.items():
+            for threat in self.threats:
+                console.print(f"\n[bold]{escape(name)}[/]")
+                yield name, model, threat
+
+    def _evaluate(self, model: Classifier, threat: Threat, folder: Path) -> Evaluation:
+        campaign = Campaign(folder)
+        known = campaign.complete
+        found = evaluate(
+            model, self.split.x, self.split.y, threat, self.effort, curve=self.curve, sources=self.sources, seed=self.seed,
+            batch_size=self.batch_size, progress=True, campaign=campaign,
+        )  # fmt: skip
+        with writing(folder):
+            self.write(folder)
+        console.print(found.summary(), markup=False)
+        after = "it was complete before: these figures were read from it, and nothing was attacked"
+        more = after if known else "sp.Campaign; the same command goes on where it stopped"
+        console.print(f"campaign: [bold]{escape(str(folder))}[/]   ({more})")
+        return found
+
+    @staticmethod
+    def _judge(found: Evaluation, at_least: float, folder: Path) -> Gate:
+        result = gate(found, at_least)
+        console.print(result.message, markup=False)
+        write_json(folder / "gate.json", result.to_dict())
+        return result
+
+
+def _export(found: Evaluation, model: Classifier, folder: Path, kind: Kind) -> None:
+    """Write the broken samples, in place of those that an earlier run of the campaign wrote."""
+    replaced = ""
+    if folder.exists():
+        AdversarialSet(folder)  # refuses what isn't one: it isn't ours to delete
+        with writing(folder):
+            shutil.rmtree(folder)
+        replaced = ", in place of the older one"
+    rows = found.broken.nonzero()[:, 0]
+    if not len(rows):
+        console.print("adversarial set: none, since no sample was broken")
+        return
+    bounds = model.bounds or (0.0, 1.0)
+    done = export(found.x[rows], found.adversarial[rows], found.y[rows], folder, kind, bounds=bounds, samples=rows)
+    console.print(f"adversarial set{replaced}: {done.summary()}", markup=False, soft_wrap=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from saddlepoint.errors import DataError
+from saddlepoint.files import write_file
 from saddlepoint.taxonomy import Norm
 
 console = Console(highlight=False)
@@ -24,6 +28,33 @@ Mean = Annotated[str | None, typer.Option(help="Normalisation inside the model: 
 Std = Annotated[str | None, typer.Option(help="As --mean.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...")]
 Passes = Annotated[int | None, typer.Option(min=1, help="At most so many passes (forward and backward) a sample.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")]
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the operating system says into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def make_way(path: Path | None) -> None:
+    """Remove an old file, which must not speak for a run that fails; what can't be written is refused before the work."""
+    if path is not None:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+
+
+def write_json(path: Path | None, document: Any) -> None:  # Any: JSON values
+    """Write a document, if it is asked for; what is not finite becomes null."""
+    if path is not None:
+        from saddlepoint.report.document import plain
+
+        with writing(path):
+            write_file(path, json.dumps(plain(document), indent=1).encode())
 
 
 def warn_of_random_weights(texts: Sequence[str]) -> None:

@@ -5,12 +5,13 @@ from saddlepoint.evaluate.cascade import Effort, evaluate
 from saddlepoint.evaluate.compare import Cell, Comparison, compare
 from saddlepoint.evaluate.diagnose import Diagnosis, Finding, diagnose
 from saddlepoint.evaluate.distances import Distances, Quantile, distance
+from saddlepoint.evaluate.estimate import Estimate, estimate
 from saddlepoint.evaluate.evaluation import Evaluation, Interval, Stage, WorstCase
 from saddlepoint.evaluate.export import AdversarialSet, export
 from saddlepoint.evaluate.paired import Case, Paired, compare_campaigns, replay
 
 __all__ = [
-    "AdversarialSet", "Campaign", "Case", "Cell", "Comparison", "Diagnosis", "Distances", "Effort", "Evaluation", "Finding",
-    "Interval", "Paired", "Quantile", "Stage", "WorstCase", "compare", "compare_campaigns", "diagnose", "distance", "evaluate",
-    "export", "replay",
+    "AdversarialSet", "Campaign", "Case", "Cell", "Comparison", "Diagnosis", "Distances", "Effort", "Estimate", "Evaluation",
+    "Finding", "Interval", "Paired", "Quantile", "Stage", "WorstCase", "compare", "compare_campaigns", "diagnose", "distance",
+    "estimate", "evaluate", "export", "replay",
 ]  # fmt: skip

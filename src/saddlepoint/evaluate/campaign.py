@@ -42,6 +42,13 @@ _COMPLETE = "complete"
 _KEY = b"saddlepoint"  # of what a table's footer says about the part
 _NAME = re.compile(r"(\d{6,})-(.+)")
 _SHOWN = 60  # characters of a value in a message
+# What nobody can read off the values, in words.
+_IN_WORDS = {
+    "model.fingerprint": "the model's weights or layers differ",
+    "data.fingerprint": "the samples or labels differ",
+    "configuration.sources": "the models whose gradients may be borrowed differ",
+    "configuration.plans": "the cascade's attacks differ",
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class Difference:
     now: Any
 
     def __str__(self) -> str:
-        return f"{self.key}: {_short(self.before)} before, {_short(self.now)} now"
+        return _IN_WORDS.get(self.key) or f"{self.key}: {_short(self.before)} before, {_short(self.now)} now"
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,16 @@ Signs of masked gradients lengthen the rungs and add searches that gradients do 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
-from saddlepoint.attacks import APGD, APGDT, DualAveraging, Restarts, SignNoise, Sprint, Square, minimal
+from saddlepoint.attacks import APGD, APGDT, DualAveraging, Restarts, SignNoise, Sprint, Square, UniformNoise, minimal
 from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.engine import Attack, AttackResult, Interrupted
 from saddlepoint.engine.problem import input_gradient
@@ -32,9 +33,10 @@ from saddlepoint.taxonomy import Access, Norm, Status
 from saddlepoint.threats import Threat
 
 Effort = Literal["quick", "standard", "thorough"]
-_PART = 500  # samples of a stage that are finished, and kept by a campaign, together
-_NEAREST = 100  # passes a sample for the curve
-_FEWEST = 8  # samples of a ladder's first rung
+PART = 500  # samples of a stage that are finished, and kept by a campaign, together
+NEAREST = 100  # passes a sample for the curve
+_FEWEST = 8  # samples of a rung at least
+_PRICE = 6000  # passes that a sample which fell pays for in the next rung
 _LOOKED = 100  # samples whose gradients at the input are looked at
 # Signs of masking: above this share of samples whose margin gained more than twice, or less than a quarter, of what the
 # gradient at the input promised; above this share of vanished gradients; above this share of all samples that only a ladder
@@ -66,7 +68,12 @@ def plans(norm: Norm, effort: Effort, *, gradients: bool = True) -> tuple[Plan, 
     """What `evaluate` runs if nothing looks suspicious."""
     if not gradients:
         queries = {"quick": 300, "standard": 1000, "thorough": 5000}[effort]
-        return (Plan("noise", "the model gives no gradients", Restarts(SignNoise(), 10)),
+        if norm is Norm.L0:
+            return (
+                Plan("noise", "random points: there is no search of few features by scores", Restarts(UniformNoise(), queries)),
+            )
+        noise = SignNoise() if norm is Norm.LINF else UniformNoise()
+        return (Plan("noise", "the model gives no gradients", Restarts(noise, 10)),
                 Plan("square", "search by scores", Square(steps=queries)))  # fmt: skip
     if norm is Norm.L0:
         return (
@@ -74,20 +81,20 @@ def plans(norm: Norm, effort: Effort, *, gradients: bool = True) -> tuple[Plan, 
             Plan("minimal-400", "more walks for those that came closest", minimal(norm, 400), _share(effort, 0.1)),
             Plan("minimal-1000", "more walks for those that came closest", minimal(norm, 1000), _share(effort, 0.05)),
         )[: 1 if effort == "quick" else 3]
-    hold = 3 if norm is Norm.LINF else None
     base = (
-        Plan("sprint-margin", "the cheapest that breaks most", Sprint(steps=10)),
-        Plan("sprint-probability", "another loss, another corner", Sprint(steps=20, loss="probability_margin")),
-        Plan("walks", "no step size to choose", DualAveraging(steps=50, hold=hold), _share(effort, 0.1)),
+        Plan("sprint", "the cheapest that breaks most", Sprint(steps=10)),
+        Plan("apgd", "another loss, and steps that adapt", APGD(steps=20)),
+        Plan("apgd-long", "more steps", APGD(steps=100), _share(effort, 0.03)),
     )
     if effort == "quick":
         return base
-    long = DualAveraging(steps=120, targets=5, explore=40, again=50, hold=hold)
+    walks = DualAveraging(steps=50, hold=3 if norm is Norm.LINF else None)
     return (
         *base,
-        Plan("more-walks", "towards more classes, from further beyond", long, _share(effort, 0.05)),
-        Plan("apgd-t", "towards each class in turn", APGDT(steps=30), _share(effort, 0.03)),
-        Plan("square", "search without gradients", Square(steps=5000 if effort == "thorough" else 500), _share(effort, 0.03)),
+        Plan("walks", "no step size to choose", walks, _share(effort, 0.05)),
+        Plan("restarts", "other corners", Restarts(Sprint(steps=40), 6), _share(effort, 0.01)),
+        Plan("apgd-t", "towards each class in turn", APGDT(steps=50), _share(effort, 0.01)),
+        Plan("square", "search without gradients", Square(steps=5000 if effort == "thorough" else 500), _share(effort, 0.02)),
     )
 
 
@@ -98,9 +105,9 @@ def escalation(norm: Norm, effort: Effort) -> tuple[Plan, ...]:
     if effort == "quick":
         return (Plan("square", "signs of masking: search without gradients", Square(steps=300), 0.2),)
     return (
-        Plan("apgd", "signs of masking: another step rule", APGD(steps=100), _share(effort, 0.1)),
-        Plan("restarts", "signs of masking: other corners", Restarts(Sprint(steps=40), 3), _share(effort, 0.1)),
-        Plan("apgd-t-wide", "signs of masking: each class, more steps", APGDT(steps=50), _share(effort, 0.04)),
+        Plan("apgd-restarts", "signs of masking: other corners", Restarts(APGD(steps=100), 3), _share(effort, 0.1)),
+        Plan("restarts-wide", "signs of masking: yet others", Restarts(Sprint(steps=40), 6), _share(effort, 0.05)),
+        Plan("apgd-t-wide", "signs of masking: each class", APGDT(steps=50), _share(effort, 0.04)),
         Plan("square-long", "signs of masking: search without gradients", Square(steps=2000), _share(effort, 0.04)),
     )
 
@@ -169,8 +176,9 @@ class _Cascade:
             order = standing[self.margin[standing].argsort(descending=True, stable=True)]
             size = max(_FEWEST, math.ceil(plan.share * len(self.y)))
             while len(order):
-                broke = self._attack(plan, order[:size].sort().values, self.threat, done)
-                order, size = order[size:], 2 * size
+                broke, passes = self._attack(plan, order[:size].sort().values, self.threat, done)
+                paid = _PRICE * broke * size // max(passes, 1)
+                order, size = order[size:], min(2 * size, max(_FEWEST, paid))
                 if not broke:
                     return
         finally:
@@ -180,7 +188,7 @@ class _Cascade:
     def measure(self) -> None:
         """The smallest perturbation of each sample that the model gets right, which answers for every size."""
         rows = ((self.broken_by != WRONG) & (self.broken_by != FAILED)).nonzero()[:, 0]
-        plan = Plan("nearest", "the smallest perturbations, for the curve", minimal(self.threat.norm, _NEAREST))
+        plan = Plan("nearest", "the smallest perturbations, for the curve", minimal(self.threat.norm, NEAREST))
         done: list[AttackResult] = []
         try:
             if len(rows):
@@ -196,18 +204,19 @@ class _Cascade:
         self.stages.append(Stage(plan.name, plan.why, result.index, result, plan.share is not None))
         self._learn(len(self.stages) - 1)
 
-    def _attack(self, plan: Plan, rows: Tensor, threat: Threat, done: list[AttackResult]) -> int:
-        """Attack these samples part by part; how many broke."""
+    def _attack(self, plan: Plan, rows: Tensor, threat: Threat, done: list[AttackResult]) -> tuple[int, int]:
+        """Attack these samples part by part; how many broke, and for how many passes."""
         before, model = len(done), plan.model or self.model
+        seed = zlib.crc32(f"{self.seed} {plan.name}".encode())  # each stage has corners of its own
         kept = self.campaign.finished(plan.name) if self.campaign is not None else None
         if kept is not None:
             done.append(kept.select(torch.isin(kept.index, rows).nonzero()[:, 0]))
             rows = rows[~torch.isin(rows, kept.index)]
-        for part in torch.split(rows, _PART) if len(rows) else ():
+        for part in torch.split(rows, PART) if len(rows) else ():
             try:
                 result = run_attack(
                     model, self.x[part], self.y[part], plan.attack, threat.only(part, self.x),
-                    batch_size=self.batch_size, seed=self.seed, ids=part, progress=self.progress,
+                    batch_size=self.batch_size, seed=seed, ids=part, progress=self.progress,
                 )  # fmt: skip
             except Interrupted as stop:
                 self._keep(plan, stop.result, part, done)
@@ -218,7 +227,8 @@ class _Cascade:
                     self.model.queries.backward += plan.model.queries.backward
                     plan.model.queries.reset()
             self._keep(plan, result, part, done)
-        return sum(int(result.having(Status.FOOLED).sum()) for result in done[before:])
+        new = done[before:]
+        return sum(int(one.having(Status.FOOLED).sum()) for one in new), sum(int(one.queries.total.sum()) for one in new)
 
     def _keep(self, plan: Plan, result: AttackResult, part: Tensor, done: list[AttackResult]) -> None:
         if len(result):
@@ -264,8 +274,8 @@ class _Cascade:
     def signs(self) -> list[str]:
         """Reasons to distrust the gradients, from what was seen so far."""
         found, count = [], max(len(self.y), 1)
-        of_logits = [stage.result for stage in self.stages if stage.result.config["attack"].get("loss") != "probability_margin"]
-        steps = sum(int(result.iterations.sum()) for result in of_logits)  # probabilities may well saturate
+        of_logits = [stage.result for stage in self.stages if not _saturates(stage.result.config["attack"])]
+        steps = sum(int(result.iterations.sum()) for result in of_logits)
         vanished = sum(int(result.zero_gradients.sum()) for result in of_logits) / max(steps, 1)
         if vanished > _VANISHED:
             found.append(f"{vanished:.0%} of the gradients vanished")
@@ -321,6 +331,12 @@ class _Cascade:
             self.margin, torch.zeros_like(self.looked), self.looked, self.diagnosis, tuple(self.notes), self.nearest,
             self.probe, complete,
         )  # fmt: skip
+
+
+def _saturates(attack: dict[str, Any]) -> bool:
+    """Whether an attack with these settings ascends a loss of probabilities, whose gradients vanish on honest models too."""
+    inner = [attack["attack"]] if isinstance(attack.get("attack"), dict) else []
+    return attack.get("loss") in ("cross_entropy", "probability_margin") or any(_saturates(each) for each in inner)
 
 
 def _inside(result: AttackResult, x: Tensor, threat: Threat) -> AttackResult:

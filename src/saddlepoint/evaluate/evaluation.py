@@ -233,6 +233,7 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """The figures, ready for JSON."""
         between, queries, each = self.interval, self.queries, max(len(self), 1)
+        one_size = not isinstance(self.threat.eps, tuple)
         return {
             "samples": len(self), "threat": self.threat.settings(),
             "clean_accuracy": self.clean_accuracy, "robust_accuracy": self.robust_accuracy,
@@ -247,7 +248,7 @@ class Evaluation:
                 }
                 for stage, (_, after) in zip(self.stages, self.cumulative[1:], strict=True)
             ],
-            "curve": [list(point) for point in self.curve()] if self.nearest is not None else None,
+            "curve": [list(point) for point in self.curve()] if self.nearest is not None and one_size else None,
             "per_class": {str(label): list(figures) for label, figures in self.per_class().items()},
             "diagnosis": self.diagnosis.to_dict() if self.diagnosis is not None else None,
         }  # fmt: skip

@@ -50,8 +50,8 @@ class Export:
             return f"{text}, exactly as they were"
         return (
             f"{text}; rounding to 8 bits moved values by up to {self.moved:.3g}, and the largest linf distance is "
-            f"{self.linf_written:.6g} rather than {self.linf:.6g}: see whether they still fool the model, or attack with a "
-            "threat of grid=1/255"
+            f"{self.linf_written:.6g} rather than {self.linf:.6g}. So some may have left the ball that they were made in, or "
+            "not fool the model any more: look again (saddlepoint recheck), write npz, or attack with a threat of grid=1/255"
         )
 
 
@@ -63,11 +63,12 @@ def export(
     kind: Kind = "png",
     *,
     bounds: tuple[float, float] = (0.0, 1.0),
+    samples: Tensor | None = None,
 ) -> Export:
     """Write adversarial inputs with their originals and true classes; `AdversarialSet` reads them.
 
     x, adversarial: (N, ...), for PNG images (N, C, H, W) with one or three channels. labels: (N,). bounds: what becomes black
-    and white in PNG.
+    and white in PNG. samples: (N,) int64, where each stands in the data that it was taken from.
     "png": `adversarial/` and `original/` with a lossless 8-bit file each, which sort in the order of the input; values are
     rounded, not cut off. "npz": `samples.npz` with the arrays x (adversarial), y and original, exactly.
     Beside them stands manifest.json. The folder appears complete or not at all.
@@ -83,6 +84,8 @@ def export(
             f"x and adversarial must have the same shape (N, ...) and labels (N,); the shapes are {tuple(x.shape)}, "
             f"{tuple(adversarial.shape)} and {tuple(labels.shape)}"
         )
+    if samples is not None and (samples.dtype != torch.int64 or samples.shape != labels.shape):
+        raise InputError(f"samples must be int64 positions ({len(x)},); got {samples.dtype} of shape {tuple(samples.shape)}")
     if folder.exists():
         raise InputError(f"{folder} exists already; remove it or choose another name")
     original, adversarial = x.detach().cpu(), adversarial.detach().cpu()
@@ -94,7 +97,7 @@ def export(
     done = Export(folder, kind, len(x), _linf(written, adversarial), _linf(adversarial, original), _linf(written, original))
     document = {
         "format": _FORMAT, **asdict(done), "folder": folder.name, "shape": list(x.shape[1:]), "bounds": list(bounds),
-        "labels": labels.tolist(),
+        "labels": labels.tolist(), "samples": None if samples is None else samples.tolist(),
     }  # fmt: skip
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +123,7 @@ class AdversarialSet(Dataset[tuple[Tensor, int]]):
 
     original: the inputs before the attack in place of the adversarial ones. Images are float32 in `bounds` (of NPZ in the type
     in which they were written); label is the true class. PNG files are read when they are asked for.
+    `labels`: all classes. `samples`: where each stood in the data that it was taken from, None if that wasn't said.
 
     Errors: `DataError` where the folder isn't such a set, or a file is missing or damaged.
     """
@@ -133,6 +137,8 @@ class AdversarialSet(Dataset[tuple[Tensor, int]]):
             if found["format"] != _FORMAT or found["kind"] not in get_args(Kind):
                 raise ValueError(f"format {found['format']!r}, kind {found['kind']!r}")
             self.labels = tuple(int(label) for label in found["labels"])
+            places = found.get("samples")
+            self.samples = None if places is None else tuple(int(place) for place in places)
             self.shape = tuple(int(size) for size in found["shape"])
             low, high = found["bounds"]
             self.bounds = (float(low), float(high))

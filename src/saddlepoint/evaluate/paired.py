@@ -109,7 +109,7 @@ class Paired:
         low, high = self.interval
         lines = [
             f"a = {self.names[0]}, b = {self.names[1]}: {len(self)} samples",
-            *(f"  differs: {each}" for each in self.differences),
+            *(f"  from a to b: {each}" for each in self.differences),
             f"  stand in both {both}, in a only {a_only}, in b only {b_only}, in neither {neither}",
             f"  robust accuracy {before:.2%} in a, {after:.2%} in b: {100 * self.difference:+.2f} points "
             f"({self.level:.0%} interval {100 * low:+.2f} to {100 * high:+.2f})",
@@ -166,10 +166,10 @@ def compare_campaigns(a: Campaign | str | Path, b: Campaign | str | Path, *, lev
         raise InputError(f"level must be between 0 and 1; got {level}")
     first, second = (one if isinstance(one, Campaign) else Campaign(one) for one in (a, b))
     before, now = first.manifest, second.manifest
-    if before.get("data") != now.get("data"):
+    if differing := differences({"data": before.get("data")}, {"data": now.get("data")}):
         raise InputError(
-            f"{first.path} and {second.path} are on different data, {before.get('data')} and {now.get('data')}: they can't be "
-            "compared sample by sample"
+            f"{first.path} and {second.path} are on different data ({'; '.join(map(str, differing))}): they can't be compared "
+            "sample by sample"
         )
     one, other = _verdicts(first), _verdicts(second)
     if missing := one.keys() ^ other.keys():
@@ -196,13 +196,29 @@ def compare_campaigns(a: Campaign | str | Path, b: Campaign | str | Path, *, lev
 
 def _verdicts(campaign: Campaign) -> dict[tuple[int, int], Verdict]:
     """By position and id, in the order of the input."""
-    table = campaign.table().select(["row", "sample", "label", "status", "stage"])
+    table = campaign.table().select(["row", "sample", "label", "status", "stage", "distance"])
+    one_of_each = {part.stage: part for part in campaign.parts()}
+    unlimited = {stage for stage, part in one_of_each.items() if _is_unlimited(campaign.restore(part))}
+    threat = campaign.manifest["threat"]
     found: dict[tuple[int, int], Verdict] = {}
-    for row, sample, label, name, stage in zip(*(column.to_pylist() for column in table.columns), strict=True):
+    for row, sample, label, name, stage, distance in zip(*(column.to_pylist() for column in table.columns), strict=True):
         status = Status(name)
+        if stage in unlimited and distance > _eps(threat, row):
+            status = Status.SURVIVED
         if (row, sample) not in found or found[row, sample].robust:
             found[row, sample] = Verdict(sample, label, status, None if status is Status.SURVIVED else stage)
     return dict(sorted(found.items()))
+
+
+def _is_unlimited(result: AttackResult) -> bool:
+    """Whether it comes from a search for the smallest perturbation (`evaluate(curve=True)`), which may lie beyond the ball."""
+    return result.config["threat"].get("eps") is None
+
+
+def _eps(threat: dict[str, Any], row: int) -> float:
+    """Of the ball around the sample at this position."""
+    eps = threat["eps"]
+    return float(eps[row] if isinstance(eps, list) else eps)
 
 
 def _mcnemar(gained: int, lost: int) -> float:
@@ -222,15 +238,19 @@ def _bootstrap(gained: int, lost: int, count: int, level: float, seed: int) -> t
 
 @dataclass(frozen=True)
 class Attempt:
-    """What one stage got out of a sample: an `AttackResult` of one row."""
+    """What one stage got out of a sample: an `AttackResult` of one row.
+
+    beyond: it was a search for the smallest perturbation, and found one outside of the ball, which breaks nothing.
+    """
 
     stage: str
     result: AttackResult
+    beyond: bool = False
 
     @property
     def status(self) -> Status:
         """What became of the sample in this stage."""
-        return Status(self.result.status[0])
+        return Status.SURVIVED if self.beyond else Status(self.result.status[0])
 
 
 @dataclass(frozen=True, repr=False)
@@ -261,7 +281,8 @@ class Case:
             result = attempt.result
             away = f"{float(result.distance[0]):.4g} {result.config['threat']['norm']}"
             found = (str(int(result.predicted[0])), f"{float(result.margin[0]):.4g}", away, str(int(result.queries.total[0])))
-            table.append((attempt.stage, attack_name(result.config["attack"]), attempt.status.value.replace("_", " "), *found))
+            outcome = "only beyond the ball" if attempt.beyond else attempt.status.value.replace("_", " ")
+            table.append((attempt.stage, attack_name(result.config["attack"]), outcome, *found))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in table]
         title = f"sample {self.sample}: class {self.label}, predicted {self.clean_predicted} before any attack; {self.verdict}"
@@ -276,12 +297,14 @@ def replay(campaign: Campaign | str | Path, case_id: int) -> Case:
     Errors: `InputError` for an id that the campaign has no results for; `DataError` for what is no campaign, or damaged.
     """
     store = campaign if isinstance(campaign, Campaign) else Campaign(campaign)
-    store.manifest  # noqa: B018  # refuses what is no campaign
+    threat = store.manifest["threat"]
     attempts = []
     for part in store.parts():
         ids = store.read(part)["sample"].to_pylist()
         if case_id in ids:
-            attempts.append(Attempt(part.stage, store.restore(part).select(torch.tensor([ids.index(case_id)]))))
+            result = store.restore(part).select(torch.tensor([ids.index(case_id)]))
+            beyond = _is_unlimited(result) and float(result.distance[0]) > _eps(threat, int(result.index[0]))
+            attempts.append(Attempt(part.stage, result, beyond))
     if not attempts:
         known = store.table()["sample"].to_pylist()
         have = f"{len(set(known))} samples with ids from {min(known)} to {max(known)}" if known else "no finished samples yet"

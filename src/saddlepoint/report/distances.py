@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saddlepoint.errors import DataError, InputError
+from saddlepoint.errors import InputError
 from saddlepoint.evaluate import Distances
-from saddlepoint.files import write_file
 from saddlepoint.models.base import Classifier
 from saddlepoint.report.document import frame, plain
-from saddlepoint.report.folder import data_url, environment, replace_result
-from saddlepoint.report.gallery import Example, Gallery, Shot, confidences, kind_of, magnification
-from saddlepoint.report.words import class_name, file_name, length, listed, percent
+from saddlepoint.report.folder import drawing, environment, publish
+from saddlepoint.report.gallery import Gallery, album
+from saddlepoint.report.words import distinct, file_name, length, listed, percent
 from saddlepoint.taxonomy import Norm, Status
 
 _CURVE = 100  # parts into which the range of eps is cut for results.json
@@ -62,18 +60,8 @@ def write_distances(
         command=command, seed=seed,
     )  # fmt: skip
     page, pictures = _page(found, models, document, class_names, examples, seed)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for model, distances in zip(document["models"], found.values(), strict=True):
-            replace_result(distances.result, folder / model["folder"])
-        for name, content in pictures.items():
-            write_file(folder / "figures" / name, content)
-        write_file(folder / "distances.csv", _rows(found).encode(errors="replace"))
-        write_file(folder / "results.json", json.dumps(document, indent=1, allow_nan=False).encode())
-        write_file(folder / "report.html", page.encode(errors="replace"))
-    except OSError as error:
-        raise DataError(f"cannot write the report to {folder}: {error}") from error
-    return folder / "report.html"
+    saved = {model["folder"]: distances.result for model, distances in zip(document["models"], found.values(), strict=True)}
+    return publish(folder, page, document, pictures, saved, {"distances.csv": _rows(found)})
 
 
 def distance_results(
@@ -117,14 +105,7 @@ def distance_results(
             raise InputError(f"the distances of {name!r} are of other samples than the first ones")
     reach = max((float(d.values[d.found].max()) for d in found.values() if bool(d.found.any())), default=0.0)
     complete = all(distances.complete for distances in found.values())
-    folders: dict[str, str] = {}
-    for name in found:
-        base = unique = "adversarial/" + file_name(name, first.norm)
-        number = 1
-        while unique.lower() in (taken.lower() for taken in folders.values()):
-            number += 1
-            unique = f"{base}-{number}"
-        folders[name] = unique
+    folders = distinct("adversarial/" + file_name(name, first.norm) for name in found)
     longest = max(found.values(), key=len)
     document: dict[str, Any] = plain({
         **frame(
@@ -135,7 +116,7 @@ def distance_results(
         "norm": first.norm.value,
         "own_decision": first.own_decision,
         "verdict": _verdict(found),
-        "models": [_model(name, distances, folders[name], reach) for name, distances in found.items()],
+        "models": [_model(name, d, folder, reach) for (name, d), folder in zip(found.items(), folders, strict=True)],
     })  # fmt: skip
     return document
 
@@ -243,9 +224,7 @@ def _page(
         curve=Markup(figures.to_svg(curve, "distances")),
         galleries=galleries,
         apart={name: _apart(distances) for name, distances in found.items()},
-        original=lambda image, shown: data_url(figures.picture(image, shown)),
-        change=lambda delta, shown: data_url(figures.change_picture(delta, shown.factor)),
-        class_name=lambda label: class_name(label, class_names),
+        **drawing(found, class_names),
         targeted=any(d.result.config["goal"]["targeted"] for d in found.values()),
         attacks=listed(dict.fromkeys(d.attack_name for d in found.values())),
         notes=[
@@ -253,8 +232,6 @@ def _page(
             for note in dict.fromkeys(note for d in found.values() for note in d.result.notes)
         ],
         bounds=next(iter(models.values())).bounds,
-        places={name: place for place, name in enumerate(found)},
-        series=len(figures.SERIES),
         listed=_LISTED,
     )  # fmt: skip
     return page, pictures
@@ -262,30 +239,12 @@ def _page(
 
 def _gallery(name: str, distances: Distances, model: Classifier, rows: Tensor, seed: int) -> Gallery:
     """These samples of one model, with what the attack did to them."""
-    x, result, kind = distances.x, distances.result, kind_of(distances.x)
-    low, high = model.bounds or ((float(x.min()), float(x.max())) if len(x) else (0.0, 1.0))
-    rows = rows.cpu() if kind != "none" else rows[:0].cpu()
-    originals, points = x[rows.to(x.device)].cpu(), result.adversarial[rows.to(result.adversarial.device)].cpu()
-    deltas = (points - originals) / ((high - low) or 1.0)
-    columns = [column.cpu()[rows].tolist() for column in (result.labels, result.clean_predicted, result.predicted)]
-    sure = [confidences(model, inputs, torch.tensor(c), seed) for inputs, c in ((originals, columns[1]), (points, columns[2]))]
-    examples = tuple(
-        Example(
-            index=int(result.index[row]),
-            label=columns[0][i],
-            original=originals[i],
-            shots=(
-                Shot(
-                    model=name, status=Status.FOOLED, clean_predicted=columns[1][i], clean_confidence=sure[0][i],
-                    predicted=columns[2][i], confidence=sure[1][i], adversarial=points[i], delta=deltas[i],
-                    distance=float(distances.values[row]), smallest=None,
-                ),
-            ),
-        )
-        for i, row in enumerate(rows.tolist())
+    result = distances.result
+    return album(
+        name, model, distances.x, result.adversarial, rows, numbers=result.index, labels=result.labels,
+        clean_predicted=result.clean_predicted, predicted=result.predicted, distance=distances.values, status=Status.FOOLED,
+        attack=distances.attack_name, threat=f"{distances.norm}", seed=seed,
     )  # fmt: skip
-    largest = float(deltas.abs().max()) if len(deltas) else 0.0
-    return Gallery(kind, distances.attack_name, f"{distances.norm}", low, high, magnification(largest), (name,), examples)
 
 
 def _apart(distances: Distances) -> list[tuple[str, list[tuple[int, int, int]]]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saddlepoint.evaluate import Cell, Comparison
 from saddlepoint.report.verdict import observations, verdict
-from saddlepoint.report.words import attack_labels, file_name
+from saddlepoint.report.words import attack_labels, distinct, file_name
 from saddlepoint.taxonomy import Norm, Status
 from saddlepoint.threats import size
 
@@ -167,18 +167,12 @@ def frame(
 def cell_folders(comparison: Comparison) -> list[tuple[Cell, str]]:
     """Every cell with the folder of its adversarial inputs; names that would coincide are numbered."""
     labels = attack_labels(cell.attack for cell in comparison.cells)
-    found: list[tuple[Cell, str]] = []
-    taken: set[str] = set()
-    for cell in comparison.cells:
-        eps = "smallest" if cell.threat.minimizes else size(cell.eps)
-        base = name = "adversarial/" + file_name(cell.model, labels[cell.attack], cell.norm, eps)
-        number = 1
-        while name.lower() in taken:  # some file systems don't tell upper from lower case
-            number += 1
-            name = f"{base}-{number}"
-        taken.add(name.lower())
-        found.append((cell, name))
-    return found
+    names = [
+        "adversarial/"
+        + file_name(cell.model, labels[cell.attack], cell.norm, "smallest" if cell.threat.minimizes else size(cell.eps))
+        for cell in comparison.cells
+    ]
+    return list(zip(comparison.cells, distinct(names), strict=True))
 
 
 def _cell(cell: Cell, label: str, folder: str) -> dict[str, Any]:

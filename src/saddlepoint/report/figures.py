@@ -19,20 +19,27 @@ import numpy.typing as npt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from saddlepoint.evaluate import Cell, Comparison, Distances
+from saddlepoint.evaluate import Cell, Comparison, Distances, Evaluation
 from saddlepoint.report.gallery import Example, Gallery, Shot
 from saddlepoint.report.verdict import measured, norms, radii
-from saddlepoint.report.words import attack_labels, class_name, percent, visible
+from saddlepoint.report.words import attack_labels, class_name, count, percent, visible
 from saddlepoint.taxonomy import Norm, Status
 
 if TYPE_CHECKING:
     from saddlepoint.report.document import History
+    from saddlepoint.report.evaluations import ByClass, Step
 
-INK, MUTED, GRID = "#1c2128", "#667080", "#dde1e7"
+PAPER, INK, MUTED, GRID = "#ffffff", "#1c2128", "#667080", "#dde1e7"
 SERIES = ("#c65200", "#0072b2", "#00805f", "#b04f8c", "#a87400", "#3a8fc0")
+_FELL, _HELD = SERIES[0], SERIES[2]  # samples that were broken, and such that stand
+_HALF, _FAINT = 0.45, 0.16  # opacities
+_LEVEL = (0, (4, 3))  # dashes of a line that marks a level
+_IN_A_COLUMN = 20  # classes
 _DASHES = ((0, (1, 1.6)), (0, (5, 2)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (8, 3)), (0, (2, 3)))
 _STYLE: Any = {  # Any: the newest matplotlib types every key, older ones none
     "font.family": "sans-serif",
@@ -104,7 +111,7 @@ def _curves(axes: Axes, comparison: Comparison, norm: Norm) -> None:
         points = [point for point in comparison.curve(name, norm) if math.isfinite(point[0])]
         if len(points) > 1:
             axes.plot(
-                *zip(*points, strict=True), color=color, lw=2.4, marker="o", ms=6, mec="white", mew=1, clip_on=False, zorder=3
+                *zip(*points, strict=True), color=color, lw=2.4, marker="o", ms=6, mec=PAPER, mew=1, clip_on=False, zorder=3
             )
             ends.append((points[-1][1], name, color))
         elif own:
@@ -185,6 +192,151 @@ def distances(found: Mapping[str, Distances]) -> Figure:
         lower.set_xlabel(f"size of the smallest change found (eps, {norm.value})")
         if len(found) > 1:
             upper.legend(loc="upper right")
+        return figure
+
+
+def intervals(found: Sequence[tuple[str, Evaluation]]) -> Figure:
+    """Robust accuracy from below and above, a bar for each (name, evaluation): proven, unknown, broken, wrong."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.6, 0.95 + 0.44 * len(found)))
+        axes = figure.add_subplot()
+        parts = [
+            ("proven", _HELD, 1.0),
+            ("stands, unproven", _HELD, _HALF),
+            ("broken", _FELL, 1.0),
+            ("wrong anyway", MUTED, 1.0),
+        ]
+        mark: dict[str, Any] = {"color": INK, "marker": "^", "ms": 6, "lw": 0}
+        for row, (_, evaluation) in enumerate(found):
+            between, edge = evaluation.interval, 0.0
+            ends = (between.certified, between.attacked, evaluation.clean_accuracy, 1.0)
+            for end, (_, color, alpha) in zip(ends, parts, strict=True):
+                axes.barh(row, end - edge, left=edge, height=0.62, color=color, alpha=alpha, lw=0)
+                if end - edge > 0.07:  # narrower ones have no room for a number
+                    ink = PAPER if alpha == 1 else INK
+                    axes.text((edge + end) / 2, row, percent(end - edge), color=ink, ha="center", va="center", fontsize=9)
+                edge = end
+            for limit in {between.low, between.high} - {0.0, 1.0}:
+                axes.plot(limit, row + 0.44, **mark)
+        axes.set_yticks(range(len(found)), [name for name, _ in found])
+        axes.tick_params(axis="y", labelcolor=INK)
+        axes.set_ylim(len(found) - 0.4, -0.5)
+        axes.set_xlim(0, 1)
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.grid(visible=False)
+        _legend(figure, parts, mark | {"label": "limit for all such inputs"})
+        return figure
+
+
+def cascade(steps: Sequence[Step], right: int, wrong: int, failed: int = 0) -> Figure:
+    """Left, from top to bottom, how many samples each stage broke, and of how many; right, what part of all passes it took.
+
+    right, wrong, failed: how many samples the model gets right without an attack, gets wrong, and gives NaN or infinite values.
+    """
+    most, total = max((step.passes for step in steps), default=0) or 1, sum(step.passes for step in steps) or 1
+    names = [
+        "wrong or failed" if failed else "wrong from the start",
+        *(f"{number}  {visible(step.name, 24)}" for number, step in enumerate(steps, 1)),
+        "still stand",
+    ]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.2, 1.3 + 0.34 * len(names)))
+        left, cost = figure.subplots(1, 2, sharey=True, width_ratios=(7, 4))
+        aside: dict[str, Any] = {"transform": left.get_yaxis_transform(), "ha": "right", "va": "center"}
+        bar: dict[str, Any] = {"height": 0.66, "lw": 0}
+        lost = [(wrong + failed, right, MUTED), *((step.fell, step.stand, _FELL) for step in steps)]
+        for row, (gone, standing, color) in enumerate(lost):
+            held = steps[row - 1].held if row else 0
+            left.barh(row, standing - held, color=_HELD, alpha=_FAINT, **bar)
+            left.barh(row, held, left=standing - held, color=_HELD, alpha=_HALF, **bar)
+            if gone:  # the edge keeps few of many visible
+                left.barh(row, gone, left=standing, height=0.66, color=color, ec=color, lw=1)
+            number = {"s": f"{gone:,}", "color": color, "weight": "bold"} if gone else {"s": "–", "color": MUTED}
+            left.text(1.11, row, **number, **aside)
+            left.text(1.23, row, f"{standing:,}", **aside)
+        left.barh(len(lost), lost[-1][1], color=_HELD, **bar)
+        left.text(1.23, len(lost), f"{lost[-1][1]:,}", color=_HELD, weight="bold", **aside)
+        for row, step in enumerate(steps, 1):
+            cost.barh(row, step.passes / most, color=SERIES[1], **bar)
+            each = f"{percent(step.passes / total)} · {count(step.passes / max(step.attacked, 1))} each"
+            cost.text(step.passes / most + 0.03, row, each, va="center", fontsize=9)
+        for place, title in ((1.11, "lost"), (1.23, "stand")):
+            left.text(place, -0.9, title, color=MUTED, fontsize=9, **aside)
+        left.text(0, -0.9, "samples", color=MUTED, fontsize=9, va="center")
+        cost.text(0, -0.9, "passes: share, and for each sample", color=MUTED, fontsize=9, va="center")
+        left.set_yticks(range(len(names)), names)
+        left.tick_params(axis="y", labelcolor=INK)
+        left.set_ylim(len(names) - 0.5, -1.3)
+        left.set_xlim(0, right + wrong + failed)
+        left.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        cost.set_xlim(0, 2.1)
+        cost.set_xticks([])
+        cost.tick_params(labelleft=False)
+        cost.spines.bottom.set_visible(False)
+        for axes in (left, cost):
+            axes.grid(visible=False)
+        _legend(figure, [("broken by this stage", _FELL, 1.0), ("attacked, and held", _HELD, _HALF),
+                         ("stood, not attacked by this stage", _HELD, _FAINT)])  # fmt: skip
+        return figure
+
+
+def _legend(figure: Figure, patches: Sequence[tuple[str, str, float]], line: Mapping[str, Any] | None = None) -> None:
+    """Under the figure: (label, colour, opacity) of areas, and the settings of a line."""
+    handles: list[Any] = [Patch(color=color, alpha=alpha, lw=0, label=label) for label, color, alpha in patches]
+    if line is not None:
+        handles.append(Line2D([], [], **line))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.2, columnspacing=1.4, handletextpad=0.5
+    )
+
+
+def classes(rows: Sequence[ByClass], robust_accuracy: float, class_names: Sequence[str] = ()) -> Figure:
+    """Clean and robust accuracy of each class, from top to bottom, with that of all samples as a line."""
+    columns = 1 if len(rows) <= _IN_A_COLUMN else 2
+    height = -(-len(rows) // columns)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.2, 0.85 + (0.3 if columns == 1 else 0.26) * height))
+        panels = figure.subplots(1, columns, squeeze=False)[0]
+        for panel, axes in enumerate(panels):
+            part = rows[panel * height : (panel + 1) * height]
+            places = range(len(part))
+            axes.barh(places, [row.clean_accuracy for row in part], height=0.66, color=_HELD, alpha=_FAINT, lw=0)
+            axes.barh(places, [row.robust_accuracy for row in part], height=0.66, color=_HELD, lw=0)
+            for place, row in enumerate(part):
+                axes.text(1.02, place, f"{percent(row.robust_accuracy)} of {row.samples:,}", va="center", fontsize=9)
+            axes.axvline(robust_accuracy, color=INK, lw=1, ls=_LEVEL)
+            axes.set_yticks(places, [visible(class_name(row.label, class_names), 24) for row in part])
+            axes.tick_params(axis="y", labelcolor=INK)
+            axes.set_ylim(height - 0.45, -0.55)
+            axes.set_xlim(0, 1)
+            axes.xaxis.set_major_formatter(PercentFormatter(1))
+            axes.grid(visible=False)
+        _legend(figure, [("robust accuracy", _HELD, 1.0), ("clean accuracy", _HELD, _FAINT)],
+                {"color": INK, "lw": 1, "ls": _LEVEL, "label": "robust accuracy over all classes"})  # fmt: skip
+        return figure
+
+
+def decline(evaluation: Evaluation, place: int = 0) -> Figure:
+    """Robust accuracy over the size of the perturbation, from the smallest ones that were found. Needs `nearest`.
+
+    place: of the model among the colours.
+    """
+    color = SERIES[place % len(SERIES)]
+    eps = evaluation.threat.largest_eps
+    sizes = [2 * eps * step / 100 for step in range(101)]
+    shares = [share for _, share in evaluation.curve(sizes)]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.6, 3.1))
+        axes = figure.add_subplot()
+        axes.step(sizes, shares, where="post", color=color, lw=2.2)
+        axes.fill_between(sizes, shares, step="post", color=color, alpha=_FAINT, lw=0)
+        axes.axvline(eps, color=INK, lw=1, ls=_LEVEL)
+        axes.text(eps, 1.03, f"evaluated: {percent(evaluation.robust_accuracy)}", ha="center", fontsize=9)
+        axes.set_ylim(0, 1.02)
+        axes.set_xlim(0, 2 * eps or 1)
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.set_ylabel("robust accuracy, at most")
+        axes.set_xlabel(f"size of the perturbation (eps, {evaluation.threat.norm})")
         return figure
 
 
@@ -314,7 +466,9 @@ def to_svg(figure: Figure, name: str) -> str:
     text = _save(figure, format="svg", transparent=True, metadata={"Date": None}).decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    variables = {INK: "ink", MUTED: "muted", GRID: "grid"} | {color: f"series-{i}" for i, color in enumerate(SERIES)}
+    variables = {PAPER: "paper", INK: "ink", MUTED: "muted", GRID: "grid"} | {
+        color: f"series-{i}" for i, color in enumerate(SERIES)
+    }
 
     def adapt(match: re.Match[str]) -> str:
         tag = re.sub(r' xmlns(:\w+)?="[^"]*"| version="1.1"', "", match[0])

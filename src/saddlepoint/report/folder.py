@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,12 +69,31 @@ def write(
     )  # fmt: skip
     shown = gallery(comparison, examples, seed)
     page, pictures = _page(comparison, document, shown, class_names, histories)
+    return publish(folder, page, document, pictures, {name: cell.result for cell, name in cell_folders(comparison)})
+
+
+def publish(
+    folder: Path,
+    page: str,
+    document: Mapping[str, object],
+    pictures: Mapping[str, bytes],
+    found: Mapping[str, AttackResult] | None = None,
+    tables: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a report's files, the page last, and return its path.
+
+    pictures: PNGs by their names in `figures/`. found: results by their folders; tables: texts by their names.
+
+    Errors: `DataError` where the folder can't be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for cell, name in cell_folders(comparison):
-            replace_result(cell.result, folder / name)
+        for name, result in (found or {}).items():
+            replace_result(result, folder / name)
         for name, content in pictures.items():
             write_file(folder / "figures" / name, content)
+        for name, table in (tables or {}).items():
+            write_file(folder / name, table.encode(errors="replace"))
         write_file(folder / "results.json", json.dumps(document, indent=1, allow_nan=False).encode())
         write_file(folder / "report.html", page.encode(errors="replace"))
     except OSError as error:
@@ -161,6 +180,19 @@ def environment() -> Environment:
         "code": _code, "pretty": _pretty,
     }  # fmt: skip
     return made
+
+
+def drawing(models: Iterable[str], class_names: Sequence[str]) -> dict[str, Any]:
+    """What the templates' macros ask for: pictures, names of classes, and the place of each model among the colours."""
+    from saddlepoint.report import figures
+
+    return {
+        "original": lambda image, shown: data_url(figures.picture(image, shown)),
+        "change": lambda delta, shown: data_url(figures.change_picture(delta, shown.factor)),
+        "class_name": lambda label: words.class_name(label, class_names),
+        "places": {name: place for place, name in enumerate(models)},
+        "series": len(figures.SERIES),
+    }
 
 
 def _tables(comparison: Comparison, document: dict[str, Any]) -> list[dict[str, Any]]:

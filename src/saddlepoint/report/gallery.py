@@ -90,6 +90,53 @@ def gallery(comparison: Comparison, count: int, seed: int = 0) -> Gallery:
     return Gallery(kind, label, str(cells[0].threat), low, high, magnification(largest), models, examples)
 
 
+def album(
+    name: str,
+    model: Classifier,
+    x: Tensor,
+    adversarial: Tensor,
+    rows: Tensor,
+    *,
+    numbers: Tensor,
+    labels: Tensor,
+    clean_predicted: Tensor,
+    predicted: Tensor,
+    distance: Tensor,
+    status: Status,
+    attack: str,
+    threat: str,
+    seed: int,
+) -> Gallery:
+    """Samples of one model at the positions rows (K,), all of one status, with what an attack did to them.
+
+    x, adversarial (N, ...); numbers, labels, clean_predicted, predicted, distance (N,): `numbers` are what they are called.
+    """
+    kind = kind_of(x)
+    low, high = model.bounds or ((float(x.min()), float(x.max())) if len(x) else (0.0, 1.0))
+    rows = rows.cpu() if kind != "none" else rows[:0].cpu()
+    originals, points = (inputs[rows.to(inputs.device)].cpu() for inputs in (x, adversarial))
+    deltas = (points - originals) / ((high - low) or 1.0)
+    before, after = (column.cpu()[rows] for column in (clean_predicted, predicted))
+    sure = [confidences(model, inputs, answers, seed) for inputs, answers in ((originals, before), (points, after))]
+    examples = tuple(
+        Example(
+            index=int(numbers[row]),
+            label=int(labels[row]),
+            original=originals[i],
+            shots=(
+                Shot(
+                    model=name, status=status, clean_predicted=int(before[i]), clean_confidence=sure[0][i],
+                    predicted=int(after[i]), confidence=sure[1][i], adversarial=points[i], delta=deltas[i],
+                    distance=float(distance[row]), smallest=None,
+                ),
+            ),
+        )
+        for i, row in enumerate(rows.tolist())
+    )  # fmt: skip
+    largest = float(deltas.abs().max()) if len(deltas) else 0.0
+    return Gallery(kind, attack, threat, low, high, magnification(largest), (name,), examples)
+
+
 def kind_of(x: Tensor) -> Literal["images", "features", "none"]:
     """How inputs like these can be drawn."""
     if x.dim() == 4 and x.shape[1] in (1, 3):
@@ -130,13 +177,13 @@ def _rows(cells: list[Cell], count: int) -> Tensor:
     chosen: list[int] = []
     for kind in kinds:
         rows = [row for row in (kind & usable).nonzero()[:, 0].tolist() if row not in chosen]
-        chosen += _in_turns(rows, results[0].labels)
+        chosen += in_turns(rows, results[0].labels)
         if len(chosen) >= count:
             break
     return torch.tensor(chosen[:count], dtype=torch.int64)
 
 
-def _in_turns(rows: list[int], labels: Tensor) -> Iterator[int]:
+def in_turns(rows: list[int], labels: Tensor) -> Iterator[int]:
     """The rows, one of each class after the other."""
     classes: dict[int, list[int]] = {}
     for row in rows:

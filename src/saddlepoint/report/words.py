@@ -34,14 +34,32 @@ def listed(items: Iterable[str]) -> str:
 
 
 def visible(name: str, limit: int = 40) -> str:
-    """A name for a figure: without control characters, which no font draws, and not longer than `limit`."""
+    """A name for a figure: without control characters, which no font draws, and not longer than `limit`.
+
+    Long ones lose their middle, since names that begin alike often differ at the end.
+    """
     clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
-    return clean if len(clean) <= limit else clean[: limit - 1] + "…"
+    tail = limit // 3
+    return clean if len(clean) <= limit else f"{clean[: limit - tail - 1]}…{clean[-tail:]}"
 
 
 def file_name(*parts: str) -> str:
     """The parts as one name that is harmless on every file system."""
     return "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", part).strip("._")[:60] or "_" for part in parts)
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """The names, numbered where they would coincide; some file systems don't tell upper from lower case."""
+    found: list[str] = []
+    taken: set[str] = set()
+    for base in names:
+        name, number = base, 1
+        while name.lower() in taken:
+            number += 1
+            name = f"{base}-{number}"
+        taken.add(name.lower())
+        found.append(name)
+    return found
 
 
 def class_name(label: int, class_names: Sequence[str]) -> str:
