@@ -17,7 +17,19 @@ from typing import Any, Literal, get_args, overload
 import torch
 from torch import Tensor
 
-from saddlepoint.attacks import APGD, APGDT, DualAveraging, Restarts, SignNoise, Sprint, Square, UniformNoise, minimal
+from saddlepoint.attacks import (
+    APGD,
+    APGDT,
+    FAB,
+    BrendelBethge,
+    DualAveraging,
+    Restarts,
+    SignNoise,
+    Sprint,
+    Square,
+    UniformNoise,
+    minimal,
+)
 from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.engine import Attack, AttackResult, Interrupted
 from saddlepoint.engine.problem import input_gradient
@@ -88,10 +100,15 @@ def plans(norm: Norm, effort: Effort, *, gradients: bool = True) -> tuple[Plan, 
     )
     if effort == "quick":
         return base
-    walks = DualAveraging(steps=50, hold=3 if norm is Norm.LINF else None)
+    walks: tuple[Plan, ...] = (
+        Plan("boundary", "from outside, along the boundary", BrendelBethge(steps=50), _share(effort, 0.05)),
+        Plan("fab-t", "to the boundaries with the two likeliest classes", FAB(steps=100, targets=2), _share(effort, 0.02)),
+    )
+    if norm is Norm.LINF:
+        walks = (Plan("walks", "no step size to choose", DualAveraging(steps=50, hold=3), _share(effort, 0.05)),)
     return (
         *base,
-        Plan("walks", "no step size to choose", walks, _share(effort, 0.05)),
+        *walks,
         Plan("restarts", "other corners", Restarts(Sprint(steps=40), 6), _share(effort, 0.01)),
         Plan("apgd-t", "towards each class in turn", APGDT(steps=50), _share(effort, 0.01)),
         Plan("square", "search without gradients", Square(steps=5000 if effort == "thorough" else 500), _share(effort, 0.02)),
@@ -104,7 +121,9 @@ def escalation(norm: Norm, effort: Effort) -> tuple[Plan, ...]:
         return ()
     if effort == "quick":
         return (Plan("square", "signs of masking: search without gradients", Square(steps=300), 0.2),)
+    boundary = Plan("fab-t-wide", "signs of masking: to every boundary", FAB(steps=100, targets=9), _share(effort, 0.02))
     return (
+        *(() if norm is Norm.LINF else (boundary,)),
         Plan("apgd-restarts", "signs of masking: other corners", Restarts(APGD(steps=100), 3), _share(effort, 0.1)),
         Plan("restarts-wide", "signs of masking: yet others", Restarts(Sprint(steps=40), 6), _share(effort, 0.05)),
         Plan("apgd-t-wide", "signs of masking: each class", APGDT(steps=50), _share(effort, 0.04)),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saddlepoint.attacks import APGD, PGD, Restarts
+from saddlepoint.attacks import APGD, PGD, BrendelBethge, Restarts
 from saddlepoint.evaluate.evidence import NOISES, QUERIES, RESTARTS, SCALES, STEPS, Evidence, passes
 from saddlepoint.goals import Targeted, margin
 from saddlepoint.models.base import Classifier
@@ -133,7 +133,7 @@ def diagnose(
     PGD, that is APGD in l1.
     seed: of all random draws. batch_size: samples in the model at once. progress: show a bar.
 
-    It costs some 500 passes a sample, and at most about 1,500. What it finds is a reason to run other attacks. Silence is no
+    It costs some 800 passes a sample, and at most about 1,500. What it finds is a reason to run other attacks. Silence is no
     proof: masking that no check knows of goes unnoticed, and where the model is random some checks cannot be made.
 
     Errors: `InputError` for bad inputs or a threat without a size, `CapabilityError` if the model grants no gradients,
@@ -318,14 +318,17 @@ def _not_rising(case: Evidence) -> Look:
 
 
 def _rugged(case: Evidence) -> Look:
-    """Where the result hangs on the step size, the loss has bumps that hold up one attack or the other."""
+    """Where the result hangs on the step size or the side from which one comes, the loss has bumps that hold attacks up."""
     left = (~case.by_pgd).nonzero()[:, 0]
-    fell = left[case.fooled(APGD(steps=100, loss="margin"), left)] if len(left) else left
+    attack, what = APGD(steps=100, loss="margin"), "APGD, whose steps adapt,"
+    if case.threat.norm is not Norm.LINF:
+        attack, what = BrendelBethge(steps=50), "a walk along the boundary, from outside,"
+    fell = left[case.fooled(attack, left)] if len(left) else left
     only = fell[~case.fooled(Restarts(case.ascent(), RESTARTS), fell)] if len(fell) else fell
-    measured = {"fooled_by_pgd": float(case.by_pgd.sum()), "fooled_by_adaptive_steps_only": float(len(only))}
+    measured = {"fooled_by_pgd": float(case.by_pgd.sum()), "fooled_by_another_way_only": float(len(only))}
     return case.many(len(only), _RUGGED), measured, (
-        f"PGD's {STEPS} steps fool {case.of(case.by_pgd)}; APGD, whose steps adapt, {len(fell)} of the others, {len(only)} of "
-        f"which PGD with {RESTARTS} restarts doesn't"
+        f"PGD's {STEPS} steps fool {case.of(case.by_pgd)}; {what} {len(fell)} of the others, {len(only)} of which PGD with "
+        f"{RESTARTS} restarts doesn't"
     )  # fmt: skip
 
 
@@ -460,8 +463,8 @@ _CHECKS = (
     _Check("wrong-gradients", lambda c: c.cut_off or c.rough, _wrong_gradients,
            _compare("the backward pass is a substitute, or derivatives explode; look for better substitutes")),
     _Check("loss-not-rising", lambda c: c.restless, _not_rising, _compare(_SEARCH)),
-    _Check("rugged-loss", lambda c: c.cut_off or ("" if c.threat.norm is not Norm.L1 else "in l1 PGD is APGD already"), _rugged,
-           _say("no single step size will do: run APGD, restarts, and Square with thousands of queries; `evaluate` does")),
+    _Check("rugged-loss", lambda c: c.cut_off, _rugged,
+           _say("no single step size will do: run APGD, boundary attacks and restarts; `evaluate` does")),
     _Check("one-step", lambda c: c.restless, _one_step,
            _compare("count no one-step attack, and start others at random points")),
     _Check("random-search", lambda c: c.idle, _random_search, _compare(_SEARCH)),
