@@ -92,12 +92,12 @@ def test_ladders_begin_with_the_closest_and_stop(mlp: nn.Module, many: Samples, 
 
     def answers(plan: cascade.Plan, rows: Tensor, threat: sp.Linf, done: list[sp.AttackResult]) -> tuple[int, int]:
         asked.append(rows)
-        return 3 - len(asked), 1000 * len(rows)
+        return 3 - len(asked), 300 * len(rows)
 
     monkeypatch.setattr(run, "_attack", answers)
     run.run(cascade.Plan("a rung breaks two, the next one", "", sp.attacks.FGSM(), 0.1))
-    paid = cascade._PRICE // 1000  # rows that a sample which fell pays for
-    assert [len(rows) for rows in asked] == [12, 2 * paid, paid]
+    paid = cascade._PRICE // 300  # rows that a sample which fell pays for
+    assert [len(rows) for rows in asked] == [12, 24, paid]
     assert torch.equal(torch.cat(asked).sort().values, order[: sum(map(len, asked))].sort().values)
 
 

@@ -44,7 +44,7 @@ from saddlepoint.defenses import harden as run_harden
 from saddlepoint.defenses import train as run_train
 from saddlepoint.engine import Budget, Interrupted
 from saddlepoint.errors import InputError, SaddlepointError, SaddlepointWarning, UnknownNameError
-from saddlepoint.evaluate import Cell, Comparison, compare
+from saddlepoint.evaluate import Cell, Comparison, Evaluation, compare
 from saddlepoint.goals import LOSSES
 from saddlepoint.models import Model
 from saddlepoint.report.words import listed
@@ -167,9 +167,20 @@ def evaluate(
     split = inputs.samples(found, samples)
     if effort is not None:
         others = inputs.models(source or [], found, mean=mean, std=std, device=device)
+
+        def report(evaluations: list[tuple[str, Evaluation]]) -> Path:
+            from saddlepoint.report import write_evaluations  # matplotlib
+
+            return write_evaluations(
+                evaluations, models, out, title=f"Robustness of {', '.join(models)}", data_name=found.name, seed=seed,
+                data_fingerprint=found.fingerprint(), class_names=found.class_names, config=configuration.ran(context),
+                command=f"saddlepoint {context.info_name}",
+            )  # fmt: skip
+
         cascade = Cascade(
             models, split, threats, effort, out, curve=curve, sources=tuple(others.values()), seed=seed, batch_size=batch_size,
             at_least=at_least, junit=junit, json=json, kind=export, write=lambda folder: configuration.write(context, folder),
+            report=report,
         )  # fmt: skip
         return cascade.estimate() if dry_run else cascade.run()
     result = compare(

@@ -25,7 +25,7 @@ from saddlepoint.threats import Threat
 class Cascade:
     """What is asked for: each of the models within each of the threats. at_least, junit, json, kind: None where not wanted.
 
-    write: keeps the configuration in a folder. kind: of the adversarial set.
+    write: keeps the configuration in a folder. report: writes the page and says where it is. kind: of the adversarial set.
     """
 
     models: Mapping[str, Classifier]
@@ -42,6 +42,7 @@ class Cascade:
     json: Path | None
     kind: Kind | None
     write: Callable[[Path], object]
+    report: Callable[[list[tuple[str, Evaluation]]], Path]
 
     def run(self) -> None:
         """Evaluate; what is finished is kept in `out`, and the same command goes on with it.
@@ -55,12 +56,14 @@ class Cascade:
         for path in (self.junit, self.json):
             make_way(path)
         found: list[dict[str, Any]] = []
+        reported: list[tuple[str, Evaluation]] = []
         gates: list[tuple[str, Gate]] = []
         stopped = False
         for name, model, threat in self._each():
             folder = self.out / f"{name}-{threat.norm.value}-{threat.largest_eps:.6g}"
             evaluation = self._evaluate(model, threat, folder)
             found.append({"model": name, "campaign": str(folder)} | evaluation.to_dict())
+            reported.append((name, evaluation))
             if self.at_least is not None:
                 gates.append((name, self._judge(evaluation, self.at_least, folder)))
             if self.kind is not None:
@@ -71,6 +74,7 @@ class Cascade:
         if self.junit is not None:
             with writing(self.junit):
                 write_file(self.junit, junit(gates).encode())
+        console.print(f"\nreport: [bold]{escape(str(self.report(reported)))}[/]   (open it in a browser)")
         if stopped or not all(one.passed for _, one in gates):
             raise typer.Exit(130 if stopped else 1)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from saddlepoint.attacks import APGD, PGD, BrendelBethge, Restarts
+from saddlepoint.engine import Attack
 from saddlepoint.evaluate.evidence import NOISES, QUERIES, RESTARTS, SCALES, STEPS, Evidence, passes
 from saddlepoint.goals import Targeted, margin
 from saddlepoint.models.base import Classifier
@@ -320,9 +321,10 @@ def _not_rising(case: Evidence) -> Look:
 def _rugged(case: Evidence) -> Look:
     """Where the result hangs on the step size or the side from which one comes, the loss has bumps that hold attacks up."""
     left = (~case.by_pgd).nonzero()[:, 0]
-    attack, what = APGD(steps=100, loss="margin"), "APGD, whose steps adapt,"
+    other: tuple[Attack, str] = (APGD(steps=100, loss="margin"), "APGD, whose steps adapt,")
     if case.threat.norm is not Norm.LINF:
-        attack, what = BrendelBethge(steps=50), "a walk along the boundary, from outside,"
+        other = (BrendelBethge(steps=50), "a walk along the boundary, from outside,")
+    attack, what = other
     fell = left[case.fooled(attack, left)] if len(left) else left
     only = fell[~case.fooled(Restarts(case.ascent(), RESTARTS), fell)] if len(fell) else fell
     measured = {"fooled_by_pgd": float(case.by_pgd.sum()), "fooled_by_another_way_only": float(len(only))}

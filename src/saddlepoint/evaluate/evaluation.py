@@ -147,13 +147,17 @@ class Evaluation:
     @property
     def cumulative(self) -> list[tuple[str, float]]:
         """Robust accuracy after each stage, by its name, from the clean accuracy on."""
-        lost = [int((self.broken_by == number).sum()) for number in range(len(self.stages))]
         standing = int(self.right.sum())
         points = [("clean", self.clean_accuracy)]
-        for stage, gone in zip(self.stages, lost, strict=True):
+        for stage, gone in zip(self.stages, self._fell, strict=True):
             standing -= gone
             points.append((stage.name, standing / max(len(self), 1)))
         return points
+
+    @property
+    def _fell(self) -> list[int]:
+        """How many samples each stage was the first to break."""
+        return [int((self.broken_by == number).sum()) for number in range(len(self.stages))]
 
     @property
     def distance(self) -> Tensor:
@@ -224,9 +228,9 @@ class Evaluation:
             f"  passes a sample  {float(self.queries.total.sum()) / each:.1f}, {self.seconds:.1f} s",
             "  stage                attacked  broke  passes each  robust accuracy after it",
         ]
-        for stage, (_, after) in zip(self.stages, self.cumulative[1:], strict=True):
+        for stage, fell, (_, after) in zip(self.stages, self._fell, self.cumulative[1:], strict=True):
             passes = float(stage.result.queries.total.double().mean()) if len(stage.rows) else 0.0
-            lines.append(f"  {stage.name:<20} {len(stage.rows):>8}  {len(stage.broke):>5}  {passes:>11.1f}  {after:.2%}")
+            lines.append(f"  {stage.name:<20} {len(stage.rows):>8}  {fell:>5}  {passes:>11.1f}  {after:.2%}")
         lines += [f"  ! {note}" for note in self.notes]
         return "\n".join(lines) + ("\n" + self.diagnosis.summary() if self.diagnosis is not None else "")
 
@@ -243,10 +247,10 @@ class Evaluation:
             "stages": [
                 {
                     "name": stage.name, "why": stage.why, "heavy": stage.heavy, "attacked": len(stage.rows),
-                    "broke": len(stage.broke), "after": after, "passes": float(stage.result.queries.total.sum()),
+                    "broke": len(stage.broke), "fell": fell, "after": after, "passes": float(stage.result.queries.total.sum()),
                     "seconds": stage.result.seconds,
                 }
-                for stage, (_, after) in zip(self.stages, self.cumulative[1:], strict=True)
+                for stage, fell, (_, after) in zip(self.stages, self._fell, self.cumulative[1:], strict=True)
             ],
             "curve": [list(point) for point in self.curve()] if self.nearest is not None and one_size else None,
             "per_class": {str(label): list(figures) for label, figures in self.per_class().items()},
