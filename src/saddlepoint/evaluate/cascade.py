@@ -48,13 +48,14 @@ Effort = Literal["quick", "standard", "thorough"]
 PART = 500  # samples of a stage that are finished, and kept by a campaign, together
 NEAREST = 100  # passes a sample for the curve
 _FEWEST = 8  # samples of a rung at least
-_PRICE = 6000  # passes that a sample which fell pays for in the next rung
+_PRICE = 4000  # passes that a sample which fell pays for in the next rung
 _LOOKED = 100  # samples whose gradients at the input are looked at
 # Signs of masking: above this share of samples whose margin gained more than twice, or less than a quarter, of what the
 # gradient at the input promised; above this share of vanished gradients; above this share of all samples that only a ladder
 # broke.
-_MISLED, _VANISHED, _LATE = 0.5, 0.05, 0.01
+_MISLED, _VANISHED, _LATE = 0.2, 0.05, 0.01
 _FEW = 4  # so many at least
+_DIAGNOSED = 40  # samples at least, and every twentieth
 _DRAWS = 10  # to average over where the model is random
 _SAME = 8  # samples for which a campaign's model must say the same again
 _ROUNDING = 100  # within so many times the margin that numerical noise is allowed
@@ -125,9 +126,8 @@ def escalation(norm: Norm, effort: Effort) -> tuple[Plan, ...]:
     return (
         *(() if norm is Norm.LINF else (boundary,)),
         Plan("apgd-restarts", "signs of masking: other corners", Restarts(APGD(steps=100), 3), _share(effort, 0.1)),
-        Plan("restarts-wide", "signs of masking: yet others", Restarts(Sprint(steps=40), 6), _share(effort, 0.05)),
-        Plan("apgd-t-wide", "signs of masking: each class", APGDT(steps=50), _share(effort, 0.04)),
-        Plan("square-long", "signs of masking: search without gradients", Square(steps=2000), _share(effort, 0.04)),
+        Plan("apgd-t-wide", "signs of masking: each class", APGDT(steps=50), _share(effort, 0.02)),
+        Plan("square-long", "signs of masking: search without gradients", Square(steps=5000), _share(effort, 0.03)),
     )
 
 
@@ -312,7 +312,7 @@ class _Cascade:
         """Share of those that stand whose margin gained something else than promised, on the way to the best attempt."""
         rows = (self.broken_by == STANDS).nonzero()[:, 0]
         rows = rows[self.margin[rows].argsort(descending=True, stable=True)][:_LOOKED]
-        if not len(rows):
+        if len(rows) < _FEW:
             return None
         self.looked[rows] = True
         parts = [self._promise(part) for part in torch.split(rows, self.batch_size or _LOOKED)]
@@ -338,9 +338,11 @@ class _Cascade:
         if self.campaign is not None and (kept := self.campaign.document("diagnosis")) is not None:
             self.diagnosis = Diagnosis.from_dict(kept)
             return
+        some = torch.arange(max(_DIAGNOSED, len(self.y) // 20))[: len(self.y)]  # so that it doesn't cost more than the attacks
         self.diagnosis = diagnose(
-            self.model, self.x, self.y, self.threat, seed=self.seed, batch_size=self.batch_size, progress=self.progress
-        )
+            self.model, self.x[some], self.y[some], self.threat.only(some, self.x),
+            seed=self.seed, batch_size=self.batch_size, progress=self.progress,
+        )  # fmt: skip
         if self.campaign is not None:
             self.campaign.record("diagnosis", self.diagnosis.to_dict())
 
