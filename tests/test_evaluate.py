@@ -224,6 +224,13 @@ def test_what_has_no_gradients_is_searched_and_diagnosed(mlp: nn.Module, cnn: nn
     assert bool((sp.Model(mlp).predict(other.adversarial[other.broken]) != y[other.broken]).all())
 
 
+@pytest.mark.parametrize("threat", [sp.L2(1.0), sp.L1(5.0), sp.L0(8)], ids=lambda threat: type(threat).__name__)
+def test_without_gradients_in_other_norms(threat: sp.Linf, mlp: nn.Module, many: Samples) -> None:
+    evaluation = sp.evaluate(sp.Model(mlp, access=sp.Access.SCORES), *many, threat, "quick")
+    assert bool(evaluation.broken.any())
+    assert int(evaluation.queries.backward.sum()) == 0
+
+
 def test_a_model_without_gradients(mlp: nn.Module, many: Samples) -> None:
     evaluation = sp.evaluate(sp.Model(mlp, access=sp.Access.SCORES), *many, sp.Linf(0.1), "quick")
     assert int(evaluation.queries.backward.sum()) == 0
@@ -360,6 +367,12 @@ def test_a_campaign_notices_other_code_around_the_same_weights(mlp: nn.Module, m
     factor = 2.0
     with pytest.raises(InputError, match="other outputs"):
         sp.evaluate(sp.Model(Scaled()), x, y, sp.Linf(0.05), "quick", campaign=tmp_path)
+
+
+def test_a_ball_of_no_size_says_nothing_about_gradients(mlp: nn.Module, many: Samples) -> None:
+    evaluation = sp.evaluate(sp.Model(mlp), *many, sp.Linf(0.0))
+    assert evaluation.robust_accuracy == evaluation.clean_accuracy
+    assert not evaluation.notes
 
 
 def test_what_gives_nan_is_not_robust(mlp: nn.Module, many: Samples) -> None:

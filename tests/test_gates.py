@@ -257,10 +257,10 @@ def test_failures_show_the_counterexamples(inner: Callable[..., pytest.RunResult
             ">*assert_robust(model, x, y, sp.Linf(eps), at_least=0.9)",
             "E*AssertionError: robust accuracy *% within linf eps 0.3; asked for at least 90.0%",
             "E*of 24 samples stand, 22 are needed; 95% confidence limits *% and *%",
-            "E*sprint-margin broke * of *",
+            "E*sprint broke * of *",
             "E*counterexamples, the clearest first*",
             "E*sample  label  predicted  distance    margin  broken by",
-            "E* 0.3 *sprint-margin",
+            "E* 0.3 *sprint",
             "E*pictures and figures: *out*test_large-0.3-2",
         ]
     )

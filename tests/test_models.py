@@ -21,7 +21,7 @@ from torch.nn import functional
 
 import saddlepoint as sp
 from saddlepoint.errors import CapabilityError, InputError, ModelError, SaddlepointWarning, UnknownNameError
-from saddlepoint.models import Defended, Ensemble, Model, Transform, bit_depth, gaussian_noise
+from saddlepoint.models import Borrowed, Defended, Ensemble, Model, Transform, bit_depth, gaussian_noise
 from saddlepoint.models.freeze import frozen, global_random_state_kept
 from saddlepoint.taxonomy import Access
 
@@ -726,3 +726,20 @@ def test_the_functional_reference() -> None:
     net, x = linear().double(), tables().double()
     for model in (Model(net), Defended(Model(net)), Ensemble([Model(net)])):
         assert torch.equal(model.logits(x), functional.linear(x, net.weight, net.bias).detach())
+
+
+def test_borrowed_gradients_lead_and_own_outputs_decide() -> None:
+    own, other = linear(), linear(seed=4)
+    borrowed = Borrowed(Model(own), Model(other))
+    x = tables()
+    assert torch.equal(borrowed.logits(x), Model(own).logits(x))
+    leaf = x.clone().requires_grad_()
+    outputs = borrowed.forward(leaf)
+    assert torch.equal(outputs, own(x))
+    (gradient,) = torch.autograd.grad(outputs[:, 0].sum(), leaf)
+    torch.testing.assert_close(gradient, other.weight[0].expand_as(x))
+    assert borrowed.describe()["name"] == "Borrowed"
+    with pytest.raises(InputError, match="bounds"):
+        Borrowed(Model(own), Model(other, bounds=(0, 2)))
+    with pytest.raises(InputError, match="differ in their outputs"):
+        Borrowed(Model(own), Model(nn.Linear(x.shape[1], 7))).forward(x.clone().requires_grad_())

@@ -293,6 +293,8 @@ class _Cascade:
     def signs(self) -> list[str]:
         """Reasons to distrust the gradients, from what was seen so far."""
         found, count = [], max(len(self.y), 1)
+        if not self.threat.largest_eps > 0:  # no way that could mislead
+            return []
         of_logits = [stage.result for stage in self.stages if not _saturates(stage.result.config["attack"])]
         steps = sum(int(result.iterations.sum()) for result in of_logits)
         vanished = sum(int(result.zero_gradients.sum()) for result in of_logits) / max(steps, 1)
