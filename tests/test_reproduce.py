@@ -16,13 +16,14 @@ from saddlepoint.cli.reproduce import cells, remarks
 from saddlepoint.cli.reproduce import reproduce as command
 from saddlepoint.defenses.objectives import Batch
 from saddlepoint.reproduce import ENTRIES, Context, Entry, Figure, Recipe, frame
+from saddlepoint.reproduce.evaluation import PredictedLabels, masked
 from saddlepoint.reproduce.goodfellow import worst_case_loss
 from saddlepoint.reproduce.masking import undefended_network
 from saddlepoint.reproduce.measures import right
 from saddlepoint.reproduce.szegedy import WeightDecay, sigmoid_network
 
 DIGITS = sp.data.load("digits")
-FIRST = ["R1", "R2", "R3", "R4", "R5", "R6", "R7", "R8", "R9", "R10", "R12", "R15"]
+FIRST = ["R1", "R2", "R3", "R4", "R5", "R6", "R7", "R8", "R9", "R10", "R12", "R13", "R15", "R34", "R35"]
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +181,10 @@ def test_entries_notice_an_attack_that_does_nothing(monkeypatch, quick):
     assert not any(ENTRIES[name](fresh).passed for name in ("R1", "R2", "R3"))
 
 
-@pytest.mark.parametrize(("name", "module"), [("R7", "szegedy"), ("R8", "least"), ("R9", "least"), ("R10", "least")])
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("R7", "szegedy"), ("R8", "least"), ("R9", "least"), ("R10", "least"), ("R13", "evaluation"), ("R35", "evaluation")],
+)
 def test_entries_notice_a_search_that_has_no_time(name, module, monkeypatch, quick):
     def hurried(*arguments, **settings):
         return sp.attack(*arguments, **settings, budget=sp.Budget(passes=1))
@@ -188,6 +192,37 @@ def test_entries_notice_a_search_that_has_no_time(name, module, monkeypatch, qui
     monkeypatch.setattr(f"saddlepoint.reproduce.{module}.attack", hurried)
     fresh = Context(data=DIGITS, quick=True, trained=copy.copy(quick.trained))
     assert not ENTRIES[name](fresh).passed
+
+
+def test_r34_notices_an_autoattack_that_is_weaker_than_its_parts(monkeypatch, quick):
+    def hurried(model, x, y, method, threat, **settings):
+        budget = sp.Budget(passes=1) if isinstance(method, sp.attacks.AutoAttack) else None
+        return sp.attack(model, x, y, method, threat, **settings, budget=budget)
+
+    monkeypatch.setattr("saddlepoint.reproduce.evaluation.attack", hurried)
+    outcome = ENTRIES["R34"](Context(data=DIGITS, quick=True, trained=copy.copy(quick.trained)))
+    assert [f.name for f in outcome.figures if f.inside is False] == ["AutoAttack's less the smallest of its parts', 50 images"]
+
+
+def test_r13_aims_away_from_the_predicted_class_and_fits_the_true_one(quick):
+    model = undefended_network(quick)
+    x, y = DIGITS.test.x[:8], (model.predict(DIGITS.test.x[:8]) + 1) % 10  # no label is the predicted one
+    threat = sp.Linf(0.3)
+    points = sp.perturb(model, x, model.predict(x), sp.attacks.FGSM(), threat)
+    expected = torch.nn.functional.cross_entropy(model.forward(points), y)
+    torch.testing.assert_close(PredictedLabels().loss(Batch(model, x, y, torch.arange(8), 0, 0.0)), expected)
+
+
+def test_r35_hides_the_gradient_alone(quick):
+    """The rounded network changes where a level changes, and its gradient is zero; scaling changes no prediction."""
+    plain, x, y = undefended_network(quick), DIGITS.test.x[:50], DIGITS.test.y[:50]
+    rounded, scaled = masked(plain).values()
+    point = x.clone().requires_grad_()
+    torch.nn.functional.cross_entropy(rounded.forward(point), y).backward()
+    assert not point.grad.any()
+    assert torch.equal(rounded.predict(x), plain.predict(torch.round(x * 7) / 7))
+    assert torch.equal(scaled.predict(x), plain.predict(x))
+    torch.testing.assert_close(scaled.logits(x), 1000 * plain.logits(x))
 
 
 def test_weight_decay_is_lambda_times_the_sum_of_squares_over_the_units_of_each_layer(quick):
@@ -322,8 +357,15 @@ def mnist() -> Context:
         pytest.skip(f"needs MNIST: {error}")
 
 
+# what docs/reproductions.md says isn't reached
+_MISSED = {
+    "R13": pytest.mark.xfail(strict=True, reason="FGSM accuracy is below clean accuracy"),
+    "R34": pytest.mark.xfail(reason="APGD-T alone breaks one sample more than AutoAttack; seen in parts, not in a whole run"),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("name", [pytest.param(id, marks=_MISSED.get(id, ())) for id in FIRST])
 def test_entries_on_mnist(name, mnist):
     outcome = ENTRIES[name](mnist)
     assert not outcome.stand_in

@@ -6,7 +6,7 @@
 (True, True)
 """
 
-from saddlepoint.reproduce import goodfellow, least, masking, szegedy  # noqa: F401  # they register their entries
+from saddlepoint.reproduce import evaluation, goodfellow, least, masking, szegedy  # noqa: F401  # they register their entries
 from saddlepoint.reproduce.frame import ENTRIES, Context, Entry, Figure, Outcome, Recipe, find, find_data, run
 
 __all__ = ["ENTRIES", "Context", "Entry", "Figure", "Outcome", "Recipe", "find", "find_data", "run"]
