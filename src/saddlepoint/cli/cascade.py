@@ -74,7 +74,7 @@ class Cascade:
         if self.junit is not None:
             with writing(self.junit):
                 write_file(self.junit, junit(gates).encode())
-        console.print(f"\nreport: [bold]{escape(str(self.report(reported)))}[/]   (open it in a browser)")
+        console.print(f"\nreport: [bold]{escape(str(self.report(reported)))}[/]   (open it in a browser)", soft_wrap=True)
         if stopped or not all(one.passed for _, one in gates):
             raise typer.Exit(130 if stopped else 1)
 
@@ -108,7 +108,7 @@ class Cascade:
         console.print(found.summary(), markup=False)
         after = "it was complete before: these figures were read from it, and nothing was attacked"
         more = after if known else "sp.Campaign; the same command goes on where it stopped"
-        console.print(f"campaign: [bold]{escape(str(folder))}[/]   ({more})")
+        console.print(f"campaign: [bold]{escape(str(folder))}[/]   ({more})", soft_wrap=True)
         return found
 
     @staticmethod

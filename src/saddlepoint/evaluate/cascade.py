@@ -127,7 +127,7 @@ def escalation(norm: Norm, effort: Effort) -> tuple[Plan, ...]:
         *(() if norm is Norm.LINF else (boundary,)),
         Plan("apgd-restarts", "signs of masking: other corners", Restarts(APGD(steps=100), 3), _share(effort, 0.1)),
         Plan("apgd-t-wide", "signs of masking: each class", APGDT(steps=50), _share(effort, 0.02)),
-        Plan("square-long", "signs of masking: search without gradients", Restarts(Square(steps=5000), 2), _share(effort, 0.01)),
+        Plan("square-long", "signs of masking: no gradients", Restarts(Square(steps=5000), 2), _share(effort, 0.01)),
     )
 
 
