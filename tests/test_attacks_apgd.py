@@ -252,14 +252,15 @@ def test_l1_phases_take_all_steps(steps: int) -> None:
     assert not (begins & check).any()
 
 
-@pytest.mark.parametrize("attack", [APGD(steps=8), APGDT(steps=8, targets=4)], ids=["APGD", "APGDT"])
+@pytest.mark.parametrize("attack", [APGD(steps=8), APGDT(steps=8, targets=4), APGDT(steps=8, order="linear")])
 def test_cost(attack: APGD | APGDT, mlp: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
     counting = Counting(mlp)
     result = sp.attack(sp.Model(counting), *samples, attack, sp.Linf(1e-4), batch_size=5)
     survived, runs = result.having("survived"), getattr(attack, "targets", 1)
     assert survived.sum() > 10
     assert (result.queries.forward[survived] == 1 + runs * (8 + 1)).all(), "the clean prediction, and steps + 1 a run"
-    assert (result.queries.backward[survived] == runs * 8).all()
+    ranking = 9 if getattr(attack, "order", "") == "linear" else 0
+    assert (result.queries.backward[survived] == runs * 8 + ranking).all()
     assert counting.forward_rows == int(result.queries.forward.sum() + result.queries.verify.sum()) + result.queries.probe
     assert counting.backward_rows == int(result.queries.backward.sum())
 
@@ -304,6 +305,13 @@ def test_it_finds_the_class_that_is_not_the_second_likeliest() -> None:
     forward, backward = only_one.queries.forward, only_one.queries.backward
     assert (forward[only_one.having("survived")] == 1 + 6).all()
     assert (backward[only_one.having("survived")] == 5).all()
+    for norm, eps in (("linf", 0.1), ("l2", 0.3), ("l1", 0.6)):
+        threat = sp.threats.ball(norm, eps)
+        nearest = sp.attack(sp.Model(net), x, y, APGDT(steps=20, targets=1, order="linear"), threat)
+        assert nearest.predicted.tolist() == [2] * 3
+        assert (nearest.queries.backward >= 3).all()  # one for each other class
+    with pytest.raises(sp.InputError, match="linear"):
+        APGDT(order="likely")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum, StrEnum
 
 
@@ -25,6 +26,11 @@ class Norm(StrEnum):
     L1 = "l1"
     L2 = "l2"
     LINF = "linf"
+
+    @property
+    def dual(self) -> float:
+        """Order of the norm of a gradient by which a linear function's distance to a value is its gap divided by it."""
+        return {Norm.LINF: 1.0, Norm.L2: 2.0, Norm.L1: math.inf}[self]
 
 
 class Scope(StrEnum):

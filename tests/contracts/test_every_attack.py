@@ -106,6 +106,29 @@ def test_other_bounds(case: Case, bounds: tuple[float, float] | None, mlp: nn.Mo
     check_output(run(case, sp.Model(net, bounds=bounds), x, y, threat=threat), x, threat, bounds)
 
 
+@each_norm
+def test_start(case: Case, mlp: nn.Module, samples: Samples) -> None:
+    x, y = samples[0][:10], samples[1][:10]
+    recording = Recording(mlp)
+    model = sp.Model(recording)
+    start = (x + torch.linspace(-1, 1, x.numel()).view_as(x)).clamp(0, 1)  # outside the ball
+    if not case.attack.takes_start:
+        with pytest.raises(sp.CapabilityError, match="start"):
+            run(case, model, x, y, start=start)
+        return
+    result = run(case, model, x, y, start=start)
+    check_output(result, x, case.threat, (0, 1))
+    clean, asked = mlp(x).argmax(1), torch.cat(recording.points)
+    begin = case.threat.around(x, (0, 1)).project(start)
+    for row in ((clean == y) | torch.tensor(not case.attack.declaration.untargeted)).nonzero()[:, 0]:
+        assert bool((asked == begin[row]).flatten(1).all(1).any())
+    halves = [run(case, model, x[part], y[part], start=start[part], ids=part) for part in torch.arange(10).split(5)]
+    torch.testing.assert_close(torch.cat([half.adversarial for half in halves]), result.adversarial, rtol=0, atol=1e-5)
+    for bad, told in ((start[:3], "like x"), (start.double(), "float64"), (start / 0, "NaN or infinite"), (3, "int")):
+        with pytest.raises(sp.InputError, match=told):
+            run(case, model, x, y, start=bad)
+
+
 class Shift(nn.Module):
     def __init__(self, low: float, width: float) -> None:
         super().__init__()

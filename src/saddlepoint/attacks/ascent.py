@@ -112,6 +112,11 @@ class SteepestAscent(Attack):
 
     @property
     @final
+    def takes_start(self) -> bool:
+        return True
+
+    @property
+    @final
     def randomized(self) -> bool:
         return self.recipe().start != "origin"
 
@@ -132,6 +137,7 @@ class SteepestAscent(Attack):
         elif recipe.start == "sign":
             noise = problem.random().sign(tuple(x.shape[1:]), x.dtype)
             x = problem.project(x + noise * rows((recipe.start_radius * problem.eps).to(x.dtype), x))
+        x = problem.begin(x)
         return Iterate(x, torch.zeros_like(x) if recipe.momentum else x.new_zeros(len(x)))
 
     @final

@@ -27,7 +27,6 @@ from saddlepoint.threats import Region, ball
 from saddlepoint.trees import put, rows, take
 
 T = TypeVar("T")
-_DUAL = {Norm.LINF: 1.0, Norm.L2: 2.0, Norm.L1: math.inf}
 _REST = 0.02  # a step is short if it is at most this share of the way that lies behind
 
 
@@ -89,7 +88,7 @@ def to_boundary(problem: Problem, points: Tensor, classes: int, region: Region) 
     else:
         gain = problem.surplus(logits).double().abs()[:, None]
     norm, each = region.threat.norm, torch.arange(len(points), device=points.device)
-    slope = torch.linalg.vector_norm(gradients.flatten(2), ord=_DUAL[norm], dim=2, dtype=torch.float64)
+    slope = torch.linalg.vector_norm(gradients.flatten(2), ord=norm.dual, dim=2, dtype=torch.float64)
     far = torch.where(slope > 0, gain / slope, torch.full_like(slope, torch.inf))
     best = far.argmin(1)
     w, gain, slope = gradients[each, best], gain[each, best], slope[each, best]

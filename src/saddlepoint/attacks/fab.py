@@ -24,8 +24,6 @@ from saddlepoint.trees import rows, select, take, tree_map
 
 S = TypeVar("S")
 
-_DUAL = {Norm.LINF: 1.0, Norm.L2: 2.0, Norm.L1: math.inf}
-
 
 def advance(which: Tensor, step: Callable[[Problem, S], S], problem: Problem, state: S) -> S:
     """Take `step` for the samples where `which` (B,) is True, and for no other."""
@@ -179,7 +177,7 @@ class FAB(Attack):
         logits, gradients = problem.jacobian(state.x, weights)
         sums = weights(logits, problem.aim)
         gains = aimed(problem) - (sums * logits[:, None]).sum(2).double()
-        slope = torch.linalg.vector_norm(gradients.flatten(2).double(), _DUAL[problem.region.threat.norm], dim=2)
+        slope = torch.linalg.vector_norm(gradients.flatten(2).double(), problem.region.threat.norm.dual, dim=2)
         possible = (slope > 0) & ((sums > 0) & problem.aim.wanted[:, None]).any(2)  # fewer wanted classes than asked for
         nearest = torch.where(possible, gains.abs() / slope, torch.full_like(slope, torch.inf)).argmin(1, keepdim=True)
         chosen = gradients[torch.arange(len(gradients), device=gradients.device), nearest[:, 0]]

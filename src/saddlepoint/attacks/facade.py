@@ -73,6 +73,7 @@ def attack(
     ids: Tensor | None = None,
     callback: Callable[[Record], None] | None = None,
     resume: AttackResult | None = None,
+    start: Tensor | None = None,
 ) -> AttackResult:
     """Attack every sample, and report what became of it.
 
@@ -84,7 +85,8 @@ def attack(
     budget: limits per sample and in seconds. progress: show a bar. keep: which point is returned, default "smallest" for
     `Minimize` and "first" otherwise (a sample is done at its first success). ids: names of the samples (N,) for the random
     numbers, default their positions. callback: is given a `Record` after every step. resume: the partial result of an
-    `Interrupted` run with the same arguments.
+    `Interrupted` run with the same arguments. start: points (N, ...) to begin from in place of the attack's own choice, for
+    attacks that can (`takes_start`); points outside the ball are projected, and later restarts begin where the attack likes.
 
     Errors: `InputError` for bad inputs, `CapabilityError` where attack, threat, goal and model don't fit (before any query),
     `Interrupted` on Ctrl-C.
@@ -108,8 +110,23 @@ def attack(
     skip = frozenset(resume.order.tolist()) if resume is not None else frozenset[int]()
     source = Source(x, y, ids, model=model, threat=threat, goal=goal, skip=skip)
     data = fingerprint(x, y) if isinstance(x, Tensor) else None
-    run = Run(model, chosen, threat, goal, keep, seed, budget, batch_size, progress, callback, data)
+    if start is not None:
+        _check_start(chosen, x, start)
+    run = Run(model, chosen, threat, goal, keep, seed, budget, batch_size, progress, callback, data, start)
     return run(source, resume)
+
+
+def _check_start(attack: Attack, x: Tensor | Batches, start: Tensor) -> None:
+    if not attack.takes_start:
+        raise CapabilityError(f"{attack} chooses where it begins by itself: leave start out, or take PGD, APGD or Square")
+    if not isinstance(x, Tensor):
+        raise InputError("start needs the inputs as one tensor, not a stream of batches")
+    if not isinstance(start, Tensor) or start.shape != x.shape or start.dtype != x.dtype:
+        found = f"{start.dtype}, {tuple(start.shape)}" if isinstance(start, Tensor) else type(start).__name__
+        raise InputError(f"start must be points like x ({x.dtype}, {tuple(x.shape)}); got {found}")
+    if not bool(torch.isfinite(start).all()):
+        row = int((~torch.isfinite(start)).flatten(1).any(1).nonzero()[0])
+        raise InputError(f"start[{row}] has NaN or infinite values")
 
 
 T = TypeVar("T")

@@ -97,13 +97,17 @@ class Square(Attack):
     def objective(self) -> str | Loss:
         return published if self.loss is None else self.loss
 
+    @property
+    def takes_start(self) -> bool:
+        return True
+
     def cost(self, classes: int) -> tuple[int, int]:
         return (1, 0)
 
     def init(self, problem: Problem) -> Search:
         origin = problem.origin
         start = self._stripes(problem) if problem.region.threat.norm is Norm.LINF else self._tiles(problem)
-        return Search(start, origin, torch.full_like(origin.flatten(1)[:, 0], -torch.inf))
+        return Search(problem.begin(start), origin, torch.full_like(origin.flatten(1)[:, 0], -torch.inf))
 
     def step(self, problem: Problem, state: Search) -> Search:
         loss = loss_named(self.objective)(problem.logits(state.x), problem.aim)

@@ -112,6 +112,10 @@ class Restarts(_OfOne):
         return self.attack.starts_at_origin
 
     @property
+    def takes_start(self) -> bool:
+        return self.attack.takes_start
+
+    @property
     def randomized(self) -> bool:
         return True
 

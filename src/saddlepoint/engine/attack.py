@@ -91,6 +91,11 @@ class Attack(ABC):
         return False
 
     @property
+    def takes_start(self) -> bool:
+        """Whether `init` begins at `problem.begin(...)`, so that the caller can say where."""
+        return False
+
+    @property
     def randomized(self) -> bool:
         """Whether another restart takes another way."""
         return not self.starts_at_origin

@@ -148,6 +148,7 @@ class Problem:
 
     region: the feasible sets, with `origin` (B, ...) and `eps` (B,). k: each sample's iteration (B,) int64.
     needed: the margin that counts as success: the goal's confidence and the model's own numerical noise.
+    start: where the caller wants the first run to begin (B, ...), in `init` only; None for the attack's own choice.
     """
 
     region: Region
@@ -156,6 +157,7 @@ class Problem:
     keys: Keys
     evaluator: Evaluator
     needed: float = 0.0
+    start: Tensor | None = None
 
     @property
     def origin(self) -> Tensor:
@@ -238,6 +240,10 @@ class Problem:
         """A point drawn uniformly from each ball, inside the input range (B, ...)."""
         return self.region.random(self.random(stream))
 
+    def begin(self, own: Tensor) -> Tensor:
+        """Where a run begins: at the feasible points next to the caller's, or at the attack's `own` (B, ...)."""
+        return own if self.start is None else self.project(self.start)
+
     def random(self, stream: int = 0) -> Keys:
         """Random numbers of this (sample, restart, iteration, stream)."""
         return self.keys.absorb(self.k).absorb(stream)
@@ -266,7 +272,8 @@ class Problem:
             return self
         part = _Part(self.evaluator, index)
         region, labels, keys = take((self.region, self.labels, self.keys), index)
-        return replace(self, region=region, labels=labels, k=self.k[index.cpu()], keys=keys, evaluator=part)
+        start = None if self.start is None else self.start[index]
+        return replace(self, region=region, labels=labels, k=self.k[index.cpu()], keys=keys, evaluator=part, start=start)
 
     def restarted(self, restart: Tensor, k: Tensor) -> Problem:
         """The same problem with the random numbers of another restart (B,), at that restart's iteration k (B,)."""

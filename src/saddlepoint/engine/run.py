@@ -19,7 +19,7 @@ from saddlepoint.engine.judge import ChunkSize, Judge
 from saddlepoint.engine.problem import Problem
 from saddlepoint.engine.result import STATUSES, AttackResult, Queries, measure, merge
 from saddlepoint.engine.slots import Keep, Pool, Recorder, Slots, beyond_confidence, split
-from saddlepoint.engine.source import Source
+from saddlepoint.engine.source import Source, fingerprint
 from saddlepoint.errors import InputError, SaddlepointError
 from saddlepoint.goals import UNRESOLVED, Goal, loss_named
 from saddlepoint.models.base import Classifier, Probe
@@ -68,6 +68,7 @@ class Run:
     progress: bool
     callback: Callable[[Record], None] | None
     data: str | None  # fingerprint of the inputs and labels, None for a stream
+    start: Tensor | None = None  # (N, ...), where the caller wants the attack to begin
 
     def __call__(self, source: Source, resume: AttackResult | None) -> AttackResult:
         """Attack everything that `source` yields. Errors: `Interrupted` on Ctrl-C."""
@@ -104,6 +105,8 @@ class Run:
             self.model, self.attack, self.threat, self.goal, keep=self.keep, seed=self.seed, budget=self.budget
         )
         self._config["data"] = self.data
+        if self.start is not None:
+            self._config["start"] = fingerprint(self.start, None)
         if resume is not None and len(resume):
             differing = [key for key in self._config if _known(resume.config.get(key)) != _known(self._config[key])]
             if differing:
@@ -197,9 +200,10 @@ class Run:
             samples.index.to(device), sample, samples.ids.to(device), labels, targets, region, aim, keys, state=None
         )
         judge = self._judge(slots)
-        if not self.attack.starts_at_origin:
+        if self.start is not None or not self.attack.starts_at_origin:
             judge.forward(region.origin, None)
-        slots.state = self.attack.init(self._problem(slots, judge))
+        start = None if self.start is None else self.start[samples.sample].to(device)
+        slots.state = self.attack.init(replace(self._problem(slots, judge), start=start))
         return slots
 
     def _ended(self, slots: Slots) -> Tensor:
