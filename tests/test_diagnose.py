@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,8 +67,13 @@ def of(diagnosis: Diagnosis, name: str) -> dict[str, float]:
     return finding.measured
 
 
-def examined(net: nn.Module | Callable[[Tensor], Tensor], samples: Samples, threat: sp.Linf | sp.L2 = THREAT) -> Diagnosis:
-    return diagnose(sp.Model(net), *samples, threat)
+def examined(
+    net: nn.Module | Callable[[Tensor], Tensor],
+    samples: Samples,
+    threat: sp.Linf | sp.L2 = THREAT,
+    sources: Sequence[nn.Module] = (),
+) -> Diagnosis:
+    return diagnose(sp.Model(net), *samples, threat, sources=[sp.Model(source) for source in sources])
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -114,13 +119,61 @@ def linear(digits: Samples) -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "hardened", "linear"])
-def test_says_nothing_about_honest_networks(name: str, request: pytest.FixtureRequest, clean: Samples) -> None:
-    diagnosis = examined(request.getfixturevalue(name), clean)
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("mlp", "cnn"), ("cnn", "mlp"), ("hardened", "mlp"), ("linear", "mlp")],  # each trained apart from the other
+    ids=["mlp", "cnn", "hardened", "linear"],
+)
+def test_says_nothing_about_honest_networks(name: str, source: str, request: pytest.FixtureRequest, clean: Samples) -> None:
+    diagnosis = examined(request.getfixturevalue(name), clean, sources=[request.getfixturevalue(source)])
     assert not diagnosis.suspicious
     assert not diagnosis.masked
     assert all(finding.measured for finding in diagnosis.findings)
     assert "no sign of masked gradients" in diagnosis.summary()
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("bit_depth", "mlp"), ("detached", "mlp"), ("numpy", "mlp"), ("ripple", "mlp"), ("chaos", "cnn"), ("root", "cnn")],
+)
+def test_finds_what_the_gradients_of_another_model_find(
+    name: str, source: str, mlp: nn.Module, request: pytest.FixtureRequest, clean: Samples
+) -> None:
+    net = PLANTED[name][0](mlp).eval()
+    diagnosis = examined(net, clean, sources=[request.getfixturevalue(source)])
+    (finding,) = (finding for finding in diagnosis.suspicious if finding.name == "transfer")
+    assert "sources=" in finding.next
+    assert finding.measured["fooled_by_transfer_only"] > finding.measured["fooled_by_pgd"]
+    alone = examined(net, clean)
+    assert [f for f in diagnosis.findings if f.name != "transfer"] == [f for f in alone.findings if f.name != "transfer"]
+
+
+@pytest.mark.parametrize("threat", [THREAT, sp.L2(0.8), sp.L1(4.0), sp.L0(5)], ids=["linf", "l2", "l1", "l0"])
+def test_borrowed_gradients_find_what_the_models_own_would(threat: sp.Linf, mlp: nn.Module, clean: Samples) -> None:
+    """Cut off from its gradients, the network gets the very same ones back."""
+    own = of(examined(mlp, clean, threat), "black-box")["fooled_by_pgd"]
+    cut_off = around(after=torch.Tensor.detach)(mlp)
+    measured = of(examined(cut_off, clean, threat, [mlp]), "transfer")
+    assert measured["fooled_by_transfer"] == measured["fooled_by_transfer_only"] == own > 0
+    assert measured["fooled_by_pgd"] == 0
+
+
+def test_each_source_counts(mlp: nn.Module, clean: Samples) -> None:
+    masked_too = around(masked.quantised)(mlp)  # leads nowhere
+    cut_off = around(after=torch.Tensor.detach)(mlp)
+    none, one, both = (
+        of(examined(cut_off, clean, sources=sources), "transfer")["fooled_by_transfer"]
+        for sources in ([masked_too], [mlp], [masked_too, mlp])
+    )
+    assert none < one == both
+
+
+def test_without_other_models_transfer_is_not_measured(mlp: nn.Module, clean: Samples) -> None:
+    diagnosis = examined(mlp, clean)
+    (finding,) = (finding for finding in diagnosis.findings if not finding.measured)
+    assert (finding.name, finding.found) == ("transfer", False)
+    assert "no other models were given" in finding.says
+    assert sum("transfer" in line for line in diagnosis.summary().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -175,16 +228,28 @@ def test_a_plain_function_will_do(mlp: nn.Module, clean: Samples) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::saddlepoint.SaddlepointWarning")
-def test_leaves_nothing_behind_and_counts_what_it_does(mlp: nn.Module, clean: Samples) -> None:
+def test_leaves_nothing_behind_and_counts_what_it_does(mlp: nn.Module, cnn: nn.Module, clean: Samples) -> None:
     x, y = clean[0][:6], clean[1][:6]
-    counting = Counting(mlp)
-    model, before, states = sp.Model(masked.Around(counting, masked.noisy).eval()), snapshot(mlp), random_states()
-    diagnosis = diagnose(model, x, y, THREAT)
-    assert snapshot(mlp) == before
+    counting, source = Counting(mlp), Counting(cnn).train()
+    model, before, states = (
+        sp.Model(masked.Around(counting, masked.noisy).eval()),
+        [snapshot(mlp), snapshot(cnn)],
+        random_states(),
+    )
+    try:
+        diagnosis = diagnose(model, x, y, THREAT, sources=[sp.Model(source)])
+        assert [snapshot(mlp), snapshot(cnn)] == before
+    finally:
+        cnn.eval()
     assert random_states() == states
+    assert source.backward_rows > len(x)
     copied = diagnosis.attacked  # the copy in float64 counts for itself: one forward pass, backward from two losses
     assert model.queries.forward == counting.forward_rows + copied == pytest.approx(6 * diagnosis.forward)
-    assert model.queries.backward == counting.backward_rows + 2 * copied == pytest.approx(6 * diagnosis.backward)
+    assert (
+        model.queries.backward
+        == counting.backward_rows + source.backward_rows + 2 * copied
+        == pytest.approx(6 * diagnosis.backward)
+    )
 
 
 def test_a_declared_random_defense_needs_no_more_averaging(mlp: nn.Module, clean: Samples) -> None:
@@ -208,7 +273,7 @@ def test_looks_at_the_first_samples_that_are_right(mlp: nn.Module, clean: Sample
 @pytest.mark.parametrize("count", [0, 4])
 def test_without_samples_nothing_is_measured(count: int, mlp: nn.Module, clean: Samples) -> None:
     x, y = clean[0][:count], (clean[1][:count] + 1) % 10
-    diagnosis = examined(mlp, (x, y))
+    diagnosis = examined(mlp, (x, y), sources=[mlp])
     assert not diagnosis.suspicious
     assert all(finding.says.startswith("not measured") for finding in diagnosis.findings)
 
@@ -233,6 +298,24 @@ def test_refuses_what_it_cannot_examine(mlp: nn.Module, clean: Samples) -> None:
         diagnose(sp.Model(mlp), x, y[:5], THREAT)
     with pytest.raises(sp.ModelError, match="fails on inputs of shape"):
         diagnose(sp.Model(mlp), x[:, :, :4], y, THREAT)
+
+
+def test_refuses_sources_that_do_not_fit(mlp: nn.Module, clean: Samples) -> None:
+    model, fits = sp.Model(mlp), sp.Model(mlp)
+
+    def refused(error: type[Exception], complaint: str, *sources: object) -> None:
+        with pytest.raises(error, match=complaint):
+            diagnose(model, *clean, THREAT, sources=sources)  # type: ignore[arg-type]
+
+    for access in (sp.Access.LABELS, sp.Access.SCORES):
+        refused(sp.CapabilityError, r"sources\[1\] .*gradients", fits, sp.Model(mlp, access=access))
+    refused(sp.InputError, r"sources\[1\] must be a Saddlepoint model", fits, mlp)
+    refused(sp.InputError, "bounds of model and source differ", sp.Model(mlp, bounds=(-1, 1)))
+    refused(sp.InputError, r"outputs: \(8, 10\) and \(8, 7\)", sp.Model(nn.Sequential(nn.Flatten(), nn.Linear(64, 7))))
+    refused(sp.ModelError, r"sources\[0\] fails on inputs of shape", sp.Model(nn.Sequential(nn.Flatten(), nn.Linear(63, 10))))
+    refused(sp.ModelError, r"sources\[0\] gives no gradients", sp.Model(around(after=torch.Tensor.detach)(mlp)))
+    with pytest.raises(sp.InputError, match="list of models"):
+        diagnose(model, *clean, THREAT, sources=fits)  # type: ignore[arg-type]
 
 
 REAL = os.environ.get("SADDLEPOINT_DATA")

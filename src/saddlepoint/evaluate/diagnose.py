@@ -9,7 +9,7 @@ the function itself: does it change as its gradient says? Only the model's outpu
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -123,6 +123,7 @@ def diagnose(
     y: Tensor,
     threat: Threat,
     *,
+    sources: Sequence[Classifier] = (),
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = False,
@@ -132,13 +133,16 @@ def diagnose(
     x (N, ...) inside the model's bounds, y (N,) classes: the first 100 are used, and of those the ones that the model gets
     right. threat: a ball of the size that the model shall withstand; for l0 the l1 ball around it is used. Where a finding says
     PGD, that is APGD in l1.
+    sources: other models of the same classes and bounds, at best trained without this one's defense. Does PGD that follows
+    their gradients fool what PGD on the model's own doesn't?
     seed: of all random draws. batch_size: samples in the model at once. progress: show a bar.
 
-    It costs some 800 passes a sample, and at most about 1,500. What it finds is a reason to run other attacks. Silence is no
-    proof: masking that no check knows of goes unnoticed, and where the model is random some checks cannot be made.
+    It costs some 800 passes a sample, and at most about 1,500; each source adds some 10 to 90. What it finds is a reason to
+    run other attacks. Silence is no proof: masking that no check knows of goes unnoticed, and where the model is random some
+    checks cannot be made.
 
-    Errors: `InputError` for bad inputs or a threat without a size, `CapabilityError` if the model grants no gradients,
-    `ModelError` if it fails on its inputs.
+    Errors: `InputError` for bad inputs, a threat without a size, or a source of other classes or bounds; `CapabilityError` if
+    the model or a source grants no gradients; `ModelError` if one fails on the inputs, or a source cannot be differentiated.
 
     >>> import torch, saddlepoint as sp
     >>> model = sp.Model(torch.nn.Linear(4, 3), bounds=(0, 1))
@@ -147,7 +151,7 @@ def diagnose(
     False
     """
     started = time.perf_counter()
-    case = Evidence(model, x, y, threat, seed, batch_size)
+    case = Evidence(model, x, y, threat, seed, batch_size, sources)
     findings = []
     with bar("diagnose", len(_CHECKS), show=progress) as report:
         for check in _CHECKS:
@@ -380,6 +384,18 @@ def _black_box(case: Evidence) -> Look:
     )  # fmt: skip
 
 
+def _transfer(case: Evidence) -> Look:
+    only = case.by_transfer & case.beyond
+    measured = {
+        "fooled_by_transfer": float(case.by_transfer.sum()), "fooled_by_transfer_only": float(only.sum()),
+        "fooled_by_pgd": float(case.by_pgd.sum()), "sources": float(len(case.borrowers)),
+    }  # fmt: skip
+    return case.many(only.sum(), _BEYOND), measured, (
+        f"PGD led by the gradients of other models fools {case.of(case.by_transfer)}, {int(only.sum())} of which PGD with "
+        f"{RESTARTS} restarts on the model's own doesn't; PGD fools {case.of(case.by_pgd)}"
+    )  # fmt: skip
+
+
 def _unbounded(case: Evidence) -> Look:
     """In balls four times as large each, up to one that holds every input: what falls in a smaller one falls in all.
 
@@ -471,5 +487,7 @@ _CHECKS = (
            _compare("count no one-step attack, and start others at random points")),
     _Check("random-search", lambda c: c.idle, _random_search, _compare(_SEARCH)),
     _Check("black-box", lambda c: c.idle, _black_box, _say(_SEARCH)),
+    _Check("transfer", lambda c: c.alone, _transfer,
+           _say("attack sp.models.Borrowed(model, source) in its place; `evaluate(..., sources=...)` does, on all that stand")),
     _Check("unbounded", lambda c: c.cut_off, _unbounded, _compare(_SEARCH)),
 )  # fmt: skip

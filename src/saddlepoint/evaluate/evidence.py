@@ -18,6 +18,7 @@ from saddlepoint.engine.source import check_labels
 from saddlepoint.errors import InputError, ModelError
 from saddlepoint.goals import Loss, Untargeted, cross_entropy, margin
 from saddlepoint.models.base import Classifier
+from saddlepoint.models.compose import Borrowed
 from saddlepoint.rng import Keys
 from saddlepoint.taxonomy import Access, Norm, Status
 from saddlepoint.threats import L0, L1, Threat
@@ -39,8 +40,17 @@ def passes(model: Classifier) -> tuple[int, int]:
 class Evidence:
     """The samples that the model gets right (K), and what is measured on them: once, when the first check asks for it."""
 
-    def __init__(self, model: Classifier, x: Tensor, y: Tensor, threat: Threat, seed: int, batch_size: int | None) -> None:
-        """Errors: `InputError`, `CapabilityError` if the model grants no gradients, `ModelError` if it fails on the inputs."""
+    def __init__(
+        self,
+        model: Classifier,
+        x: Tensor,
+        y: Tensor,
+        threat: Threat,
+        seed: int,
+        batch_size: int | None,
+        sources: Sequence[Classifier] = (),
+    ) -> None:
+        """Errors: `InputError`, `CapabilityError` if a model grants no gradients, `ModelError` if one fails on the inputs."""
         if not isinstance(model, Classifier):
             raise InputError(f"model must be a Saddlepoint model: sp.Model(net, ...); got {type(model).__name__}")
         model.require(Access.GRADIENTS, "diagnose()")
@@ -63,6 +73,9 @@ class Evidence:
             features = x.shape[1] if threat.per == "pixel" else 1
             self.threat = L1(torch.as_tensor(self.threat.eps) * features * self.span, self.threat.mask, threat.grid)
         self.aim = Untargeted().aim(self.y, torch.full_like(self.y, -1), logits.shape[1])
+        if not isinstance(sources, Sequence):
+            raise InputError(f"sources must be a list of models; got {type(sources).__name__}")
+        self.borrowers = [self._borrower(source, f"sources[{number}]") for number, source in enumerate(sources)]
 
     def _first_look(self) -> tuple[Tensor, str]:
         """Logits of all samples, and the error if there are some with autograd on only."""
@@ -77,6 +90,25 @@ class Evidence:
             except Exception:
                 shape = tuple(self.x.shape)
                 raise ModelError(f"the network fails on inputs of shape {shape}: {type(error).__name__}: {error}") from error
+
+    def _borrower(self, source: Classifier, name: str) -> Borrowed:
+        """The model with the gradients of a source, which must fit."""
+        if not isinstance(source, Classifier):
+            raise InputError(f"{name} must be a Saddlepoint model: sp.Model(net, ...); got {type(source).__name__}")
+        source.require(Access.GRADIENTS, f"{name} of diagnose()")
+        borrower = Borrowed(self.model, source)
+        if self.idle:
+            return borrower
+        try:
+            found = self.gradients(self.x[:8], (margin,), borrower)
+        except (InputError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever the user's network raises
+            shape = tuple(self.x[:8].shape)
+            raise ModelError(f"{name} fails on inputs of shape {shape}: {type(error).__name__}: {error}") from error
+        if found is None:
+            raise ModelError(f"{name} gives no gradients: no path leads from its output back to its input; take another source")
+        return borrower
 
     # why a check cannot be made; empty where it can
 
@@ -107,6 +139,10 @@ class Evidence:
         if torch.finfo(self.x.dtype).eps > 1e-6:
             return f"{self.x.dtype} is too coarse for small differences"
         return "" if torch.equal(self.logits(self.x), self.logits(self.x)) else "no seed makes the model repeat its outputs"
+
+    @property
+    def alone(self) -> str:
+        return self.idle or ("" if self.borrowers else "no other models were given (sources=)")
 
     # looking at the model
 
@@ -283,6 +319,15 @@ class Evidence:
         return self.fooled(Square(steps=QUERIES))
 
     @cached_property
+    def by_transfer(self) -> Tensor:
+        """Which samples `ascent` fools where the gradients of another model lead it, (K,) bool."""
+        found = torch.zeros_like(self.by_pgd)
+        for borrower in self.borrowers:
+            if len(left := (~found).nonzero()[:, 0]):
+                found[left] = self.fooled(self.ascent(), left, model=borrower)
+        return found
+
+    @cached_property
     def by_noise(self) -> Tensor:
         """Which samples random points of the ball fool, or in l-infinity random corners."""
         found = self.fooled(Restarts(UniformNoise(), NOISES))
@@ -290,8 +335,8 @@ class Evidence:
 
     @cached_property
     def beyond(self) -> Tensor:
-        """Which samples a cruder attack fools and `ascent` doesn't, not even from further starts: (K,) bool."""
-        missed = (self.by_square | self.by_noise | self.by_one_step) & ~self.by_pgd
+        """Which samples a cruder or borrowed attack fools and `ascent` doesn't, not even from further starts: (K,) bool."""
+        missed = (self.by_square | self.by_noise | self.by_one_step | self.by_transfer) & ~self.by_pgd
         if not self.cut_off and len(rows := missed.nonzero()[:, 0]):
             missed[rows] = ~self.fooled(Restarts(self.ascent(), RESTARTS), rows)
         return missed
