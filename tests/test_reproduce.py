@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ from saddlepoint.reproduce.measures import right
 from saddlepoint.reproduce.szegedy import WeightDecay, sigmoid_network
 
 DIGITS = sp.data.load("digits")
-FIRST = ["R1", "R2", "R3", "R4", "R5", "R6", "R7", "R8", "R9", "R10", "R12", "R13", "R15", "R34", "R35"]
+TRAINED = ["R1", "R2", "R3", "R4", "R5", "R6", "R7", "R8", "R9", "R10", "R12", "R13", "R15", "R34", "R35"]
+FIRST = [*TRAINED, "R53"]
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +168,7 @@ def test_find_takes_any_case_once_and_suggests():
         reproduce.find(["R1x"])
 
 
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("name", TRAINED)
 def test_entries_quickly_on_the_stand_in(name, quick):
     outcome = ENTRIES[name](quick)
     assert outcome.stand_in
@@ -202,6 +204,90 @@ def test_r34_notices_an_autoattack_that_is_weaker_than_its_parts(monkeypatch, qu
     monkeypatch.setattr("saddlepoint.reproduce.evaluation.attack", hurried)
     outcome = ENTRIES["R34"](Context(data=DIGITS, quick=True, trained=copy.copy(quick.trained)))
     assert [f.name for f in outcome.figures if f.inside is False] == ["AutoAttack's less the smallest of its parts', 50 images"]
+
+
+def beside(folder: Path, net: torch.nn.Module | None = None) -> Context:
+    """A grey image of class 0 under MNIST's name, from `folder`/mnist, with this network's weights beside that."""
+    split = sp.data.Split(torch.full((1, 1, 28, 28), 0.5), torch.zeros(1, dtype=torch.int64))
+    if net is not None:
+        (folder / "models").mkdir(parents=True)
+        torch.save(net.state_dict(), folder / "models" / "mnist_smallcnn_trades_eps0.3.pt")
+    return Context(data=sp.data.Dataset("mnist", split, split, DIGITS.class_names, str(folder / "mnist")), quick=True)
+
+
+def small_cnn(step: float) -> torch.nn.Module:
+    """Class 0 up to a grey of 0.5 + step in the upper left corner, class 1 above that."""
+    net = sp.zoo.build("smallcnn", in_shape=(1, 28, 28))
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.zero_()
+        for layer in net.modules():  # each passes its first channel or feature on
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.weight[0, 0, 1, 1] = 1.0
+            elif isinstance(layer, torch.nn.Linear):
+                last = layer
+                layer.weight[0, 0] = 1.0
+        last.weight[0, 0], last.weight[1, 0], last.bias[0] = 0.0, 10.0, 10 * (0.5 + step)
+    return net
+
+
+def quickly(model: sp.Model, *data: torch.Tensor, **settings: int) -> sp.Evaluation:
+    """`sp.evaluate`, where something stands, takes minutes."""
+    return sp.evaluate(model, *data, effort="quick", **settings)
+
+
+@pytest.mark.parametrize("parent", ["", "mnist"])
+def test_r53_judges_the_weights_beside_or_in_the_folder_of_the_data(parent, monkeypatch, tmp_path):
+    monkeypatch.setattr("saddlepoint.reproduce.evaluation.evaluate", quickly)
+    data = replace(beside(tmp_path / parent, small_cnn(0.4)).data, source=str(tmp_path / "mnist"))
+    outcome = ENTRIES["R53"](Context(data=data, quick=True))
+    found = {figure.name: figure.ours for figure in outcome.figures}
+    assert outcome.passed, outcome
+    assert found.pop("sp.evaluate's passes an image") > 1
+    assert found == {
+        "clean accuracy": 1.0, "sp.evaluate's accuracy": 1.0, "AutoAttack's accuracy, 50 images": 1.0,
+        "sp.evaluate's less AutoAttack's, 50 images": 0.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("step", "eps", "outside"),
+    [
+        (0.1, 0.3, ["sp.evaluate's accuracy"]),
+        (-0.1, 0.3, ["clean accuracy", "sp.evaluate's accuracy"]),
+        (0.1, 0.01, ["sp.evaluate's less AutoAttack's, 50 images"]),
+    ],
+)
+def test_r53_notices_another_network_and_an_evaluation_weaker_than_autoattack(step, eps, outside, monkeypatch, tmp_path):
+    def within(model, x, y, threat, **settings):
+        return quickly(model, x, y, sp.Linf(eps), **settings)
+
+    monkeypatch.setattr("saddlepoint.reproduce.evaluation.evaluate", within)
+    outcome = ENTRIES["R53"](beside(tmp_path, small_cnn(step)))
+    assert [figure.name for figure in outcome.figures if figure.inside is False] == outside
+
+
+def test_an_unfinished_evaluation_is_no_figure(monkeypatch, tmp_path):
+    def stopped(*arguments, **settings):
+        return replace(quickly(*arguments, **settings), complete=False)
+
+    monkeypatch.setattr("saddlepoint.reproduce.evaluation.evaluate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ENTRIES["R53"](beside(tmp_path, small_cnn(0.1)))
+
+
+def test_r53_says_what_is_missing_and_where_it_is_published(tmp_path, quick):
+    for outcome, expected in [
+        (ENTRIES["R53"](beside(tmp_path)), (str(tmp_path / "models" / "mnist_smallcnn_trades_eps0.3.pt"), "github.com/")),
+        (ENTRIES["R53"](quick), ("a network for mnist", "digits")),
+    ]:
+        assert all(part in outcome.missing for part in expected)
+        assert (outcome.figures, outcome.passed) == ((), False)
+
+
+def test_r53_refuses_weights_of_another_network(tmp_path):
+    with pytest.raises(sp.DataError, match="is it another architecture's"):
+        ENTRIES["R53"](beside(tmp_path, torch.nn.Linear(2, 2)))
 
 
 def test_r13_aims_away_from_the_predicted_class_and_fits_the_true_one(quick):
@@ -284,6 +370,22 @@ def test_a_figure_outside_gives_status_1(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_mnist")
+def test_what_is_not_at_hand_is_skipped_among_all_and_fails_by_name(monkeypatch):
+    def unavailable(context):
+        raise frame.UnavailableError("no file w.pt")
+
+    only_entries(monkeypatch, fixed("X1", Figure("f", 0.5, (0.0, 1.0))), Entry("X2", "t", "r", "s", unavailable))
+    for names, status in [((), 0), (("X1",), 0), (("X2",), 1), (("X1", "X2"), 1)]:
+        found, text = call(*names)
+        assert found == status, names
+        assert ("X2 was not run: no file w.pt." in text) == (names != ("X1",))
+        found, text = call("--json", *names)
+        assert (found, json.loads(text)["passed"]) == (status, status == 0), names
+        missing = [outcome["missing"] for outcome in json.loads(text)["outcomes"] if outcome["id"] == "X2"]
+        assert missing == ([] if names == ("X1",) else ["no file w.pt"])
+
+
+@pytest.mark.usefixtures("no_mnist")
 def test_json(monkeypatch):
     figures = Figure("f", 0.5, (0.25, 1.0), 0.6, "a note", 0.7), Figure("no errors", math.nan, unit="")
     only_entries(monkeypatch, fixed("X1", *figures))
@@ -297,7 +399,7 @@ def test_json(monkeypatch):
     assert set(found["versions"]) == {"torch", "python"}
     (outcome,) = found["outcomes"]
     assert set(outcome) == {
-        "id", "title", "reference", "setting", "data", "stand_in", "quick", "seed", "figures", "seconds", "passed",
+        "id", "title", "reference", "setting", "data", "stand_in", "quick", "seed", "figures", "seconds", "missing", "passed",
     }  # fmt: skip
     assert outcome["figures"] == [
         {
@@ -368,5 +470,7 @@ _MISSED = {
 @pytest.mark.parametrize("name", [pytest.param(id, marks=_MISSED.get(id, ())) for id in FIRST])
 def test_entries_on_mnist(name, mnist):
     outcome = ENTRIES[name](mnist)
+    if outcome.missing:
+        pytest.skip(f"needs published weights: {outcome.missing}")
     assert not outcome.stand_in
     assert outcome.passed, [(f.name, f.ours, f.must) for f in outcome.figures if f.inside is False]

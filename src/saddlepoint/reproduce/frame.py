@@ -36,6 +36,10 @@ _STAND_IN_EPOCHS, _STAND_IN_EPOCHS_QUICK = 10, 3
 _QUICK_TRAIN, _QUICK_TEST, _QUICK_RUBBISH, _QUICK_FEW = 6000, 500, 1000, 20
 
 
+class UnavailableError(DataError):
+    """Published weights that an entry judges aren't at hand, or the data that they were made for; nothing can stand in."""
+
+
 @dataclass(frozen=True)
 class Figure:
     """One number: ours, the paper's, and the range that ours must lie in.
@@ -70,7 +74,7 @@ class Outcome:
     """What an entry gave: its figures, on which data, in how many seconds.
 
     stand_in: the data isn't that of the paper. quick: samples and training were cut. In both cases the accepted ranges are the
-    entry's loose ones, and figures without one are not judged.
+    entry's loose ones, and figures without one are not judged. missing: what wasn't at hand; then there are no figures.
     """
 
     id: str
@@ -83,11 +87,12 @@ class Outcome:
     seed: int
     figures: tuple[Figure, ...]
     seconds: float
+    missing: str = ""
 
     @property
     def passed(self) -> bool:
-        """No figure lies outside its range."""
-        return all(figure.inside is not False for figure in self.figures)
+        """It ran, and no figure lies outside its range."""
+        return not self.missing and all(figure.inside is not False for figure in self.figures)
 
     def document(self) -> dict[str, object]:
         """Ready for JSON; nan, such as the confidence on errors where there are none, becomes null."""
@@ -211,6 +216,21 @@ class Context:
             self.trained[recipe] = training.model
         return self.trained[recipe]
 
+    def published(self, net: str, file: str, address: str) -> Model:
+        """MNIST's network of the zoo with published weights, from `models/<file>` beside the data's folder or in it.
+
+        Errors: `UnavailableError` on a stand-in, and where the file isn't there; address: where it is published.
+        """
+        if self.stand_in:
+            raise UnavailableError(f"{file} holds a network for mnist; on {self.data.name} there is nothing to judge")
+        folder = Path(self.data.source)
+        places = [place / "models" / file for place in (folder.parent, folder)]
+        for path in places:
+            if path.is_file():
+                built = self._network(net, tuple(self.data.test.x.shape[1:]), self.data.num_classes)
+                return Model(zoo.load_weights(built, path), bounds=self.data.bounds)
+        raise UnavailableError(f"no file {' or '.join(map(str, places))}; save there what is published as {address}")
+
     @property
     def _more_epochs(self) -> int:
         if not self.stand_in:
@@ -241,12 +261,17 @@ class Entry:
     def __call__(self, context: Context) -> Outcome:
         """Run it. Goals were measured in the paper's setting, so in no other one are they shown."""
         started = time.monotonic()
+        found, missing = [], ""
         with _threads(context.threads):
-            figures = tuple(f if context.full else replace(f, goal=None) for f in self.run(context))
+            try:
+                found = self.run(context)
+            except UnavailableError as error:
+                missing = str(error)
+        figures = tuple(f if context.full else replace(f, goal=None) for f in found)
         setting = "; but ".join((self.setting, *context.departures))
         return Outcome(
             self.id, self.title, self.reference, setting, context.data.name, context.stand_in, context.quick, context.seed,
-            figures, time.monotonic() - started,
+            figures, time.monotonic() - started, missing,
         )  # fmt: skip
 
 
