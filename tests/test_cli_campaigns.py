@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,6 +17,7 @@ from test_cli import call
 import saddlepoint as sp
 from saddlepoint.cli import inputs
 from saddlepoint.evaluate import cascade
+from saddlepoint.report.words import percent
 
 NET = """
 import torch
@@ -182,6 +185,7 @@ def test_no_set_where_nothing_was_broken(here: Path, capsys: pytest.CaptureFixtu
         ("--source net.py:net --json a.json", "--source and --json only with"),
         ("--export png", "--export only with"),
         ("--dry-run", "--dry-run only with"),
+        ("--groups groups.csv", "--groups only with"),
         ("--effort quick --source net.py:nothing", "nothing"),
         ("--effort quick --at-least 60", "such as 0.6"),
         ("--effort quick --out file", "cannot write file"),
@@ -197,6 +201,100 @@ def test_errors(words: str, told: str, here: Path, capsys: pytest.CaptureFixture
     Path("file").touch()
     Path("folder").mkdir()
     assert told in refused(capsys, "evaluate", "--model", "net.py:net", "--samples", "5", "--eps", "0.01", *words.split())
+
+
+def metadata() -> dict[str, list[str]]:
+    """Of all test samples of the digits, by column."""
+    y = sp.data.load("digits").test.y.tolist()
+    return {
+        "number": [str(row) for row in range(len(y))],
+        "hospital": [f"ward {label % 3}, east" for label in y],
+        "sex": ["" if row % 5 == 0 else "f" if row % 2 else "m" for row in range(len(y))],
+    }
+
+
+def write_table(path: str, columns: dict[str, list[str]], encoding: str = "utf-8") -> None:
+    with open(path, "w", newline="", encoding=encoding) as file:
+        csv.writer(file).writerows([columns, *zip(*columns.values(), strict=True)])
+
+
+def test_groups_by_the_columns_of_a_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    columns = metadata()
+    write_table("groups.csv", columns, "utf-8-sig")
+    words = [*ASK, "--model", "net.py:other", "--groups", "groups.csv", "--json", "all.json"]
+    out = found(capsys, *words)
+    assert "note: --groups leaves a column out, since 'number' has" in out
+    digits = sp.data.load("digits").test.take(40)
+    every = json.loads(Path("all.json").read_text())["evaluations"]
+    for one, name in zip(every, ("net", "other"), strict=True):
+        evaluation = sp.evaluate(model(name), digits.x, digits.y, sp.Linf(0.1), "quick")
+        assert list(one["groups"]) == ["hospital", "sex"]
+        for column, groups in one["groups"].items():
+            expected = evaluation.groups([value or inputs.EMPTY for value in columns[column][:40]])
+            figures = {value: (len(group), group.clean_accuracy, group.interval.high) for value, group in expected.items()}
+            assert figures == {v: (g["samples"], g["clean_accuracy"], g["interval"]["high"]) for v, g in groups.items()}
+            shares = [group["robust_accuracy"] for group in groups.values()]
+            assert shares == sorted(group.robust_accuracy for group in expected.values())
+    tables = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
+    rows = [(value, group) for one in every for groups in one["groups"].values() for value, group in groups.items()]
+    for cells, (value, group) in zip(tables, rows, strict=True):
+        shares = [percent(group[f"{which}_accuracy"]) for which in ("clean", "robust")]
+        limits = f"{percent(group['interval']['low'])} to {percent(group['interval']['high'])}"
+        assert [cell.strip() for cell in cells] == [value, str(group["samples"]), *shares, limits]
+    document = json.loads(Path("out/results.json").read_text())
+    assert [one["groups"] for one in document["evaluations"]] == [one["groups"] for one in every]
+    again = found(capsys, "evaluate", "--config", str(FOLDER / "config.toml"))
+    assert "nothing was attacked" in again
+    assert "subgroups by hospital" in again
+
+
+def test_without_groups_there_are_none(kept: Path) -> None:
+    assert json.loads(Path("out/results.json").read_text())["evaluations"][0]["groups"] == {}
+
+
+def test_cells_of_a_table_may_hold_anything(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = len(sp.data.load("digits").test)
+    write_table("groups.csv", {"a [bold]": ["[/red]", "two\nlines\x1b[31m"] * (rows // 2) + [" x "] * (rows % 2)})
+    out = found(capsys, *ASK, "--groups", "groups.csv")
+    assert "subgroups by a [bold]" in out
+    assert "[/red]" in out
+    assert "\x1b" not in out
+    with open("groups.csv", "a") as file:
+        file.write("\n\n")
+    found(capsys, *ASK, "--groups", "groups.csv", "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda lines: [], "groups.csv, line 1: a header is needed"),
+        (lambda lines: ["", *lines], "groups.csv, line 1: a header is needed"),
+        (lambda lines: ["site,", *lines[1:]], "line 1: the header has no name for column 2"),
+        (lambda lines: ["site, site", *lines[1:]], "line 1: the header has 'site' twice"),
+        (lambda lines: [*lines[:3], "a", *lines[4:]], "line 4: the row has 1 cells, the header 2"),
+        (lambda lines: [lines[0], '"a\nb",m', *lines[2:5], "a,b,c", *lines[5:]], "line 7: the row has 3 cells, the header 2"),
+        (lambda lines: [*lines[:3], "", *lines[4:]], "line 4: the row has 0 cells, the header 2"),
+        (lambda lines: [*lines[:3], 'a,"b', *lines[4:]], "line 4: "),
+        (lambda lines: lines[:-1], "test samples: it needs one for each"),
+        (lambda lines: lines[:41], "groups.csv has 40 rows below its header"),
+        (lambda lines: [*lines, "a,b"], "also for those that --samples leaves out"),
+        (lambda lines: [lines[0], *(f"{n},{n / 7}" for n, _ in enumerate(lines[1:]))], "no column of subgroups: 'site' has"),
+        (lambda lines: ["site,s\xe9x", *lines[1:]], "is not UTF-8 text"),
+    ],
+)
+def test_tables_that_are_refused(
+    change: Callable[[list[str]], list[str]], told: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["site,sex", *(f"{'ab'[row % 2]},m" for row in range(len(sp.data.load("digits").test)))]
+    Path("groups.csv").write_text("\n".join(change(lines)), encoding="latin-1")
+    assert told in refused(capsys, *ASK, "--groups", "groups.csv")
+    assert not Path("out").exists()
+
+
+def test_a_table_that_cannot_be_read(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--groups: cannot read nowhere.csv: No such file" in refused(capsys, *ASK, "--groups", "nowhere.csv")
+    Path("folder").mkdir()
+    assert "cannot read folder" in refused(capsys, *ASK, "--groups", "folder")
 
 
 def test_what_cannot_be_written_after_the_attacks_is_one_line(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:

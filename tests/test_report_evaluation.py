@@ -281,7 +281,7 @@ def test_the_weakest_class_in_words(found: Evaluation) -> None:
         changed = replace(found, x=found.x[:1].expand(len(y), 1, 4, 4), y=y, broken_by=broken_by, stages=())
         entry = module._Entry("m", changed, Access.GRADIENTS)
         entry.__dict__["found"] = changed
-        return " ".join(module._by_class(entry, ["a", "b"]))
+        return " ".join(module._extremes(entry.classes, ["a", "b"], changed.robust_accuracy, "class"))
 
     y = torch.arange(400) % 2
     far = said(y, (y == 1) | (torch.arange(400) < 100))
@@ -290,8 +290,60 @@ def test_the_weakest_class_in_words(found: Evaluation) -> None:
     )
     assert far.endswith("The strongest is b, with 100.0%.")
     assert "may well be chance" in said(y[:6], torch.tensor([False, True, True, True, True, True]))
-    assert said(y, y >= 0) == "All classes are equally robust: 100.0%."
+    assert said(y, y >= 0) == "All are equally robust: 100.0%."
     assert said(0 * y, y >= 0) == "There is one class only."
+
+
+def test_subgroups_of_each_evaluation(tmp_path: Path) -> None:
+    small, large = evaluate(0.05), evaluate(0.11)
+    metadata = {"site": ["east"] * 6 + ["west"] * 10, "<i>sex</i>": ["f", "m"] * 8}
+    tags, document = written([("one", small), ("one", large), ("two", small)], tmp_path, groups=metadata)
+    assert_needs_nothing(tags)
+    assert not any(tag == "i" for tag, _ in tags.tags)
+    for figures_of, found in zip(document["evaluations"], (small, large, small), strict=True):
+        assert list(figures_of["groups"]) == list(metadata)
+        for field, values in metadata.items():
+            groups = found.groups(values)
+            assert figures_of["groups"][field].keys() == groups.keys()
+            for value, group in groups.items():
+                own = json.loads(json.dumps(group.to_dict()))
+                keys = ("samples", "clean_accuracy", "robust_accuracy", "interval")
+                assert figures_of["groups"][field][value] == {key: own[key] for key in keys}
+            shares = [one["robust_accuracy"] for one in figures_of["groups"][field].values()]
+            assert shares == sorted(shares)
+    text = words(tags)
+    assert text.count("Subgroups by site") == text.count("Subgroups by <i>sex</i>") == 3
+    weak, strong = document["evaluations"][1]["groups"]["site"].items()
+    assert strong[1]["robust_accuracy"] > weak[1]["robust_accuracy"]
+    standing = round(weak[1]["robust_accuracy"] * weak[1]["samples"])
+    assert f"The weakest group is {weak[0]}: {standing} of its {weak[1]['samples']} samples stand" in text
+    shown = (percent(one) for one in (1.0, weak[1]["robust_accuracy"], weak[1]["interval"]["high"]))
+    assert f"{weak[0]} {weak[1]['samples']} {' '.join(shown)} {strong[0]}" in text
+    assert len(list((tmp_path / "figures").glob("groups-*"))) == 6
+    assert "Subgroups" not in written([("one", small)], tmp_path / "none")[0].text
+    proven = replace(small, certified=small.stands)
+    tags, document = written([("one", proven)], tmp_path / "proven", groups=metadata)
+    (figures_of,) = document["evaluations"]
+    assert f"{percent(figures_of['groups']['site']['west']['interval']['low'])}" in words(tags).split("Subgroups by site")[1]
+
+
+def test_subgroups_of_what_was_seen(tmp_path: Path) -> None:
+    part = interrupted_after(36)
+    values = [f"group {number % 3}" for number in range(16)]
+    _, document = written([("net", part)], tmp_path, groups={"field": values})
+    rows = module._Entry("net", part, Access.GRADIENTS).rows
+    assert 0 < len(rows) < 16
+    for value, group in document["evaluations"][0]["groups"]["field"].items():
+        mine = torch.tensor([row for row in rows.tolist() if values[row] == value])
+        assert group["samples"] == len(mine)
+        assert group["robust_accuracy"] == part.group(mine).robust_accuracy
+    _, document = written([("net", interrupted_after(16))], tmp_path / "none", groups={"field": values})
+    assert document["evaluations"][0]["groups"] == {"field": {}}
+
+
+def test_one_group_only(found: Evaluation, tmp_path: Path) -> None:
+    tags, _ = written([("net", found)], tmp_path, groups={"field": ["all"] * 16})
+    assert "There is one group only." in tags.text
 
 
 def test_an_interrupted_run_says_so(tmp_path: Path) -> None:
@@ -342,10 +394,12 @@ def test_inputs_of_every_kind(shape: tuple[int, ...], drawn: int, tmp_path: Path
 
 def test_schema_is_documented(digit: Evaluation, mlp: nn.Module, tmp_path: Path) -> None:
     noted = replace(digit, diagnosis=Diagnosis(FINDINGS, 16, 15, 1.0, 1.0, 1.0))
-    _, document = written([("net", noted)], tmp_path, {"net": sp.Model(mlp)})
+    groups = {"half": ["first", "second"] * (DIGITS // 2)}
+    _, document = written([("net", noted)], tmp_path, {"net": sp.Model(mlp)}, groups=groups)
     documented = report.evaluation_results.__doc__ or ""
     (figures_of,) = document["evaluations"]
     nested = [figures_of[key] for key in ("counts", "passes", "totals", "interval", "diagnosis")]
+    nested.append(figures_of["groups"]["half"]["first"])
     for keys in (document, document["models"][0], figures_of, figures_of["stages"][0], *nested):
         for key in keys:
             assert re.search(rf"\b{key}\b", documented), key
@@ -358,7 +412,7 @@ def test_hostile_names(found: Evaluation, tmp_path: Path) -> None:
     evil = replace(found, stages=stages, notes=(HOSTILE,), diagnosis=bad)
     tags, _ = written(
         [(HOSTILE, evil), ("<b>two</b>", evil)], tmp_path / "out", title=HOSTILE, data_name=HOSTILE, command=HOSTILE,
-        class_names=[HOSTILE, "</style>"], config={HOSTILE: HOSTILE},
+        class_names=[HOSTILE, "</style>"], config={HOSTILE: HOSTILE}, groups={HOSTILE: [HOSTILE, "<b>two</b>"] * 8},
     )  # fmt: skip
     assert_needs_nothing(tags)
     assert not any(tag == "b" for tag, _ in tags.tags)
@@ -415,5 +469,7 @@ def test_bad_arguments(found: Evaluation, tmp_path: Path) -> None:
         written([("net", found)], tmp_path, {"other": model()})
     with pytest.raises(InputError, match="other samples"):
         written([("net", found), ("net", replace(found, x=found.x + 0.01))], tmp_path)
+    with pytest.raises(InputError, match="16 samples; 'site' has 3"):
+        written([("net", found)], tmp_path, groups={"site": ["a", "b", "a"]})
     with pytest.raises(InputError, match="part by part"):
         written([("net", WorstCase((found,)))], tmp_path)  # type: ignore[list-item]

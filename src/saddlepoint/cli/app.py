@@ -136,6 +136,10 @@ def evaluate(
     export: Annotated[
         Literal["png", "npz"] | None, typer.Option(help="With --effort: write the broken samples as an adversarial set.")
     ] = None,
+    groups: Annotated[
+        Path | None,
+        typer.Option(help="With --effort: a CSV with a header and a row for each test sample. Each column makes subgroups."),
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="With --effort: write all figures to this file.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="With --effort: only say what it would cost in passes, time and memory.")
@@ -146,7 +150,7 @@ def evaluate(
     """Attack models at several eps, and write a report: accuracies, security curve, pictures, results.json."""
     only = {
         "--at-least": at_least is not None, "--junit": junit is not None, "--curve": curve, "--source": bool(source),
-        "--export": export is not None, "--json": json is not None, "--dry-run": dry_run,
+        "--export": export is not None, "--groups": groups is not None, "--json": json is not None, "--dry-run": dry_run,
     }  # fmt: skip
     if effort is None and any(only.values()):
         given = listed(name for name, here in only.items() if here)
@@ -160,6 +164,7 @@ def evaluate(
     if effort is None:
         attack = context.params["attack"] = attack or list(_ATTACKS)  # the configuration that is written shows them
     found = inputs.dataset(data, root)
+    metadata = inputs.groups(groups, found, samples) if groups is not None else {}
     threats = inputs.threats(norm, eps)
     chosen = [inputs.attack(text, norm, passes) for text in attack or []]
     models = inputs.models(model, found, mean=mean, std=std, device=device)
@@ -174,13 +179,13 @@ def evaluate(
             return write_evaluations(
                 evaluations, models, out, title=f"Robustness of {', '.join(models)}", data_name=found.name, seed=seed,
                 data_fingerprint=found.fingerprint(), class_names=found.class_names, config=configuration.ran(context),
-                command=f"saddlepoint {context.info_name}",
+                command=f"saddlepoint {context.info_name}", groups=metadata,
             )  # fmt: skip
 
         cascade = Cascade(
             models, split, threats, effort, out, curve=curve, sources=tuple(others.values()), seed=seed, batch_size=batch_size,
-            at_least=at_least, junit=junit, json=json, kind=export, write=lambda folder: configuration.write(context, folder),
-            report=report,
+            groups=metadata, at_least=at_least, junit=junit, json=json, kind=export,
+            write=lambda folder: configuration.write(context, folder), report=report,
         )  # fmt: skip
         return cascade.estimate() if dry_run else cascade.run()
     result = compare(

@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 from rich.markup import escape
+from rich.table import Table
 
 from saddlepoint.cli.options import console, make_way, write_json, writing
 from saddlepoint.data.dataset import Split
@@ -18,6 +19,8 @@ from saddlepoint.evaluate.export import Kind
 from saddlepoint.files import write_file
 from saddlepoint.gates import Gate, check_share, gate, junit
 from saddlepoint.models.base import Classifier
+from saddlepoint.report.evaluations import by_group
+from saddlepoint.report.words import percent, visible
 from saddlepoint.threats import Threat
 
 
@@ -25,7 +28,8 @@ from saddlepoint.threats import Threat
 class Cascade:
     """What is asked for: each of the models within each of the threats. at_least, junit, json, kind: None where not wanted.
 
-    write: keeps the configuration in a folder. report: writes the page and says where it is. kind: of the adversarial set.
+    groups: metadata by field, one value for each sample. write: keeps the configuration in a folder. report: writes the page
+    and says where it is. kind: of the adversarial set.
     """
 
     models: Mapping[str, Classifier]
@@ -37,6 +41,7 @@ class Cascade:
     sources: Sequence[Classifier]
     seed: int
     batch_size: int | None
+    groups: Mapping[str, Sequence[str]]
     at_least: float | None
     junit: Path | None
     json: Path | None
@@ -62,7 +67,9 @@ class Cascade:
         for name, model, threat in self._each():
             folder = self.out / f"{name}-{threat.norm.value}-{threat.largest_eps:.6g}"
             evaluation = self._evaluate(model, threat, folder)
-            found.append({"model": name, "campaign": str(folder)} | evaluation.to_dict())
+            fields = by_group(evaluation, self.groups)
+            _show_groups(fields)
+            found.append({"model": name, "campaign": str(folder)} | evaluation.to_dict() | {"groups": fields})
             reported.append((name, evaluation))
             if self.at_least is not None:
                 gates.append((name, self._judge(evaluation, self.at_least, folder)))
@@ -117,6 +124,21 @@ class Cascade:
         console.print(result.message, markup=False)
         write_json(folder / "gate.json", result.to_dict())
         return result
+
+
+def _show_groups(fields: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """A table for each metadata field, as `by_group` has them."""
+    for field, groups in fields.items():
+        name = escape(visible(field))
+        table = Table(title=f"subgroups by {name}, the weakest first; each limit is 97.5% sure")
+        table.add_column(name, overflow="fold")
+        for title in ("samples", "clean accuracy", "robust, at most", "for all such inputs"):
+            table.add_column(title, justify="right")
+        for value, figures in groups.items():
+            limits = f"{percent(figures['interval']['low'])} to {percent(figures['interval']['high'])}"
+            shares = (percent(figures["clean_accuracy"]), percent(figures["robust_accuracy"]))
+            table.add_row(escape(visible(value)), f"{figures['samples']:,}", *shares, limits)
+        console.print(table)
 
 
 def _export(found: Evaluation, model: Classifier, folder: Path, kind: Kind) -> None:

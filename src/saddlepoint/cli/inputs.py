@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import re
 import sys
 import types
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -18,12 +19,16 @@ from torch import nn
 from saddlepoint import data, zoo
 from saddlepoint.attacks import Restarts, get
 from saddlepoint.attacks.minimal import MINIMAL, PASSES, minimal
+from saddlepoint.cli.options import console
 from saddlepoint.engine import Attack
-from saddlepoint.errors import InputError, SaddlepointError, UnknownNameError
+from saddlepoint.errors import DataError, InputError, SaddlepointError, UnknownNameError
 from saddlepoint.goals import Goal, Targeted, Untargeted
 from saddlepoint.models import Classifier, Model
 from saddlepoint.taxonomy import Norm
 from saddlepoint.threats import Threat, ball
+
+EMPTY = "(empty)"  # the group of samples whose cell is empty
+MOST_GROUPS = 30  # in a column; more are an identifier or a measurement
 
 
 def number(text: str) -> float:
@@ -132,6 +137,71 @@ def dataset(name: str, root: Path | None = None, *, download: bool = False) -> d
 def samples(found: data.Dataset, count: int | None) -> data.Split:
     """The first `count` test samples, or all."""
     return found.test if count is None else found.test.take(count)
+
+
+def groups(path: Path, found: data.Dataset, count: int | None) -> dict[str, list[str]]:
+    """Metadata of the first `count` test samples, or all, by column of a CSV with a header and a row for each test sample.
+
+    Columns of more than `MOST_GROUPS` different values are left out, with a note.
+    """
+    header, *rows = _table(path)
+    for place, name in enumerate(header.cells, 1):
+        if not name:
+            raise DataError(f"{header}: the header has no name for column {place}")
+        if name in header.cells[: place - 1]:
+            raise DataError(f"{header}: the header has {name!r} twice")
+    for row in rows:
+        if len(row.cells) != len(header.cells):
+            raise DataError(f"{row}: the row has {len(row.cells)} cells, the header {len(header.cells)}")
+    if len(rows) != len(found.test):
+        raise DataError(
+            f"--groups: {path} has {len(rows)} rows below its header, but {found.name} has {len(found.test)} test samples: "
+            "it needs one for each, in their order, also for those that --samples leaves out"
+        )
+    columns = {name: [row.cells[place] or EMPTY for row in rows] for place, name in enumerate(header.cells)}
+    many = {name: len(set(values)) for name, values in columns.items() if len(set(values)) > MOST_GROUPS}
+    said = [
+        f"{name!r} has {number} different values: put them into {MOST_GROUPS} bins at most" for name, number in many.items()
+    ]
+    if len(many) == len(columns):
+        raise InputError(f"--groups: {path} has no column of subgroups: {'; '.join(said)}")
+    for text in said:
+        console.print(f"note: --groups leaves a column out, since {text}", markup=False, soft_wrap=True)
+    return {name: values[:count] for name, values in columns.items() if name not in many}
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Of a CSV. line: where it begins, from 1."""
+
+    path: Path
+    line: int
+    cells: list[str]
+
+    def __str__(self) -> str:
+        return f"--groups: {self.path}, line {self.line}"
+
+
+def _table(path: Path) -> list[_Row]:
+    """The rows of a CSV, at least one, without empty lines at its end."""
+    rows, line = [], 1
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
+            reader = csv.reader(file, strict=True, skipinitialspace=True)
+            for cells in reader:
+                rows.append(_Row(path, line, [cell.strip() for cell in cells]))
+                line = reader.line_num + 1
+    except OSError as error:
+        raise DataError(f"--groups: cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"--groups: {path} is not UTF-8 text: save it as CSV in UTF-8") from None
+    except csv.Error as error:
+        raise DataError(f"{_Row(path, line, [])}: {error}") from None
+    while rows and not rows[-1].cells:
+        rows.pop()
+    if not rows or not rows[0].cells:
+        raise DataError(f"{_Row(path, 1, [])}: a header is needed, with a name for each column")
+    return rows
 
 
 def network(text: str, found: data.Dataset, *, seed: int = 0) -> tuple[str, nn.Module | Classifier]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -216,6 +216,14 @@ class Evaluation:
         own["nearest"] = self.nearest[rows] if self.nearest is not None else None
         return replace(self, threat=self.threat.only(rows, self.x), stages=tuple(stages), **own)
 
+    def groups(self, values: Tensor | Iterable[Hashable]) -> dict[Any, Evaluation]:  # Any: of the values' own type
+        """The same for each subgroup that metadata make: a value for each of the N samples, as a Tensor (N,) or strings, say.
+
+        Samples of one value are a group. The values come in ascending order if they have one, otherwise as they appear.
+        Errors: `InputError` for another number of values, and for such that can't tell groups apart: lists, tensors, NaN.
+        """
+        return {value: self.group(rows) for value, rows in _rows_by_value(values, len(self)).items()}
+
     def summary(self) -> str:
         """The figure, how it came about, and what it cost, in plain text."""
         between, each = self.interval, max(len(self), 1)
@@ -303,6 +311,10 @@ class WorstCase:
         """The same for some of the samples, as `Evaluation.group`."""
         return WorstCase(tuple(part.group(rows) for part in self.parts))
 
+    def groups(self, values: Tensor | Iterable[Hashable]) -> dict[Any, WorstCase]:  # Any: of the values' own type
+        """The same for each subgroup, as `Evaluation.groups`."""
+        return {value: self.group(rows) for value, rows in _rows_by_value(values, len(self.parts[0])).items()}
+
     @property
     def interval(self) -> Interval:
         """As `Evaluation.interval`; what has a proof within each threat counts as certified."""
@@ -341,6 +353,32 @@ def _per_class(labels: Tensor, right: Tensor, stands: Tensor) -> dict[int, tuple
         mine = labels == label
         found[int(label)] = (int(mine.sum()), _mean(right[mine]), _mean(stands[mine]))
     return found
+
+
+def _rows_by_value(values: Tensor | Iterable[Hashable], count: int) -> dict[Any, Tensor]:
+    """Positions of the samples of each value."""
+    given = values.flatten().tolist() if isinstance(values, Tensor) and values.dim() < 2 else list(values)
+    if len(given) != count:
+        raise InputError(f"values must have one entry for each of the {count} samples; got {len(given)}")
+    rows: dict[Any, list[int]] = {}
+    for row, value in enumerate(given):
+        if not _names_a_group(value):
+            raise InputError(f"values must tell groups apart, as strings or whole numbers do; got {value!r} for sample {row}")
+        rows.setdefault(value, []).append(row)
+    try:
+        order = sorted(rows)
+    except TypeError:
+        order = list(rows)
+    return {value: torch.tensor(rows[value]) for value in order}
+
+
+def _names_a_group(value: object) -> bool:
+    """Whether it can be looked up by its value: not what is mutable, nor a tensor, NaN or a missing value of pandas."""
+    try:
+        hash(value)
+        return not isinstance(value, Tensor) and bool(value == value)  # NaN isn't
+    except (TypeError, ValueError):
+        return False
 
 
 def _closest(stands: Tensor, margin: Tensor, count: int) -> Tensor:

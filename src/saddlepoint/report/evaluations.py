@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +58,7 @@ class Step:
 
 @dataclass(frozen=True)
 class ByClass:
-    """A class, with the shares of its samples that are right without an attack and that stand."""
+    """A class or subgroup by number, with the shares of its samples that are right without an attack and that stand."""
 
     label: int
     samples: int
@@ -68,11 +68,15 @@ class ByClass:
 
 @dataclass(frozen=True)
 class _Entry:
-    """One evaluation, of the samples that at least one attack has seen: `found` has the positions `rows` of all of them."""
+    """One evaluation, of the samples that at least one attack has seen: `found` has the positions `rows` of all of them.
+
+    metadata: by field, one value for each of all samples.
+    """
 
     model: str
     whole: Evaluation
     access: Access
+    metadata: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @cached_property
     def rows(self) -> Tensor:
@@ -124,6 +128,12 @@ class _Entry:
         rows = [ByClass(label, *figures) for label, figures in self.found.per_class().items()]
         return sorted(rows, key=lambda row: (row.robust_accuracy, row.clean_accuracy, row.label))
 
+    @cached_property
+    def groups(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """As `by_group`."""
+        rows = self.rows.tolist()
+        return by_group(self.found, {name: [values[row] for row in rows] for name, values in self.metadata.items()})
+
     @property
     def closest(self) -> Tensor:
         """Positions of the samples that stand and were attacked, by the least margin."""
@@ -143,6 +153,27 @@ class _Entry:
         return predicted
 
 
+def by_group(found: Evaluation, metadata: Mapping[str, Sequence[str]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """{field: {value: {samples, clean_accuracy, robust_accuracy, interval}}}, the weakest group of each field first.
+
+    metadata: by field, one value for each sample.
+    """
+    fields = {}
+    slim = replace(found, x=found.x[..., :0], adversarial=found.adversarial[..., :0], stages=())  # groups copy what they hold
+    for name, values in metadata.items():
+        groups = sorted(slim.groups(values).items(), key=lambda one: (one[1].robust_accuracy, one[1].clean_accuracy))
+        fields[name] = {
+            value: {
+                "samples": len(group),
+                "clean_accuracy": group.clean_accuracy,
+                "robust_accuracy": group.robust_accuracy,
+                "interval": asdict(group.interval),
+            }
+            for value, group in groups
+        }
+    return fields
+
+
 def write_evaluations(
     found: Sequence[tuple[str, Evaluation]],
     models: Mapping[str, Classifier],
@@ -155,6 +186,7 @@ def write_evaluations(
     data_fingerprint: str = "",
     class_names: Sequence[str] = (),
     command: str = "",
+    groups: Mapping[str, Sequence[str]] | None = None,
     examples: int = 6,
 ) -> Path:
     """Write the report of evaluations of the same samples, and return the path of its report.html.
@@ -163,17 +195,18 @@ def write_evaluations(
     Every file appears complete or not at all, report.html last; what an earlier report left under the same names is replaced.
 
     found: (name of the model, evaluation), one for each model and threat. models: the models by those names; they are shown
-    the few examples once more, for their confidences. examples: how many samples to show that stand, and as many that fell.
-    The others: as in `write`.
+    the few examples once more, for their confidences. groups: metadata that make subgroups, by field ("hospital"), one value
+    for each sample. examples: how many samples to show that stand, and as many that fell. The others: as in `write`.
 
-    Errors: `DataError` where the folder can't be written; `InputError` for no evaluations, or such of different samples.
+    Errors: `DataError` where the folder can't be written; `InputError` for no evaluations, or such of different samples, and
+    for metadata of another number of samples.
     """
     if examples < 0:
         raise InputError(f"examples must be at least 0; got {examples}")
-    entries = _entries(found, models)
+    entries = _entries(found, models, groups)
     document = evaluation_results(
         found, models, title=title, data_name=data_name, data_fingerprint=data_fingerprint, class_names=class_names,
-        config=config, command=command, seed=seed,
+        config=config, command=command, groups=groups, seed=seed,
     )  # fmt: skip
     page, pictures = _page(entries, models, document, class_names, examples, seed)
     return publish(Path(folder), page, document, pictures)
@@ -190,6 +223,7 @@ def evaluation_results(
     data_fingerprint: str = "",
     class_names: Sequence[str] = (),
     command: str = "",
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """The content of results.json. What is not a number in JSON (nan, infinity) is null.
 
@@ -214,13 +248,14 @@ def evaluation_results(
     | stages | a list of {name, why, heavy, attacked, broke, after, passes, seconds, fell, held, stand, settings, notes} |
     | curve | [[eps, robust accuracy], ...], an upper bound, or null if it was not asked for |
     | per_class | {class: [samples, clean accuracy, robust accuracy]} |
+    | groups | {field: {value: {samples, clean_accuracy, robust_accuracy, interval}}} from the metadata that were given, the weakest first |
     | diagnosis | null, or {findings, samples, attacked, forward, backward, seconds, masked}: see `Diagnosis` |
 
     Of stages: why it was run; heavy: a ladder, see `Stage`; after: robust accuracy after it; passes: forward and backward, of all
     samples; fell: samples that it was the first to break; held: such that it attacked and that stand; stand: all that are left.
     A search for the smallest perturbations attacks samples again that fell before, so its broke may be more than fell.
     """  # noqa: E501  # a row of a table is a line
-    entries = _entries(found, models)
+    entries = _entries(found, models, groups)
     names = list(dict.fromkeys(entry.model for entry in entries))
     worst = {name: _worst([entry for entry in entries if entry.model == name]) for name in names}
     document: dict[str, Any] = plain({
@@ -243,7 +278,9 @@ def evaluation_results(
     return document
 
 
-def _entries(found: Sequence[tuple[str, Evaluation]], models: Mapping[str, Classifier]) -> list[_Entry]:
+def _entries(
+    found: Sequence[tuple[str, Evaluation]], models: Mapping[str, Classifier], metadata: Mapping[str, Sequence[str]] | None
+) -> list[_Entry]:
     if not found:
         raise InputError("there are no evaluations to report")
     for name, evaluation in found:
@@ -255,7 +292,12 @@ def _entries(found: Sequence[tuple[str, Evaluation]], models: Mapping[str, Class
         first = found[0][1]
         if not (torch.equal(first.x, evaluation.x) and torch.equal(first.y, evaluation.y)):
             raise InputError(f"the evaluation of {name!r} within {evaluation.threat} is of other samples than the first one")
-    return [_Entry(name, evaluation, models[name].access) for name, evaluation in found]
+    for name, values in (metadata or {}).items():
+        if len(values) != len(found[0][1]):
+            raise InputError(
+                f"groups must have one value for each of the {len(found[0][1])} samples; {name!r} has {len(values)}"
+            )
+    return [_Entry(name, evaluation, models[name].access, metadata or {}) for name, evaluation in found]
 
 
 def _worst(entries: Sequence[_Entry]) -> WorstCase | None:
@@ -293,6 +335,7 @@ def _document(entry: _Entry) -> dict[str, Any]:
             for row in entry.closest[:_CLOSEST].tolist()
         ],
         **document,
+        "groups": entry.groups,
         "stages": stages,
         "totals": passes | {
             "probe": found.queries.probe,
@@ -405,23 +448,29 @@ def _course(entry: _Entry) -> list[str]:
     return sentences
 
 
-def _by_class(entry: _Entry, class_names: Sequence[str]) -> list[str]:
-    """The weakest class in words, and whether chance could have made it."""
-    rows = entry.classes
+def _rows(groups: Mapping[str, Mapping[str, Any]]) -> tuple[list[ByClass], list[str]]:
+    """The groups of a field as rows, and what they are called."""
+    shares = ("samples", "clean_accuracy", "robust_accuracy")
+    return [ByClass(row, *(group[key] for key in shares)) for row, group in enumerate(groups.values())], list(groups)
+
+
+def _extremes(rows: Sequence[ByClass], names: Sequence[str], robust_accuracy: float, what: str) -> list[str]:
+    """The weakest of the classes or groups in words, and whether chance could have made it.
+
+    rows: the weakest first. robust_accuracy: of all samples. what: "class" or "group".
+    """
     weak, strong = rows[0], rows[-1]
     if weak.robust_accuracy == strong.robust_accuracy:
-        return [
-            f"All classes are equally robust: {percent(weak.robust_accuracy)}." if len(rows) > 1 else "There is one class only."
-        ]
+        return [f"All are equally robust: {percent(weak.robust_accuracy)}." if len(rows) > 1 else f"There is one {what} only."]
     standing = round(weak.robust_accuracy * weak.samples)
     # the lowest of many shares is low anyway, so each gets its part of the doubt (Bonferroni)
-    chance = binomial_limits(standing, weak.samples, 1 - (1 - CONFIDENCE) / len(rows))[1] >= entry.found.robust_accuracy
+    chance = binomial_limits(standing, weak.samples, 1 - (1 - CONFIDENCE) / len(rows))[1] >= robust_accuracy
     return [
-        f"The weakest class is {class_name(weak.label, class_names)}: {standing} of its {weak.samples} samples stand "
+        f"The weakest {what} is {class_name(weak.label, names)}: {standing} of its {weak.samples} samples stand "
         f"({percent(weak.robust_accuracy)}; without an attack {percent(weak.clean_accuracy)} are right).",
         "That it lies below the average may well be chance." if chance
         else "That is further below the average than chance would make it.",
-        f"The strongest is {class_name(strong.label, class_names)}, with {percent(strong.robust_accuracy)}.",
+        f"The strongest is {class_name(strong.label, names)}, with {percent(strong.robust_accuracy)}.",
     ]  # fmt: skip
 
 
@@ -450,6 +499,15 @@ def _page(
         (visible(entry.model, 24) + (f"\n{visible(entry.within, 30)}" if several else ""), entry.found)
         for entry in entries if len(entry.found)
     ]  # fmt: skip
+
+    def shares(rows: Sequence[ByClass], labels: Sequence[str], entry: _Entry, name: str, what: str) -> dict[str, Any]:
+        overall = entry.found.robust_accuracy
+        return {
+            "said": _extremes(rows, labels, overall, what),
+            "drawn": draw(figures.classes(rows[:_CLASSES], overall, labels), name),
+            "left_out": len(rows[_CLASSES:]),
+        }
+
     parts = []
     names = distinct(file_name(entry.model, entry.within) for entry in entries)
     for place, (entry, figures_of, name) in enumerate(zip(entries, document["evaluations"], names, strict=True), 1):
@@ -457,14 +515,15 @@ def _page(
         if part["shown"]:
             found, counts = entry.found, figures_of["counts"]
             cascade = figures.cascade(entry.steps, int(found.right.sum()), counts["wrong"], counts["failed"])
-            classes = figures.classes(entry.classes[:_CLASSES], found.robust_accuracy, class_names)
             part |= {
                 "course": _course(entry),
-                "weakest": _by_class(entry, class_names),
-                "left_out": len(entry.classes[_CLASSES:]),
                 "trust": _TRUST[entry.trust],
                 "cascade": draw(cascade, f"cascade-{name}"),
-                "classes": draw(classes, f"classes-{name}"),
+                "classes": shares(entry.classes, class_names, entry, f"classes-{name}", "class"),
+                "groups": [
+                    (title, groups, shares(*_rows(groups), entry, f"groups-{number}-{file_name(title)}-{name}", "group"))
+                    for number, (title, groups) in enumerate(entry.groups.items(), 1)
+                ],
                 "curve": None,
                 "albums": _albums(entry, models[entry.model], examples, seed),
             }

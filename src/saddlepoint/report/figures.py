@@ -312,7 +312,7 @@ def classes(rows: Sequence[ByClass], robust_accuracy: float, class_names: Sequen
             axes.xaxis.set_major_formatter(PercentFormatter(1))
             axes.grid(visible=False)
         _legend(figure, [("robust accuracy", _HELD, 1.0), ("clean accuracy", _HELD, _FAINT)],
-                {"color": INK, "lw": 1, "ls": _LEVEL, "label": "robust accuracy over all classes"})  # fmt: skip
+                {"color": INK, "lw": 1, "ls": _LEVEL, "label": "robust accuracy over all samples"})  # fmt: skip
         return figure
 
 
