@@ -1,20 +1,24 @@
 """Robust accuracy: `sp.evaluate` beside AutoAttack, verdicts and passes on the same images.
 
     SADDLEPOINT_DATA=... python benchmarks/evaluation.py --cache FILE [--rows NAME ...] [--count N] [--only {ours,autoattack}]
+    SADDLEPOINT_DATA=... python benchmarks/evaluation.py --cache FILE --rows NAME --count N --batch SIZE     # how it grows
     SADDLEPOINT_DATA=... python benchmarks/evaluation.py --cache FILE --table
 
 AutoAttack is our `sp.attacks.AutoAttack()`: 60 images each of mnist_lenet_adv_eps0.3 and cifar10_cnnA_adv got the verdicts of
 the authors' code, for 1 to 2 % fewer passes. Passes are rows per image that a counting module saw, forward and backward, over
-all images, those included that were wrong or fell early; confirmations, the probe and the diagnosis are in them. The cache is
-a file of JSON lines, one for each finished run; beside it the weights of the network that we train, mnist_fgsm, are kept.
+all images, those included that were wrong or fell early; confirmations, the probe and the diagnosis are in them. Each run has
+a process of its own, one thread; its peak memory is what it took beyond the loaded model and data. The cache is a file of JSON
+lines, one for each finished run; beside it the weights of the network that we train, mnist_fgsm, are kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -51,24 +55,32 @@ def trained_with_fgsm(weights: Path) -> tuple[nn.Module, Split]:
     return net.eval().requires_grad_(False), data.test
 
 
-def measure(name: str, who: str, count: int, weights: Path) -> dict[str, object]:
+def measure(name: str, who: str, count: int, batch: int | None, weights: Path) -> dict[str, object]:
+    torch.set_num_threads(1)
     threat, _ = ROWS[name]
     net, split = trained_with_fgsm(weights) if name == "mnist_fgsm" else network(name.split()[0])
     x, y = split.x[:count].contiguous(), split.y[:count].contiguous()
     counting = Counting(net).eval()
     model = sp.Model(counting)
-    began = time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak of what was loaded
+    began, before = time.perf_counter(), _kib("VmRSS")
     if who == OURS:
-        found = sp.evaluate(model, x, y, threat)
+        found = sp.evaluate(model, x, y, threat, batch_size=batch)
         stands, notes = found.stands, list(found.notes)
     else:
-        result = sp.attack(model, x, y, sp.attacks.AutoAttack(), threat)
+        result = sp.attack(model, x, y, sp.attacks.AutoAttack(), threat, batch_size=batch)
         stands, notes = result.robust, list(result.notes)
     return {
-        "row": name, "who": who, "count": count, "stands": stands.nonzero()[:, 0].tolist(), "notes": notes,
+        "row": name, "who": who, "count": count, "batch": batch, "stands": stands.nonzero()[:, 0].tolist(), "notes": notes,
         "forward": sum(counting.forward_calls) / count, "backward": sum(counting.backward_calls) / count,
-        "seconds": time.perf_counter() - began,
+        "seconds": time.perf_counter() - began, "kib": _kib("VmHWM") - before,
     }  # fmt: skip
+
+
+def _kib(name: str) -> int:
+    """Memory of this process, as Linux counts it."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0])
 
 
 def table(runs: list[dict[str, object]]) -> None:
@@ -76,7 +88,7 @@ def table(runs: list[dict[str, object]]) -> None:
     print(f"| {head} | only AutoAttack broke |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, (threat, asked) in ROWS.items():
-        mine = [run for run in runs if run["row"] == name]
+        mine = [run for run in runs if run["row"] == name and run.get("batch") is None]
         for count in sorted({run["count"] for run in mine}):
             latest = {run["who"]: run for run in mine if run["count"] == count}
             if OURS not in latest:
@@ -95,25 +107,42 @@ def table(runs: list[dict[str, object]]) -> None:
             print("| " + " | ".join(cells) + " |")
 
 
+def costs(runs: list[dict[str, object]]) -> None:
+    """Time and memory, of the runs that were measured with them."""
+    print("\n| network and threat | images | batch | who | passes | seconds | peak memory, MiB |")
+    print("| --- | ---: | ---: | --- | ---: | ---: | ---: |")
+    for run in sorted((run for run in runs if "kib" in run), key=lambda run: (run["row"], run["count"], run["batch"] or 0)):
+        threat, _ = ROWS[run["row"]]
+        where = (
+            f"{run['row'].split()[0]}, {threat.norm} {threat.largest_eps:.4g} | {run['count']} | {run['batch'] or 'default'}"
+        )
+        price = f"{run['forward'] + run['backward']:.0f} | {run['seconds']:.1f} | {run['kib'] / 1024:.0f}"
+        print(f"| {where} | {run['who']} | {price} |")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="sp.evaluate beside AutoAttack.")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="NAME")
     parser.add_argument("--count", type=int, default=1000, help="the first so many test images; default 1000")
+    parser.add_argument("--batch", type=int, metavar="SIZE", help="samples under attack at once; default chosen by size")
     parser.add_argument("--only", choices=["ours", "autoattack"])
     parser.add_argument("--again", action="store_true", help="measure anew what the cache holds")
     parser.add_argument("--cache", type=Path, required=True, metavar="FILE")
     parser.add_argument("--table", action="store_true", help="print what the cache holds, run nothing")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    weights = options.cache.with_suffix(".safetensors")
     runs = [json.loads(line) for line in options.cache.read_text().splitlines()] if options.cache.is_file() else []
     for name in [] if options.table else options.rows:
         for who in {"ours": (OURS,), "autoattack": (AUTOATTACK,), None: (OURS, AUTOATTACK)}[options.only]:
-            if options.again or not any((run["row"], run["who"], run["count"]) == (name, who, options.count) for run in runs):
-                runs.append(measure(name, who, options.count, options.cache.with_suffix(".safetensors")))
+            what = (name, who, options.count, options.batch)
+            if options.again or not any((run["row"], run["who"], run["count"], run.get("batch")) == what for run in runs):
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+                    runs.append(alone.submit(measure, *what, weights).result())
                 with options.cache.open("a") as file:
                     file.write(json.dumps(runs[-1]) + "\n")
                 print(f"{name}, {who}: {len(runs[-1]['stands']) / options.count:.2%}, {runs[-1]['seconds']:.0f} s", flush=True)
     table(runs)
+    costs(runs)
     return 0
 
 

@@ -58,9 +58,11 @@ def test_the_table_of_evaluations(tmp_path: Path) -> None:
         {"row": "cifar10_cnnA_adv", "who": who, "count": 4, "stands": stands, "forward": forward, "backward": 10.0}
         for who, stands, forward in (("AutoAttack", [0, 1, 2], 990.0), ("sp.evaluate", [1, 3], 15.0))
     ]
+    runs.append(runs[1] | {"batch": 32, "seconds": 2.0, "kib": 3072})
     cache = tmp_path / "runs.jsonl"
     cache.write_text("".join(json.dumps(run) + "\n" for run in runs))
     command = [sys.executable, str(SCRIPT.with_name("evaluation.py")), "--cache", str(cache), "--table"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert "| 4 | 75.00% | 1000 | 50.00% | 25 | 40 | 40 | 2 | 1 |" in done.stdout
+    assert "| 4 | 32 | sp.evaluate | 25 | 2.0 | 3 |" in done.stdout

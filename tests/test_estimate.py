@@ -55,7 +55,7 @@ def test_the_most_is_paid_where_nothing_falls(
 ) -> None:
     """And where all looks suspicious. Forks, in l0 above all, cost less: their first attack or a branch, not both."""
     monkeypatch.setattr(cascade._Cascade, "signs", lambda run: run._misled() is not None and ["suspicious"])
-    monkeypatch.setattr(cascade._Cascade, "diagnose", lambda run: None)
+    monkeypatch.setattr(cascade._Cascade, "diagnose", lambda run, sources: None)
     x, none = few[0][:4], threat.at(0.0)  # so few that each rung holds them all
     y = sp.Model(mlp).predict(x)
     source = sp.Model(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import pytest
@@ -68,10 +69,8 @@ def test_what_it_says_is_true(threat: sp.Linf, mlp: nn.Module, many: Samples) ->
 
 def test_each_sample_leaves_at_its_first_success(found: Evaluation) -> None:
     for number, stage in enumerate(found.stages):
-        before = torch.zeros(len(found), dtype=torch.bool)
-        before[stage.rows] = True
         gone = (found.broken_by >= 0) & (found.broken_by < number)
-        assert not bool((before & gone).any())
+        assert stage.heavy or not bool(gone[stage.rows].any())  # a ladder's turns come before and after others'
         assert torch.equal((found.broken_by == number).nonzero()[:, 0], stage.broke.sort().values)
 
 
@@ -83,22 +82,40 @@ def test_no_less_than_its_parts(mlp: nn.Module, many: Samples, found: Evaluation
 
 def test_ladders_begin_with_the_closest_and_stop(mlp: nn.Module, many: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
     run = _cascade(mlp, many, sp.Linf(0.03))
-    run.run(cascade.Plan("first", "", sp.attacks.FGSM(loss="margin")))
+    run.run([cascade.Plan("first", "", sp.attacks.FGSM(loss="margin"))])
     standing = (run.broken_by == STANDS).nonzero()[:, 0]
     order = standing[run.margin[standing].argsort(descending=True, stable=True)]
-    run.run(cascade.Plan("nothing", "", sp.attacks.UniformNoise(), 0.1))
-    assert torch.equal(run.stages[1].rows, order[:12].sort().values)  # the first rung broke none
-    asked: list[Tensor] = []
+    run.run([cascade.Plan("nothing", "", sp.attacks.UniformNoise(), 0.1)])
+    assert torch.equal(run.stages["nothing"].rows, order[:12].sort().values)  # the first rung broke none
+    asked: list[tuple[str, list[int]]] = []
+    breaks = {"dear": [2, 2, 0], "cheap": [1, 1, 1, 0], "never": [0]}
+    price = {"dear": cascade._PRICE, "cheap": 100, "never": 1}
 
-    def answers(plan: cascade.Plan, rows: Tensor, threat: sp.Linf, done: list[sp.AttackResult]) -> tuple[int, int]:
-        asked.append(rows)
-        return 3 - len(asked), 300 * len(rows)
+    def answers(plan: cascade.Plan, threat: sp.Linf, chosen: Tensor) -> tuple[int, int]:
+        asked.append((plan.name, chosen.nonzero()[:, 0].tolist()))
+        return breaks[plan.name].pop(0), price[plan.name]
 
-    monkeypatch.setattr(run, "_attack", answers)
-    run.run(cascade.Plan("a rung breaks two, the next one", "", sp.attacks.FGSM(), 0.1))
-    paid = cascade._PRICE // 300  # rows that a sample which fell pays for
-    assert [len(rows) for rows in asked] == [12, 24, paid]
-    assert torch.equal(torch.cat(asked).sort().values, order[: sum(map(len, asked))].sort().values)
+    monkeypatch.setattr(run, "_stage", answers)
+    run.run([cascade.Plan(name, "", sp.attacks.FGSM(), 0.1) for name in breaks])
+    turns = ["dear", "cheap", "never", "cheap", "cheap", "cheap", "dear", "dear"]
+    assert [name for name, _ in asked] == turns  # all begin, then the one that broke most for its passes goes on
+    for name in breaks:
+        rows = [row for each, part in asked if each == name for row in part]
+        assert sorted(rows) == sorted(order[: len(rows)].tolist())  # each once, the closest first
+
+
+def test_a_rung_is_as_large_as_its_successes_pay_for(mlp: nn.Module, many: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _cascade(mlp, many, sp.Linf(0.03))
+    run.run([cascade.Plan("first", "", sp.attacks.FGSM(loss="margin"))])
+    asked: list[int] = []
+
+    def answers(plan: cascade.Plan, threat: sp.Linf, chosen: Tensor) -> tuple[int, int]:
+        asked.append(int(chosen.sum()))
+        return 2 - len(asked), 400 * asked[-1]
+
+    monkeypatch.setattr(run, "_stage", answers)
+    run.run([cascade.Plan("breaks one, then none", "", sp.attacks.FGSM(), 0.1)])
+    assert asked == [12, cascade._PRICE // 400]
 
 
 def test_masked_gradients_bring_more_attacks_and_a_diagnosis(
@@ -172,6 +189,12 @@ def test_the_curve_answers_for_every_size(mlp: nn.Module, many: Samples) -> None
     assert evaluation.stages[-1].name == "nearest"
     assert len(evaluation.stages[-1].rows) == int(evaluation.right.sum())
     assert bool((sp.Linf(0.05).distance(evaluation.adversarial, many[0]) <= 0.05).all())
+    fallen = evaluation.broken.nonzero()[:, 0]
+    for row in fallen.tolist():  # what is shown of a sample is what broke it, not what the search for the curve found later
+        stage = evaluation.stages[int(evaluation.broken_by[row])]
+        point = stage.result.select((stage.rows == row).nonzero()[:, 0])
+        assert torch.equal(evaluation.adversarial[row], point.adversarial[0])
+        assert float(evaluation.margin[row]) == pytest.approx(float(point.margin[0]))
 
 
 def test_random_models_are_averaged_over(mlp: nn.Module, many: Samples) -> None:
@@ -414,3 +437,44 @@ def test_bad_questions(mlp: nn.Module, many: Samples) -> None:
 
 def _cascade(net: nn.Module, samples: Samples, threat: sp.Linf) -> cascade._Cascade:
     return cascade._Cascade(sp.Model(net), *samples, threat, 0, None, False, None)
+
+
+def test_groups_by_given_metadata(found: Evaluation) -> None:
+    by_class = found.groups(found.y)
+    assert list(by_class) == sorted(set(found.y.tolist()))
+    shares = {label: (len(group), group.clean_accuracy, group.robust_accuracy) for label, group in by_class.items()}
+    assert shares == found.per_class()
+    names = ["west" if label < 5 else "east" for label in found.y.tolist()]
+    east, west = found.groups(names).values()
+    assert list(found.groups(names)) == ["east", "west"]
+    assert torch.equal(west.stands, found.stands[found.y < 5])
+    assert torch.equal(east.x, found.x[found.y >= 5])
+    assert west.interval == found.group(found.y < 5).interval
+    mixed = [names[row] if row % 2 else None for row in range(COUNT)]
+    assert list(found.groups(mixed)) == list(dict.fromkeys(mixed))
+
+
+def test_groups_of_the_worst_case(mlp: nn.Module, many: Samples) -> None:
+    both = sp.evaluate(sp.Model(mlp), *many, [sp.Linf(0.03), sp.L2(0.3)], "quick")
+    for even, group in both.groups(many[1] % 2 == 0).items():
+        assert torch.equal(group.stands, both.stands[(many[1] % 2 == 0) == even])
+    with pytest.raises(InputError, match=f"{COUNT} samples; got 2"):
+        both.groups(["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (["a"], f"{COUNT} samples; got 1"),
+        (torch.zeros(COUNT + 1), f"{COUNT} samples; got {COUNT + 1}"),
+        (torch.tensor(3), f"{COUNT} samples; got 1"),
+        (torch.zeros(COUNT, 2), "tell groups apart"),
+        ([torch.tensor(1)] * COUNT, "tell groups apart"),
+        ([0.0, float("nan")] * (COUNT // 2), "got nan for sample 1"),
+        ([["a"]] * COUNT, "tell groups apart"),
+        ([("a", [])] * COUNT, "tell groups apart"),
+    ],
+)
+def test_values_that_make_no_groups(values: Sequence[Hashable] | Tensor, told: str, found: Evaluation) -> None:
+    with pytest.raises(InputError, match=told):
+        found.groups(values)

@@ -1,8 +1,9 @@
 """Robust accuracy from the cheapest attack to the strongest: each sample leaves at its first success.
 
-The heavier attacks climb a ladder: they begin with the samples of largest margin, which the earlier ones came closest to
-breaking, and go on to the next ones as long as a rung breaks any. So where gradients are honest, few samples pay for them.
-Signs of masked gradients lengthen the rungs and add searches that gradients do not lead.
+The heavier attacks climb ladders. Each begins with the samples of largest margin, which the earlier ones came closest to
+breaking; then the one that broke most for its passes goes on, in rungs as large as the last one's successes pay for, as long
+as any breaks something. So where gradients are honest, few samples pay for them. Some begin at the best point that is known.
+Signs of masked gradients add other ladders, among them searches that gradients do not lead.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from saddlepoint.attacks import (
     APGD,
     APGDT,
     FAB,
+    PGD,
     BrendelBethge,
     DualAveraging,
     Restarts,
@@ -55,6 +57,8 @@ _LOOKED = 100  # samples whose gradients at the input are looked at
 # broke.
 _MISLED, _VANISHED, _LATE = 0.2, 0.05, 0.01
 _FEW = 4  # so many at least
+_CLOSER = PGD(steps=20, loss="margin", schedule="cosine")
+_TOGETHER = 32  # of these in the model, unless the caller says how many
 _DIAGNOSED = 40  # samples at least, and every twentieth
 _DRAWS = 10  # to average over where the model is random
 _SAME = 8  # samples for which a campaign's model must say the same again
@@ -66,14 +70,15 @@ class Plan:
     """A stage to come.
 
     share: None for all that stand; for heavy attacks the share of all samples of a ladder's first rung, 1 for all that stand at
-    once. model: to be attacked in place of
-    the one that is evaluated; it predicts the same, with other gradients.
+    once. seeded: begins at the best point that is known, the first time. model: to be attacked in place of the one that is
+    evaluated; it predicts the same, with other gradients.
     """
 
     name: str
     why: str
     attack: Attack
     share: float | None = None
+    seeded: bool = False
     model: Classifier | None = None
 
 
@@ -97,13 +102,14 @@ def plans(norm: Norm, effort: Effort, *, gradients: bool = True) -> tuple[Plan, 
     base = (
         Plan("sprint", "the cheapest that breaks most", Sprint(steps=10)),
         Plan("apgd", "another loss, and steps that adapt", APGD(steps=20)),
+        Plan("closer", "on from the best point", _CLOSER, _share(effort, 0.05), seeded=True),
         Plan("apgd-long", "more steps", APGD(steps=100), _share(effort, 0.03)),
     )
     if effort == "quick":
         return base
     walks: tuple[Plan, ...] = (
         Plan("boundary", "from outside, along the boundary", BrendelBethge(steps=50), _share(effort, 0.05)),
-        Plan("fab-t", "to the boundaries with the two likeliest classes", FAB(steps=100, targets=2), _share(effort, 0.02)),
+        Plan("fab-t", "to the boundaries with the two likeliest classes", FAB(steps=60, targets=2), _share(effort, 0.02)),
     )
     if norm is Norm.LINF:
         walks = (Plan("walks", "no step size to choose", DualAveraging(steps=50, hold=3), _share(effort, 0.05)),)
@@ -111,9 +117,12 @@ def plans(norm: Norm, effort: Effort, *, gradients: bool = True) -> tuple[Plan, 
         *base,
         *walks,
         Plan("restarts", "other corners", Restarts(Sprint(steps=40), 6), _share(effort, 0.01)),
-        Plan("apgd-t", "towards each class in turn", APGDT(steps=50), _share(effort, 0.01)),
-        Plan("square", "search without gradients", Square(steps=5000 if effort == "thorough" else 500), _share(effort, 0.02)),
-    )
+        Plan("apgd-t", "towards the nearest classes", APGDT(steps=50, targets=3, order="linear"), _share(effort, 0.01)),
+        Plan(
+            "square", "search without gradients, from the best point", Square(steps=5000 if effort == "thorough" else 500),
+            _share(effort, 0.02), seeded=True,
+        ),
+    )  # fmt: skip
 
 
 def escalation(norm: Norm, effort: Effort) -> tuple[Plan, ...]:
@@ -122,12 +131,14 @@ def escalation(norm: Norm, effort: Effort) -> tuple[Plan, ...]:
         return ()
     if effort == "quick":
         return (Plan("square", "signs of masking: search without gradients", Square(steps=300), 0.2),)
-    boundary = Plan("fab-t-wide", "signs of masking: to every boundary", FAB(steps=100, targets=9), _share(effort, 0.02))
+    boundary = Plan("fab-t-wide", "signs of masking: to more boundaries", FAB(steps=100, targets=4), _share(effort, 0.02))
+    search = "signs of masking: no gradients"
     return (
         *(() if norm is Norm.LINF else (boundary,)),
-        Plan("apgd-restarts", "signs of masking: other corners", Restarts(APGD(steps=100), 3), _share(effort, 0.1)),
+        Plan("apgd-restarts", "signs of masking: other corners", Restarts(APGD(steps=100), 3), _share(effort, 0.04)),
         Plan("apgd-t-wide", "signs of masking: each class", APGDT(steps=50), _share(effort, 0.02)),
-        Plan("square-long", "signs of masking: no gradients", Restarts(Square(steps=5000), 2), _share(effort, 0.01)),
+        Plan("square-near", f"{search}, from the best point", Square(steps=2000), _share(effort, 0.02), seeded=True),
+        Plan("square-long", search, Square(steps=5000), _share(effort, 0.01)),
     )
 
 
@@ -155,8 +166,18 @@ def _share(effort: Effort, share: float) -> float:
 
 
 @dataclass
+class _Ladder:
+    """A heavy attack that is going on. size: of its next rung, 0 at the end. tried: (N,) bool. rate: broken a pass."""
+
+    plan: Plan
+    size: int
+    tried: Tensor
+    rate: float = 0.0
+
+
+@dataclass
 class _Cascade:
-    """An evaluation that is going on. certified, looked and the like: (N,), as in `Evaluation`."""
+    """An evaluation that is going on. adversarial, margin, broken_by and the like: as in `Evaluation`."""
 
     model: Classifier
     x: Tensor
@@ -167,7 +188,7 @@ class _Cascade:
     progress: bool
     campaign: Campaign | None
     probe: int = 0
-    stages: list[Stage] = field(default_factory=list)
+    stages: dict[str, Stage] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     diagnosis: Diagnosis | None = None
     nearest: Tensor | None = None
@@ -180,52 +201,62 @@ class _Cascade:
         self.margin = torch.full((count,), -math.inf, dtype=torch.float64)
         self.looked = torch.zeros(count, dtype=torch.bool)
 
-    def run(self, plan: Plan) -> None:
-        """One stage: all samples that stand, or rung by rung."""
-        standing = (self.broken_by == STANDS).nonzero()[:, 0]
-        if not self.stages:
-            standing = torch.arange(len(self.y))  # the first one also tells which are wrong
-        if not len(standing):
-            return
-        done: list[AttackResult] = []
-        try:
-            if plan.share is None:
-                self._attack(plan, standing, self.threat, done)
-                return
-            order = standing[self.margin[standing].argsort(descending=True, stable=True)]
-            size = max(_FEWEST, math.ceil(plan.share * len(self.y)))
-            while len(order):
-                broke, passes = self._attack(plan, order[:size].sort().values, self.threat, done)
-                paid = _PRICE * broke * size // max(passes, 1)
-                order, size = order[size:], min(2 * size, max(_FEWEST, paid))
-                if not broke:
-                    return
-        finally:
-            if done:
-                self._add(plan, merge(done))
+    def run(self, plans: Sequence[Plan]) -> None:
+        """These stages: first those for all samples that stand, then the ladders."""
+        for plan in plans:
+            if plan.share is None:  # the first one of all also tells which samples are wrong
+                self._stage(plan, self.threat, self.broken_by == STANDS)
+        nobody = torch.zeros(len(self.y), dtype=torch.bool)
+        ladders = [
+            _Ladder(plan, max(_FEWEST, math.ceil(plan.share * len(self.y))), nobody) for plan in plans if plan.share is not None
+        ]
+        for ladder in ladders:
+            self._rung(ladder)
+        while open_ := [ladder for ladder in ladders if ladder.size]:
+            self._rung(max(open_, key=lambda ladder: ladder.rate))
+
+    def _rung(self, ladder: _Ladder) -> None:
+        """The next samples by margin; how many come after them."""
+        left = ((self.broken_by == STANDS) & ~ladder.tried).nonzero()[:, 0]
+        rows = left[self.margin[left].argsort(descending=True, stable=True)][: ladder.size]
+        chosen = torch.zeros_like(ladder.tried).index_fill(0, rows, True)
+        ladder.tried = ladder.tried | chosen
+        broke, passes = self._stage(ladder.plan, self.threat, chosen)
+        ladder.rate = broke / max(passes, 1)
+        ladder.size = min(2 * ladder.size, max(_FEWEST, int(_PRICE * ladder.rate * ladder.size))) if broke else 0
 
     def measure(self) -> None:
         """The smallest perturbation of each sample that the model gets right, which answers for every size."""
-        rows = ((self.broken_by != WRONG) & (self.broken_by != FAILED)).nonzero()[:, 0]
         plan = Plan("nearest", "the smallest perturbations, for the curve", minimal(self.threat.norm, NEAREST))
+        self.nearest = torch.full((len(self.y),), math.inf, dtype=torch.float64)
+        self._stage(plan, self.threat.at(math.inf), (self.broken_by != WRONG) & (self.broken_by != FAILED))
+
+    def _stage(self, plan: Plan, threat: Threat, chosen: Tensor) -> tuple[int, int]:
+        """Attack these samples, (N,) bool; how many fell, and what it cost in passes."""
         done: list[AttackResult] = []
         try:
-            if len(rows):
-                self._attack(plan, rows, self.threat.at(math.inf), done)
-        finally:
-            self.nearest = torch.full((len(self.y),), math.inf, dtype=torch.float64)
+            if bool(chosen.any()):
+                self._attack(plan, chosen.nonzero()[:, 0], threat, done)
+        finally:  # also after Ctrl-C
             if done:
-                result = merge(done)
-                self.nearest[result.index] = result.distance
-                self._add(plan, _inside(result, self.x, self.threat))
+                self._take(plan, merge(done))
+        each = sum(plan.attack.cost(self.model.probe(self.x).num_classes)) if done else 0
+        # by steps, since the passes that were made can hang on who shared a batch, and a resumed run must decide the same
+        return sum(int(one.having(Status.FOOLED).sum()) for one in done), sum(int(one.iterations.sum()) for one in done) * each
 
-    def _add(self, plan: Plan, result: AttackResult) -> None:
-        self.stages.append(Stage(plan.name, plan.why, result.index, result, plan.share is not None))
-        self._learn(len(self.stages) - 1)
+    def _take(self, plan: Plan, result: AttackResult) -> None:
+        """Keep what was found, with what the stage has found before."""
+        if self.nearest is not None:
+            self.nearest[result.index] = result.distance
+            result = _inside(result, self.x, self.threat)
+        earlier = [self.stages[plan.name].result] if plan.name in self.stages else []
+        whole = merge([*earlier, result])
+        self.stages[plan.name] = Stage(plan.name, plan.why, whole.index, whole, plan.share is not None)
+        self._learn(list(self.stages).index(plan.name), result)
 
-    def _attack(self, plan: Plan, rows: Tensor, threat: Threat, done: list[AttackResult]) -> tuple[int, int]:
-        """Attack these samples part by part; how many broke, and for how many passes."""
-        before, model = len(done), plan.model or self.model
+    def _attack(self, plan: Plan, rows: Tensor, threat: Threat, done: list[AttackResult]) -> None:
+        """Attack these samples part by part."""
+        model = plan.model or self.model
         seed = zlib.crc32(f"{self.seed} {plan.name}".encode())  # each stage has corners of its own
         kept = self.campaign.finished(plan.name) if self.campaign is not None else None
         if kept is not None:
@@ -236,6 +267,7 @@ class _Cascade:
                 result = run_attack(
                     model, self.x[part], self.y[part], plan.attack, threat.only(part, self.x),
                     batch_size=self.batch_size, seed=seed, ids=part, progress=self.progress,
+                    start=self.adversarial[part] if plan.seeded else None,
                 )  # fmt: skip
             except Interrupted as stop:
                 self._keep(plan, stop.result, part, done)
@@ -246,8 +278,6 @@ class _Cascade:
                     self.model.queries.backward += plan.model.queries.backward
                     plan.model.queries.reset()
             self._keep(plan, result, part, done)
-        new = done[before:]
-        return sum(int(one.having(Status.FOOLED).sum()) for one in new), sum(int(one.queries.total.sum()) for one in new)
 
     def _keep(self, plan: Plan, result: AttackResult, part: Tensor, done: list[AttackResult]) -> None:
         if len(result):
@@ -256,51 +286,38 @@ class _Cascade:
                 self.campaign.add(plan.name, result, result.index)
             done.append(result)
 
-    def _learn(self, number: int) -> None:
-        """Take over what stage `number` found: what was broken before stays so, and of two points the clearer one counts."""
-        rows, result = self.stages[number].rows, self.stages[number].result
+    def _learn(self, number: int, result: AttackResult) -> None:
+        """Take over what stage `number` found of the samples that stood: of two attempts the clearer one counts."""
+        rows = result.index
         if number == 0:
             self.clean_predicted[rows] = result.clean_predicted
             self.broken_by[rows[result.having(Status.ALREADY_WRONG)]] = WRONG
-        fooled = result.having(Status.FOOLED)
-        self.broken_by[rows[fooled & (self.broken_by[rows] == STANDS)]] = number
-        closer = fooled | (result.margin.double() > self.margin[rows])
-        self.margin[rows[closer]] = result.margin[closer].double()
-        self.adversarial[rows[closer]] = result.adversarial[closer]
-        self.broken_by[rows[result.having(Status.ERROR)]] = FAILED
-        if failed := int(result.having(Status.ERROR).sum()):
-            self.notes.append(f"{self.stages[number].name}: the model gave NaN or infinite values for {failed} samples")
+        stood = self.broken_by[rows] == STANDS
+        fooled, failed = stood & result.having(Status.FOOLED), stood & result.having(Status.ERROR)
+        clearer = fooled | (stood & (result.margin.double() > self.margin[rows]))
+        self.margin[rows[clearer]] = result.margin[clearer].double()
+        self.adversarial[rows[clearer]] = result.adversarial[clearer]
+        self.broken_by[rows[fooled]] = number
+        self.broken_by[rows[failed]] = FAILED
 
     def no_gradients(self) -> str:
         """Why the model can't be differentiated; empty if it can."""
-        if not len(self.y):
-            return ""
-        model = self.model
-        try:
-            with model.frozen(), torch.enable_grad():
-                leaf = self.x[:1].to(model.device).requires_grad_()
-                logits = model.forward(leaf)
-                path = logits.requires_grad and torch.autograd.grad(logits.sum(), leaf, allow_unused=True)[0] is not None
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a network raises that can't take inputs which require gradients
-            return f"the model cannot be differentiated ({type(error).__name__}: {error})"
-        model.queries.forward += 1
-        model.queries.backward += 1
-        self.probe += 2
-        return "" if path else "no path leads from the model's output back to its input"
+        before = self.model.queries.forward + self.model.queries.backward
+        why = no_gradients(self.model, self.x[:1]) if len(self.y) else ""
+        self.probe += self.model.queries.forward + self.model.queries.backward - before
+        return why
 
     def signs(self) -> list[str]:
         """Reasons to distrust the gradients, from what was seen so far."""
         found, count = [], max(len(self.y), 1)
         if not self.threat.largest_eps > 0:  # no way that could mislead
             return []
-        of_logits = [stage.result for stage in self.stages if not _saturates(stage.result.config["attack"])]
+        of_logits = [stage.result for stage in self.stages.values() if not _saturates(stage.result.config["attack"])]
         steps = sum(int(result.iterations.sum()) for result in of_logits)
         vanished = sum(int(result.zero_gradients.sum()) for result in of_logits) / max(steps, 1)
         if vanished > _VANISHED:
             found.append(f"{vanished:.0%} of the gradients vanished")
-        late = [number for number, stage in enumerate(self.stages) if stage.heavy]
+        late = [number for number, stage in enumerate(self.stages.values()) if stage.heavy]
         fell = sum(int((self.broken_by == number).sum()) for number in late)
         if self.threat.norm is not Norm.L0 and fell >= _FEW and fell > _LATE * count:  # l0's cheap search is meant to be crude
             found.append(f"{fell / count:.1%} of the samples fell to heavier attacks only")
@@ -317,7 +334,7 @@ class _Cascade:
         if len(rows) < _FEW:
             return None
         self.looked[rows] = True
-        parts = [self._promise(part) for part in torch.split(rows, self.batch_size or _LOOKED)]
+        parts = [self._promise(part) for part in torch.split(rows, self.batch_size or _TOGETHER)]
         promised, gained = (torch.cat(each) for each in zip(*parts, strict=True))
         return float(((gained > 2 * promised) | (promised > 4 * gained)).double().mean())
 
@@ -325,6 +342,7 @@ class _Cascade:
         """What the margin was to gain on the way to the best attempt, by its gradient at the input, and what it gained."""
         x, device = self.x[rows], self.model.device
         with self.model.frozen(), torch.enable_grad():
+            torch.manual_seed(self.seed)  # of a random model
             leaf = x.to(device).requires_grad_()
             logits = self.model.forward(leaf)
             aim = Untargeted().aim(self.y[rows].to(device), torch.full_like(rows, -1).to(device), logits.shape[1])
@@ -335,7 +353,7 @@ class _Cascade:
         promised = (gradient * (self.adversarial[rows] - x).double()).flatten(1).sum(1)
         return promised, (self.margin[rows] - before.detach().cpu().double()).clamp(min=0)
 
-    def diagnose(self) -> None:
+    def diagnose(self, sources: Sequence[Classifier]) -> None:
         """Take what the campaign holds, or look."""
         if self.campaign is not None and (kept := self.campaign.document("diagnosis")) is not None:
             self.diagnosis = Diagnosis.from_dict(kept)
@@ -343,17 +361,36 @@ class _Cascade:
         some = torch.arange(max(_DIAGNOSED, len(self.y) // 20))[: len(self.y)]  # so that it doesn't cost more than the attacks
         self.diagnosis = diagnose(
             self.model, self.x[some], self.y[some], self.threat.only(some, self.x),
-            seed=self.seed, batch_size=self.batch_size, progress=self.progress,
+            sources=sources, seed=self.seed, batch_size=self.batch_size, progress=self.progress,
         )  # fmt: skip
         if self.campaign is not None:
             self.campaign.record("diagnosis", self.diagnosis.to_dict())
 
     def evaluation(self, complete: bool) -> Evaluation:
+        for stage in self.stages.values():
+            if count := int(stage.result.having(Status.ERROR).sum()):
+                self.notes.append(f"{stage.name}: the model gave NaN or infinite values for {count} samples")
         return Evaluation(
-            self.x, self.y, self.threat, self.clean_predicted, tuple(self.stages), self.broken_by, self.adversarial,
+            self.x, self.y, self.threat, self.clean_predicted, tuple(self.stages.values()), self.broken_by, self.adversarial,
             self.margin, torch.zeros_like(self.looked), self.looked, self.diagnosis, tuple(self.notes), self.nearest,
             self.probe, complete,
         )  # fmt: skip
+
+
+def no_gradients(model: Classifier, x: Tensor) -> str:
+    """Why no gradient at inputs (Q, ...) can be had; empty if it can. A forward and a backward pass each, which count."""
+    try:
+        with model.frozen(), torch.enable_grad():
+            leaf = x.detach().to(model.device).requires_grad_()
+            logits = model.forward(leaf)
+            model.queries.forward += len(x)
+            path = logits.requires_grad and torch.autograd.grad(logits.sum(), leaf, allow_unused=True)[0] is not None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a network raises that can't take inputs which require gradients
+        return f"the model cannot be differentiated ({type(error).__name__}: {error})"
+    model.queries.backward += len(x) if logits.requires_grad else 0
+    return "" if path else "no path leads from the model's output back to its input"
 
 
 def _saturates(attack: dict[str, Any]) -> bool:
@@ -439,9 +476,12 @@ def evaluate(
         if campaign is not None:
             raise InputError("a campaign holds one threat: evaluate one after another, each in its own folder")
         parts: list[Evaluation] = []
-        same = {"curve": curve, "sources": sources, "seed": seed, "batch_size": batch_size, "progress": progress}
         for one in threat:
-            parts.append(evaluate(model, x, y, one, effort, **same))  # type: ignore[call-overload]  # as they came
+            parts.append(
+                evaluate(
+                    model, x, y, one, effort, curve=curve, sources=sources, seed=seed, batch_size=batch_size, progress=progress
+                )
+            )
             if not parts[-1].complete:
                 break
         return WorstCase(tuple(parts))
@@ -455,7 +495,7 @@ def evaluate(
     campaign = Campaign(campaign) if isinstance(campaign, str | Path) else campaign
     before = model.queries.forward
     if campaign is not None:
-        todo = plans(threat.norm, effort, gradients=model.access >= Access.GRADIENTS)
+        todo = (*plans(threat.norm, effort, gradients=model.access >= Access.GRADIENTS), *escalation(threat.norm, effort))
         settings = {
             "effort": effort, "plans": [plan.attack.settings() | {"share": plan.share} for plan in todo],
             "sources": [fingerprint(source) for source in sources], "curve": curve,
@@ -523,21 +563,18 @@ def _through(run: _Cascade, effort: Effort, sources: Sequence[Classifier], curve
                 f"{why}; searched by scores alone" + (" and with the gradients of other models" if sources else "")
             )
             if effort != "quick":
-                run.diagnose()
-            for plan in borrowing(model, sources, norm):
-                run.run(plan)
-        for plan in plans(norm, effort, gradients=gradients):
-            run.run(plan)
+                run.diagnose(sources)
+            run.run(borrowing(model, sources, norm))
+        run.run(plans(norm, effort, gradients=gradients))
         if gradients:
             if len(run.y) and model.probe(run.x).stochastic and model.draws == 1:
                 run.notes.append("the model is random, and doesn't say so: take sp.Defended(model, [], draws=10)")
-                run.run(averaging(model, norm))
+                run.run([averaging(model, norm)])
             if signs := run.signs():
                 run.notes += signs
                 if effort != "quick":
-                    run.diagnose()
-                for plan in (*escalation(norm, effort), *borrowing(model, sources, norm)):
-                    run.run(plan)
+                    run.diagnose(sources)
+                run.run([*borrowing(model, sources, norm), *escalation(norm, effort)])
         if curve:
             run.measure()
     except KeyboardInterrupt:

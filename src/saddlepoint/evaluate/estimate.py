@@ -18,7 +18,7 @@ from saddlepoint.attacks import Sequence as Chain
 from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.engine import Attack, Record
 from saddlepoint.errors import InputError
-from saddlepoint.evaluate.cascade import NEAREST, PART, Effort, averaging, borrowing, escalation, evaluate, plans
+from saddlepoint.evaluate.cascade import NEAREST, PART, Effort, averaging, borrowing, escalation, evaluate, no_gradients, plans
 from saddlepoint.goals import Targeted
 from saddlepoint.models.base import Classifier
 from saddlepoint.models.torch_model import Model
@@ -98,7 +98,7 @@ def estimate(
     if not len(x):
         return Estimate(0, 0, 0, (0.0, 0.0), None, 0)
     probe = model.probe(x)
-    gradients = model.access >= Access.GRADIENTS and _differentiable(model, x[:1])
+    gradients = model.access >= Access.GRADIENTS and not no_gradients(model, x[:1])
     todo = [*plans(threat.norm, effort, gradients=gradients), *borrowing(model, sources, threat.norm)]
     if gradients:
         todo += escalation(threat.norm, effort)
@@ -161,27 +161,6 @@ def _most(attack: Attack, classes: int) -> tuple[int, int]:
 def _sum(pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:
     first, second = zip(*pairs, strict=True)
     return sum(first), sum(second)
-
-
-def _differentiable(model: Classifier, x: Tensor) -> bool:
-    """Whether a path leads from the output back to the input, as `evaluate` finds it out."""
-    try:
-        return _back_and_forth(model, x)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever a network raises that can't take inputs which require gradients
-        return False
-
-
-def _back_and_forth(model: Classifier, x: Tensor) -> bool:
-    """One forward and one backward pass, counted; whether there was a gradient."""
-    with model.frozen(), torch.enable_grad():
-        leaf = x.detach().to(model.device).requires_grad_()
-        logits = model.forward(leaf)
-        found = logits.requires_grad and torch.autograd.grad(logits.sum(), leaf, allow_unused=True)[0] is not None
-    model.queries.forward += len(x)
-    model.queries.backward += len(x)
-    return found
 
 
 class _EnoughError(Exception):
@@ -259,7 +238,7 @@ def _seconds(model: Classifier, x: Tensor, gradients: bool) -> tuple[float, floa
     x = x.to(model.device)
     try:
         forward = _fastest(lambda: model.logits(x, batch_size=len(x)), model.device)
-        both = _fastest(lambda: _back_and_forth(model, x), model.device) if gradients else 0.0
+        both = _fastest(lambda: no_gradients(model, x), model.device) if gradients else 0.0
     except torch.OutOfMemoryError:
         if len(x) == 1:
             raise
