@@ -13,6 +13,7 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 import saddlepoint as sp
+from saddlepoint.engine import Attack
 from saddlepoint.errors import CapabilityError, InputError, UnknownNameError
 from saddlepoint.evaluate import cascade
 from saddlepoint.evaluate.evaluation import STANDS, WRONG, Evaluation, binomial_limits
@@ -116,6 +117,36 @@ def test_a_rung_is_as_large_as_its_successes_pay_for(mlp: nn.Module, many: Sampl
     monkeypatch.setattr(run, "_stage", answers)
     run.run([cascade.Plan("breaks one, then none", "", sp.attacks.FGSM(), 0.1)])
     assert asked == [12, cascade._PRICE // 400]
+
+
+def test_seeded_plans_begin_at_the_best_point(mlp: nn.Module, many: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Tensor | None] = {}
+    real = cascade.run_attack
+
+    def spy(model: sp.Model, x: Tensor, y: Tensor, attack: Attack, threat: sp.Linf, **options: object) -> sp.AttackResult:
+        start = options["start"]
+        assert start is None or isinstance(start, Tensor)
+        given[type(attack).__name__] = start
+        return real(model, x, y, attack, threat, **options)
+
+    run = _cascade(mlp, many, sp.Linf(0.03))
+    run.run([cascade.Plan("first", "", sp.attacks.FGSM(loss="margin"))])
+    monkeypatch.setattr(cascade, "run_attack", spy)
+    run.run([cascade.Plan("fresh", "", sp.attacks.APGD(steps=1))])
+    best = run.adversarial[run.broken_by == STANDS].clone()
+    run.run([cascade.Plan("seeded", "", sp.attacks.PGD(steps=1), 1.0, seeded=True)])
+    assert given["APGD"] is None
+    seeds = given["PGD"]
+    assert seeds is not None
+    assert torch.equal(seeds, best)
+    assert all(plan.attack.takes_start for plan in _all_plans() if plan.seeded)
+    assert any(plan.seeded for plan in _all_plans())
+
+
+def _all_plans() -> list[cascade.Plan]:
+    efforts = ("quick", "standard", "thorough")
+    found = [plan for norm in sp.Norm for effort in efforts for plan in cascade.plans(norm, effort)]
+    return found + [plan for norm in sp.Norm for effort in efforts for plan in cascade.escalation(norm, effort)]
 
 
 def test_masked_gradients_bring_more_attacks_and_a_diagnosis(
