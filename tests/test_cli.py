@@ -62,6 +62,21 @@ def test_evaluate_with_effort_keeps_a_campaign_and_gates(here, capsys):
         assert "--effort" in err or "--at-least" in err
 
 
+def test_evaluate_in_several_norms_at_once(here, capsys):
+    asked = ["evaluate", "--model", "net.py:net", "--samples", "30", "--effort", "quick", "--out", "out"]
+    status, _, _ = call(capsys, *asked, "--eps", "0.05,0.02,l2:0.4")
+    assert status == 0
+    results = json.loads((here / "out" / "results.json").read_text())
+    sizes = [(each["threat"]["name"], each["threat"]["eps"]) for each in results["evaluations"]]
+    assert sizes == [("Linf", 0.02), ("Linf", 0.05), ("L2", 0.4)]
+    (model,) = results["models"]
+    assert model["worst"]["robust_accuracy"] <= min(each["robust_accuracy"] for each in results["evaluations"])
+    for wrong, told in (("l3:0.5", "l3"), ("l2:", "number"), ("", "at least one")):
+        status, _, err = call(capsys, *asked, "--eps", wrong)
+        assert status == 2
+        assert told in err
+
+
 def test_evaluate_writes_report_results_and_configuration(here, capsys):
     status, out, _ = call(
         capsys, "evaluate", "--model", "net.py:net", "--model", "net.py:make", "--eps", "0.02,1/10", "--samples", "60",

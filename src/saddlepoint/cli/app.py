@@ -102,7 +102,9 @@ def evaluate(
     model: Annotated[list[str], typer.Option(help="FILE.py:NAME or zoo:NAME[+weights.safetensors]; repeat to compare.")],
     data: DataText = "digits",
     norm: NormText = Norm.LINF,
-    eps: Annotated[str, typer.Option(help="Sizes of the perturbation, such as 2/255,4/255.")] = "0.05,0.1,0.2",
+    eps: Annotated[
+        str, typer.Option(help="Sizes of the perturbation, such as 2/255,4/255; of several norms, such as linf:8/255,l2:0.5.")
+    ] = "0.05,0.1,0.2",
     attack: Annotated[
         list[str] | None,
         typer.Option(

@@ -40,16 +40,19 @@ def number(text: str) -> float:
 
 
 def numbers(text: str) -> list[float]:
-    """Comma-separated numbers: `2/255,4/255,8/255`."""
+    """Comma-separated numbers: `0.49,0.48,0.45`."""
     return [number(part) for part in text.split(",") if part.strip()]
 
 
 def threats(norm: str, eps: str) -> list[Threat]:
-    """One threat for each of the comma-separated eps, in ascending order."""
-    radii = sorted(set(numbers(eps)))
+    """One threat for each of the comma-separated eps, in ascending order: `2/255,4/255`, or with norms `8/255,l2:0.5`."""
+    radii: dict[str, set[float]] = {}
+    for part in filter(str.strip, eps.split(",")):
+        name, colon, size = part.rpartition(":")
+        radii.setdefault(name.strip() if colon else norm, set()).add(number(size))
     if not radii:
         raise InputError("--eps needs at least one number, such as 8/255")
-    return [ball(norm, radius) for radius in radii]
+    return [ball(name, radius) for name, sizes in radii.items() for radius in sorted(sizes)]
 
 
 def attack(text: str, norm: Norm | None = None, passes: int | None = None) -> Attack:
