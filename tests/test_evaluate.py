@@ -143,6 +143,20 @@ def test_seeded_plans_begin_at_the_best_point(mlp: nn.Module, many: Samples, mon
     assert any(plan.seeded for plan in _all_plans())
 
 
+def test_the_last_few_are_tried_once_more(mlp: nn.Module, many: Samples) -> None:
+    """One of 120 withstands by its mask, and nothing else does."""
+    mask = torch.ones(many[0].shape, dtype=torch.bool)
+    right = int((sp.Model(mlp).predict(many[0]) == many[1]).nonzero()[0])
+    mask[right] = False
+    evaluation = sp.evaluate(sp.Model(mlp), *many, sp.Linf(0.5, mask=mask))
+    assert evaluation.stands.nonzero()[:, 0].tolist() == [right]
+    names = [stage.name for stage in evaluation.stages]
+    for plan in cascade.finishing(sp.Norm.LINF, "standard"):
+        assert evaluation.stages[names.index(plan.name)].rows.tolist() == [right]
+    less = sp.evaluate(sp.Model(mlp), *many, sp.Linf(0.02))
+    assert not {"last-restarts", "last-targets"} & {stage.name for stage in less.stages}
+
+
 def _all_plans() -> list[cascade.Plan]:
     efforts = ("quick", "standard", "thorough")
     found = [plan for norm in sp.Norm for effort in efforts for plan in cascade.plans(norm, effort)]

@@ -57,6 +57,7 @@ _LOOKED = 100  # samples whose gradients at the input are looked at
 # broke.
 _MISLED, _VANISHED, _LATE = 0.2, 0.05, 0.01
 _FEW = 4  # so many at least
+_HARDLY = 0.01  # of the samples at most, to be tried once more
 _CLOSER = PGD(steps=20, loss="margin", schedule="cosine")
 _TOGETHER = 32  # of these in the model, unless the caller says how many
 _DIAGNOSED = 40  # samples at least, and every twentieth
@@ -117,12 +118,22 @@ def plans(norm: Norm, effort: Effort, *, gradients: bool = True) -> tuple[Plan, 
         *base,
         *walks,
         Plan("restarts", "other corners", Restarts(Sprint(steps=40), 6), _share(effort, 0.01)),
-        Plan("apgd-t", "towards the nearest classes", APGDT(steps=50, targets=3, order="linear"), _share(effort, 0.01)),
+        Plan("apgd-t", "towards each class, the nearest first", APGDT(steps=50, order="linear"), _share(effort, 0.01)),
         Plan(
             "square", "search without gradients, from the best point", Square(steps=5000 if effort == "thorough" else 500),
             _share(effort, 0.02), seeded=True,
         ),
     )  # fmt: skip
+
+
+def finishing(norm: Norm, effort: Effort) -> tuple[Plan, ...]:
+    """What is added where hardly any sample stands, and those few cost little."""
+    if norm is Norm.L0 or effort == "quick":
+        return ()
+    return (
+        Plan("last-restarts", "hardly any stands: other corners", Restarts(APGD(steps=100), 3)),
+        Plan("last-targets", "hardly any stands: longer, towards each class", APGDT(steps=100, order="linear")),
+    )
 
 
 def escalation(norm: Norm, effort: Effort) -> tuple[Plan, ...]:
@@ -495,7 +506,8 @@ def evaluate(
     campaign = Campaign(campaign) if isinstance(campaign, str | Path) else campaign
     before = model.queries.forward
     if campaign is not None:
-        todo = (*plans(threat.norm, effort, gradients=model.access >= Access.GRADIENTS), *escalation(threat.norm, effort))
+        todo = [*plans(threat.norm, effort, gradients=model.access >= Access.GRADIENTS)]
+        todo += [*finishing(threat.norm, effort), *escalation(threat.norm, effort)]
         settings = {
             "effort": effort, "plans": [plan.attack.settings() | {"share": plan.share} for plan in todo],
             "sources": [fingerprint(source) for source in sources], "curve": curve,
@@ -567,6 +579,8 @@ def _through(run: _Cascade, effort: Effort, sources: Sequence[Classifier], curve
             run.run(borrowing(model, sources, norm))
         run.run(plans(norm, effort, gradients=gradients))
         if gradients:
+            if int((run.broken_by == STANDS).sum()) <= _HARDLY * len(run.y):
+                run.run(finishing(norm, effort))
             if len(run.y) and model.probe(run.x).stochastic and model.draws == 1:
                 run.notes.append("the model is random, and doesn't say so: take sp.Defended(model, [], draws=10)")
                 run.run([averaging(model, norm)])

@@ -18,7 +18,18 @@ from saddlepoint.attacks import Sequence as Chain
 from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.engine import Attack, Record
 from saddlepoint.errors import InputError
-from saddlepoint.evaluate.cascade import NEAREST, PART, Effort, averaging, borrowing, escalation, evaluate, no_gradients, plans
+from saddlepoint.evaluate.cascade import (
+    NEAREST,
+    PART,
+    Effort,
+    averaging,
+    borrowing,
+    escalation,
+    evaluate,
+    finishing,
+    no_gradients,
+    plans,
+)
 from saddlepoint.goals import Targeted
 from saddlepoint.models.base import Classifier
 from saddlepoint.models.torch_model import Model
@@ -101,7 +112,7 @@ def estimate(
     gradients = model.access >= Access.GRADIENTS and not no_gradients(model, x[:1])
     todo = [*plans(threat.norm, effort, gradients=gradients), *borrowing(model, sources, threat.norm)]
     if gradients:
-        todo += escalation(threat.norm, effort)
+        todo += [*finishing(threat.norm, effort), *escalation(threat.norm, effort)]
         if probe.stochastic and model.draws == 1:
             todo.append(averaging(model, threat.norm))
     attacks = [(plan.attack, plan.model or model) for plan in todo]
