@@ -75,6 +75,19 @@ def test_each_sample_leaves_at_its_first_success(found: Evaluation) -> None:
         assert torch.equal((found.broken_by == number).nonzero()[:, 0], stage.broke.sort().values)
 
 
+def test_what_one_attack_alone_broke(found: Evaluation) -> None:
+    alone = found.alone
+    assert list(alone) == [stage.name for stage in found.stages]
+    assert not len(alone[found.stages[0].name])  # nobody had tried before
+    for number, stage in enumerate(found.stages[1:], 1):
+        tried = {row for other in found.stages if other is not stage for row in other.rows.tolist()}
+        assert alone[stage.name].tolist() == [
+            row for row in (found.broken_by == number).nonzero()[:, 0].tolist() if row in tried
+        ]
+    assert sum(len(rows) for rows in alone.values()) > 0
+    assert [each["alone"] for each in found.to_dict()["stages"]] == [len(rows) for rows in alone.values()]
+
+
 def test_no_less_than_its_parts(mlp: nn.Module, many: Samples, found: Evaluation) -> None:
     for attack in (sp.attacks.PGD(steps=40), sp.attacks.APGDT(steps=20)):
         other = sp.attack(sp.Model(mlp), *many, attack, sp.Linf(0.05))

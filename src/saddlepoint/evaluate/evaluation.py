@@ -40,10 +40,11 @@ class Interval:
 
 @dataclass(frozen=True)
 class Stage:
-    """One attack on the samples that stood until then. name: short. why: the reason it was run, in words.
+    """One attack on samples that stood when it came to them. name: short. why: the reason it was run, in words.
 
     rows: positions (K,) of the samples that it attacked; result: K rows, in that order. heavy: meant for samples that cheap
-    attacks leave; unless the effort is thorough, it began with those that came closest to falling, and went on while some fell.
+    attacks leave; unless the effort is thorough, it began with those that came closest to falling, and went on while some
+    fell, in turns with other heavy ones.
     """
 
     name: str
@@ -160,6 +161,16 @@ class Evaluation:
         return [int((self.broken_by == number).sum()) for number in range(len(self.stages))]
 
     @property
+    def alone(self) -> dict[str, Tensor]:
+        """By stage, positions of the samples that it broke after others had tried in vain, and no other one broke."""
+        tried, broke = torch.zeros_like(self.broken_by), torch.zeros_like(self.broken_by)
+        for stage in self.stages:
+            tried[stage.rows] += 1
+            broke[stage.broke] += 1
+        only = self.broken & (tried > 1) & (broke == 1)
+        return {stage.name: ((self.broken_by == number) & only).nonzero()[:, 0] for number, stage in enumerate(self.stages)}
+
+    @property
     def distance(self) -> Tensor:
         """Of the nearest adversarial inputs that are known, in the threat's norm, (N,) float64: 0 where the model was wrong or
         gave NaN, inf where none is known."""
@@ -245,7 +256,7 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """The figures, ready for JSON."""
         between, queries, each = self.interval, self.queries, max(len(self), 1)
-        one_size = not isinstance(self.threat.eps, tuple)
+        one_size, alone = not isinstance(self.threat.eps, tuple), self.alone
         return {
             "samples": len(self), "threat": self.threat.settings(),
             "clean_accuracy": self.clean_accuracy, "robust_accuracy": self.robust_accuracy,
@@ -255,7 +266,8 @@ class Evaluation:
             "stages": [
                 {
                     "name": stage.name, "why": stage.why, "heavy": stage.heavy, "attacked": len(stage.rows),
-                    "broke": len(stage.broke), "fell": fell, "after": after, "passes": float(stage.result.queries.total.sum()),
+                    "broke": len(stage.broke), "fell": fell, "alone": len(alone[stage.name]),
+                    "after": after, "passes": float(stage.result.queries.total.sum()),
                     "seconds": stage.result.seconds,
                 }
                 for stage, fell, (_, after) in zip(self.stages, self._fell, self.cumulative[1:], strict=True)

@@ -245,14 +245,14 @@ def evaluation_results(
     | passes | {forward, backward} of a sample, on average |
     | totals | of all samples: {forward, backward, verify, probe, diagnosis}; verify confirmed successes |
     | seconds, complete, notes | wall time of the stages; false after Ctrl-C; what to know about the figure |
-    | stages | a list of {name, why, heavy, attacked, broke, after, passes, seconds, fell, held, stand, settings, notes} |
+    | stages | a list of {name, why, heavy, attacked, broke, alone, after, passes, seconds, fell, held, stand, settings, notes} |
     | curve | [[eps, robust accuracy], ...], an upper bound, or null if it was not asked for |
     | per_class | {class: [samples, clean accuracy, robust accuracy]} |
     | groups | {field: {value: {samples, clean_accuracy, robust_accuracy, interval}}} from the metadata that were given, the weakest first |
     | diagnosis | null, or {findings, samples, attacked, forward, backward, seconds, masked}: see `Diagnosis` |
 
     Of stages: why it was run; heavy: a ladder, see `Stage`; after: robust accuracy after it; passes: forward and backward, of all
-    samples; fell: samples that it was the first to break; held: such that it attacked and that stand; stand: all that are left.
+    samples; fell: samples that it was the first to break; alone: such that others had tried in vain; held: such that it attacked and that stand; stand: all that are left.
     A search for the smallest perturbations attacks samples again that fell before, so its broke may be more than fell.
     """  # noqa: E501  # a row of a table is a line
     entries = _entries(found, models, groups)
