@@ -381,6 +381,7 @@ def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_another_run_is_refused(changed: dict[str, Any], told: str, tmp_path: Path) -> None:
     with Campaign(tmp_path) as campaign:
         campaign.open(MANIFEST)
+        campaign.record("anything", {})
     before = (tmp_path / "manifest.json").read_bytes()
     with pytest.raises(InputError, match="was begun with something else") as caught:
         Campaign(tmp_path).open({**MANIFEST, **changed})
@@ -390,6 +391,14 @@ def test_another_run_is_refused(changed: dict[str, Any], told: str, tmp_path: Pa
     assert (tmp_path / "manifest.json").read_bytes() == before
     with Campaign(tmp_path) as campaign:  # the one that was refused let go of it
         campaign.open(MANIFEST)
+
+
+def test_a_campaign_that_keeps_nothing_may_begin_anew(tmp_path: Path) -> None:
+    """As after a run that failed at once, with the wrong data say."""
+    for seed in (0, 1):
+        with Campaign(tmp_path) as campaign:
+            campaign.open({**MANIFEST, "seed": seed})
+    assert Campaign(tmp_path).manifest["seed"] == 1
 
 
 def test_manifest_must_be_json(tmp_path: Path) -> None:
@@ -468,6 +477,7 @@ def test_manifest_tells_what_matters(tmp_path: Path) -> None:
 
     with Campaign(tmp_path) as campaign:
         campaign.open(of())
+        campaign.record("anything", {})
     for told, changes in {
         "the model's weights or layers differ": {"model": sp.Model(net(nn.Tanh()))},
         "the samples or labels differ": {"x": x.flip(0)},

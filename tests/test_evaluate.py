@@ -176,6 +176,47 @@ def _all_plans() -> list[cascade.Plan]:
     return found + [plan for norm in sp.Norm for effort in efforts for plan in cascade.escalation(norm, effort)]
 
 
+@pytest.mark.filterwarnings("ignore::saddlepoint.SaddlepointWarning")
+@pytest.mark.parametrize("effort", ["quick", "standard"])
+def test_gradients_that_are_nan_prove_nothing(effort: cascade.Effort, mlp: nn.Module, many: Samples) -> None:
+    def rooted(x: Tensor) -> Tensor:
+        return mlp(x) + torch.sqrt((x - x).flatten(1).abs().sum(1, keepdim=True))
+
+    honest = sp.evaluate(sp.Model(mlp), *many, sp.Linf(0.1), effort)
+    evaluation = sp.evaluate(sp.Model(rooted), *many, sp.Linf(0.1), effort)
+    assert evaluation.clean_accuracy == honest.clean_accuracy
+    assert honest.robust_accuracy <= evaluation.robust_accuracy < 0.7 * evaluation.clean_accuracy  # scores find much
+    attacked = {stage.name: len(stage.rows) for stage in evaluation.stages}
+    blind = int(evaluation.right.sum()) - len(evaluation.stages[0].broke)
+    assert f"gradients were NaN or infinite for {blind} samples" in evaluation.notes
+    assert 0 < attacked["noise-blind"] <= blind
+    assert "apgd" not in attacked  # which would learn nothing
+    if effort == "standard":
+        assert evaluation.diagnosis is not None
+        assert "exploding-gradients" in {finding.name for finding in evaluation.diagnosis.suspicious}
+
+
+def test_sources_are_looked_at_first(mlp: nn.Module, many: Samples) -> None:
+    for source, told in (
+        (nn.Linear(3, 10), r"sources\[1\] can't lead attacks on this model: .*mat1"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), r"sources\[1\] .*differ in their outputs"),
+        (lambda x: mlp(x).detach(), r"sources\[1\] .*no path leads"),
+    ):
+        with pytest.raises(InputError, match=told):
+            sp.evaluate(sp.Model(mlp), *many, sp.Linf(0.1), "quick", sources=[sp.Model(mlp), sp.Model(source)])
+    with pytest.raises(InputError, match="list of models"):
+        sp.evaluate(sp.Model(mlp), *many, sp.Linf(0.1), sources=sp.Model(mlp))  # type: ignore[call-overload]
+    with pytest.raises(CapabilityError, match=r"sources\[0\]"):
+        sp.evaluate(sp.Model(mlp), *many, sp.Linf(0.1), sources=[sp.Model(mlp, access=sp.Access.SCORES)])
+
+
+def test_sources_lead_attacks_on_a_model_of_scores(mlp: nn.Module, many: Samples) -> None:
+    silent = sp.Model(mlp, access=sp.Access.SCORES)
+    evaluation = sp.evaluate(silent, *many, sp.Linf(0.1), "quick", sources=[sp.Model(mlp)])
+    assert evaluation.stages[0].name == "transfer-1"
+    assert len(evaluation.stages[0].broke)
+
+
 def test_masked_gradients_bring_more_attacks_and_a_diagnosis(
     mlp: nn.Module, many: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

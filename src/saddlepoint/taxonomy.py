@@ -47,7 +47,7 @@ class Status(StrEnum):
     - `ALREADY_WRONG`: untargeted goals only; the model errs on the clean input, so there was nothing to attack.
     - `FOOLED`: the goal was reached, and re-prediction by the bare model confirmed it.
     - `SURVIVED`: the goal was not reached; the best attempt is returned.
-    - `ERROR`: the model gave NaN or infinite values for this sample.
+    - `ERROR`: the model gave NaN or infinite values for this sample, as outputs (`predicted` is -2 then) or as a gradient.
     """
 
     ALREADY_WRONG = "already_wrong"

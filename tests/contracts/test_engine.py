@@ -236,6 +236,20 @@ def test_nan_touches_its_samples_only(attack: Attack, mlp: nn.Module, samples: S
     assert not result.success[bad].any()
 
 
+@pytest.mark.filterwarnings("ignore::saddlepoint.SaddlepointWarning")
+def test_nan_gradients_are_told_from_nan_outputs(mlp: nn.Module, samples: Samples) -> None:
+    def rooted(x: Tensor) -> Tensor:  # the outputs are those of the network, the gradient is 0 * infinity
+        return mlp(x) + torch.sqrt((x - x).flatten(1).abs().sum(1, keepdim=True))
+
+    x, y = samples[0], mlp(samples[0]).argmax(1)
+    result = sp.attack(sp.Model(rooted), x, y, A.BIM(steps=3), sp.Linf(0.1))
+    assert (result.status == "error").all()
+    assert torch.equal(result.predicted, y)
+    poisoned = sp.attack(sp.Model(lambda x: mlp(x) * torch.nan), x, y, A.BIM(steps=3), sp.Linf(0.1))
+    assert (poisoned.status == "error").all()
+    assert (poisoned.predicted == -2).all()
+
+
 def test_detached_model(mlp: nn.Module, samples: Samples) -> None:
     model = sp.Model(lambda x: mlp(x).detach())
     with pytest.raises(sp.ModelError, match="differentiab"):

@@ -220,7 +220,7 @@ class Judge(Evaluator):
             self._count_rows(self.slots.zero_gradients, zero, rows)
         if bool(bad.any()):
             marked = bad.nonzero()[:, 0] if rows is None else rows[bad]
-            self.slots.broken = self.slots.broken.index_fill(0, marked, True) & ~self.slots.best.success
+            self.slots.blind = self.slots.blind.index_fill(0, marked, True) & ~self.slots.best.success
             gradient = gradient.masked_fill(bad.view(-1, *([1] * (gradient.dim() - 1))), 0.0)
         return gradient
 

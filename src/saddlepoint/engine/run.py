@@ -18,7 +18,7 @@ from saddlepoint.engine.budget import Budget
 from saddlepoint.engine.judge import ChunkSize, Judge
 from saddlepoint.engine.problem import Problem
 from saddlepoint.engine.result import STATUSES, AttackResult, Queries, measure, merge
-from saddlepoint.engine.slots import Keep, Pool, Recorder, Slots, beyond_confidence, split
+from saddlepoint.engine.slots import NO_CLASS, Keep, Pool, Recorder, Slots, beyond_confidence, split
 from saddlepoint.engine.source import Source, fingerprint
 from saddlepoint.errors import InputError, SaddlepointError
 from saddlepoint.goals import UNRESOLVED, Goal, loss_named
@@ -277,11 +277,12 @@ class Run:
     def _leave(self, slots: Slots) -> AttackResult:
         best = slots.best
         if len(slots):
-            cut = ~(best.success | slots.wrong | slots.broken).cpu() & ~self._ended(slots)
+            cut = ~(best.success | slots.wrong | slots.broken | slots.blind).cpu() & ~self._ended(slots)
             self._cut += slots.k[cut].tolist()
         code = torch.full_like(slots.labels, STATUSES.index(Status.SURVIVED))
-        code[slots.broken] = STATUSES.index(Status.ERROR)
+        code[slots.broken | slots.blind] = STATUSES.index(Status.ERROR)
         code[best.success] = STATUSES.index(Status.FOOLED)
+        predicted = best.prediction.masked_fill(slots.broken & ~best.success, NO_CLASS)
         code[slots.wrong] = STATUSES.index(Status.ALREADY_WRONG)
         points = torch.where(slots.wrong.view(-1, *([1] * (best.points.dim() - 1))), slots.region.origin, best.points)
         away = slots.region.distance(points)
@@ -291,7 +292,7 @@ class Run:
         columns = {
             "adversarial": points, "codes": code.to(torch.int8), "labels": slots.labels, "targets": slots.targets,
             "clean_predicted": slots.clean_prediction,
-            "predicted": torch.where(slots.wrong, slots.clean_prediction, best.prediction),
+            "predicted": torch.where(slots.wrong, slots.clean_prediction, predicted),
             "margin": best.margin, "distance": away, "iterations": slots.k, "zero_gradients": slots.zero_gradients,
             "ids": slots.ids, "index": slots.sample, "order": slots.index,
         }  # fmt: skip

@@ -47,7 +47,8 @@ class Slots:
     clean_prediction: Tensor  # (B,), UNRESOLVED until it is known
     wrong: Tensor  # (B,) bool: untargeted, and the model errs on the clean input
     settled: Tensor  # (B,) bool: the clean input decides the sample
-    broken: Tensor  # (B,) bool: NaN or infinite values came up
+    broken: Tensor  # (B,) bool: NaN or infinite outputs came up
+    blind: Tensor  # (B,) bool: a gradient was NaN or infinite
     k: Tensor  # (B,) int64, on the CPU like the counters below
     forward: Tensor
     backward: Tensor
@@ -77,7 +78,7 @@ class Slots:
         start = Candidate(region.origin, lowest, lowest, unknown, false)
         return Slots(
             index=index, sample=sample, ids=ids, labels=labels, targets=targets, region=region, aim=aim, keys=keys,
-            state=state, best=start, clean_prediction=unknown, wrong=false, settled=false, broken=false,
+            state=state, best=start, clean_prediction=unknown, wrong=false, settled=false, broken=false, blind=false,
             k=zero, forward=zero.clone(), backward=zero.clone(), verify=zero.clone(), zero_gradients=zero.clone(),
         )  # fmt: skip
 
@@ -129,7 +130,7 @@ class Recorder:
 
     def decided(self, slots: Slots) -> Tensor:
         """Which samples need no further step, (B,) bool."""
-        done = slots.settled | slots.broken
+        done = slots.settled | slots.broken | slots.blind
         return done | slots.best.success if self.keep == "first" else done
 
     def record(self, slots: Slots, points: Tensor, logits: Tensor, owner: Tensor | None, *, trusted: bool) -> None:

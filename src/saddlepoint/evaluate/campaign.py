@@ -329,16 +329,22 @@ class Campaign:
 
     def _begin_or_resume(self, wanted: dict[str, Any]) -> None:
         versions, path = _versions(), self.path / _MANIFEST
-        if not path.exists():
-            if self.parts():
-                raise DataError(f"{self.path} has results but no {_MANIFEST}: put it back from a copy, or take another folder")
-            with self._writing(path):
-                write_file(path, json.dumps({"format": _FORMAT, **wanted, "versions": versions}, indent=1).encode())
-        known = self.manifest
+        whole, begun = {"format": _FORMAT, **wanted}, path.exists()
+        if not begun and self.parts():
+            raise DataError(f"{self.path} has results but no {_MANIFEST}: put it back from a copy, or take another folder")
+        known = self.manifest if begun else {}
         before = known.pop("versions", {})
-        if found := differences(known, {"format": _FORMAT, **wanted}):
-            lines = "".join(f"\n  {each}" for each in found)
-            raise InputError(f"{self.path} was begun with something else; take another folder, or undo what changed:{lines}")
+        if begun and (found := differences(known, whole)):
+            begun = bool(self.parts() or any((self.path / _DOCUMENTS).iterdir()))  # where nothing is kept, nothing is lost
+            if begun:
+                lines = "".join(f"\n  {each}" for each in found)
+                raise InputError(
+                    f"{self.path} was begun with something else; take another folder, delete it, or undo what changed:{lines}"
+                )
+        if not begun:
+            before = versions
+            with self._writing(path):
+                write_file(path, json.dumps({**whole, "versions": versions}, indent=1).encode())
         if other := differences(before, versions):
             warnings.warn(
                 f"{self.path} goes on with other versions, which may round differently: {'; '.join(map(str, other))}",

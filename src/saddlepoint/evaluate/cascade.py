@@ -36,6 +36,7 @@ from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.engine import Attack, AttackResult, Interrupted
 from saddlepoint.engine.problem import input_gradient
 from saddlepoint.engine.result import STATUSES, merge
+from saddlepoint.engine.slots import NO_CLASS
 from saddlepoint.errors import CapabilityError, InputError, UnknownNameError
 from saddlepoint.evaluate.campaign import Campaign, fingerprint, manifest
 from saddlepoint.evaluate.diagnose import Diagnosis, diagnose
@@ -153,6 +154,12 @@ def escalation(norm: Norm, effort: Effort) -> tuple[Plan, ...]:
     )
 
 
+def groping(norm: Norm, effort: Effort) -> tuple[Plan, ...]:
+    """What is added for samples without gradients."""
+    found, why = plans(norm, effort, gradients=False), "gradients are NaN or infinite: scores alone"
+    return tuple(replace(plan, name=f"{plan.name}-blind", why=why) for plan in found)
+
+
 def borrowing(model: Classifier, sources: Sequence[Classifier], norm: Norm) -> tuple[Plan, ...]:
     """What is added where gradients mislead and other models are at hand."""
     attack, why = _follow(norm), "signs of masking: gradients of another model"
@@ -211,12 +218,13 @@ class _Cascade:
         self.adversarial = self.x.clone()
         self.margin = torch.full((count,), -math.inf, dtype=torch.float64)
         self.looked = torch.zeros(count, dtype=torch.bool)
+        self.blind = torch.zeros(count, dtype=torch.bool)  # a gradient was NaN or infinite
 
     def run(self, plans: Sequence[Plan]) -> None:
         """These stages: first those for all samples that stand, then the ladders."""
         for plan in plans:
             if plan.share is None:  # the first one of all also tells which samples are wrong
-                self._stage(plan, self.threat, self.broken_by == STANDS)
+                self._stage(plan, self.threat, self._open(plan))
         nobody = torch.zeros(len(self.y), dtype=torch.bool)
         ladders = [
             _Ladder(plan, max(_FEWEST, math.ceil(plan.share * len(self.y))), nobody) for plan in plans if plan.share is not None
@@ -226,15 +234,24 @@ class _Cascade:
         while open_ := [ladder for ladder in ladders if ladder.size]:
             self._rung(max(open_, key=lambda ladder: ladder.rate))
 
+    def search(self, plan: Plan) -> None:
+        """A stage for the samples that stand and have no gradients."""
+        self._stage(plan, self.threat, self._open(plan) & self.blind)
+
     def _rung(self, ladder: _Ladder) -> None:
         """The next samples by margin; how many come after them."""
-        left = ((self.broken_by == STANDS) & ~ladder.tried).nonzero()[:, 0]
+        left = (self._open(ladder.plan) & ~ladder.tried).nonzero()[:, 0]
         rows = left[self.margin[left].argsort(descending=True, stable=True)][: ladder.size]
         chosen = torch.zeros_like(ladder.tried).index_fill(0, rows, True)
         ladder.tried = ladder.tried | chosen
         broke, passes = self._stage(ladder.plan, self.threat, chosen)
         ladder.rate = broke / max(passes, 1)
         ladder.size = min(2 * ladder.size, max(_FEWEST, int(_PRICE * ladder.rate * ladder.size))) if broke else 0
+
+    def _open(self, plan: Plan) -> Tensor:
+        """Which samples stand, (N,) bool; for attacks by the model's own gradients only those that have some."""
+        led = plan.model is None and plan.attack.declaration.access >= Access.GRADIENTS
+        return (self.broken_by == STANDS) & ~(self.blind & led)
 
     def measure(self) -> None:
         """The smallest perturbation of each sample that the model gets right, which answers for every size."""
@@ -304,12 +321,14 @@ class _Cascade:
             self.clean_predicted[rows] = result.clean_predicted
             self.broken_by[rows[result.having(Status.ALREADY_WRONG)]] = WRONG
         stood = self.broken_by[rows] == STANDS
-        fooled, failed = stood & result.having(Status.FOOLED), stood & result.having(Status.ERROR)
+        fooled, error = stood & result.having(Status.FOOLED), stood & result.having(Status.ERROR)
+        failed = error & (result.predicted == NO_CLASS)
         clearer = fooled | (stood & (result.margin.double() > self.margin[rows]))
         self.margin[rows[clearer]] = result.margin[clearer].double()
         self.adversarial[rows[clearer]] = result.adversarial[clearer]
         self.broken_by[rows[fooled]] = number
         self.broken_by[rows[failed]] = FAILED
+        self.blind[rows[error & ~failed]] = True
 
     def no_gradients(self) -> str:
         """Why the model can't be differentiated; empty if it can."""
@@ -323,7 +342,10 @@ class _Cascade:
         found, count = [], max(len(self.y), 1)
         if not self.threat.largest_eps > 0:  # no way that could mislead
             return []
-        of_logits = [stage.result for stage in self.stages.values() if not _saturates(stage.result.config["attack"])]
+        if blind := int(self.blind.sum()):
+            found.append(f"gradients were NaN or infinite for {blind} samples")
+        led = [stage.result for stage in self.stages.values() if stage.result.config["access"] == Access.GRADIENTS.name.lower()]
+        of_logits = [result for result in led if not _saturates(result.config["attack"])]
         steps = sum(int(result.iterations.sum()) for result in of_logits)
         vanished = sum(int(result.zero_gradients.sum()) for result in of_logits) / max(steps, 1)
         if vanished > _VANISHED:
@@ -379,7 +401,7 @@ class _Cascade:
 
     def evaluation(self, complete: bool) -> Evaluation:
         for stage in self.stages.values():
-            if count := int(stage.result.having(Status.ERROR).sum()):
+            if count := int((stage.result.having(Status.ERROR) & (stage.result.predicted == NO_CLASS)).sum()):
                 self.notes.append(f"{stage.name}: the model gave NaN or infinite values for {count} samples")
         return Evaluation(
             self.x, self.y, self.threat, self.clean_predicted, tuple(self.stages.values()), self.broken_by, self.adversarial,
@@ -503,8 +525,10 @@ def evaluate(
         raise InputError(f"y must have shape ({len(x)},), one class per input; its shape is {tuple(y.shape)}")
     model.check_inputs(x)
     x, y = x.detach().cpu(), y.detach().cpu()
-    campaign = Campaign(campaign) if isinstance(campaign, str | Path) else campaign
     before = model.queries.forward
+    for number, source in enumerate(sources):
+        _check_source(model, source, x[:1], f"sources[{number}]")
+    campaign = Campaign(campaign) if isinstance(campaign, str | Path) else campaign
     if campaign is not None:
         todo = [*plans(threat.norm, effort, gradients=model.access >= Access.GRADIENTS)]
         todo += [*finishing(threat.norm, effort), *escalation(threat.norm, effort)]
@@ -531,6 +555,8 @@ def evaluate(
 
 
 def _check(model: Classifier, threat: Threat | Sequence[Threat], effort: str, sources: Sequence[Classifier]) -> None:
+    if not isinstance(sources, Sequence):
+        raise InputError(f"sources must be a list of models; got {type(sources).__name__}")
     for one in (model, *sources):
         if not isinstance(one, Classifier):
             raise InputError(f"model must be a Saddlepoint model: sp.Model(net, ...); got {type(one).__name__}")
@@ -545,6 +571,15 @@ def _check(model: Classifier, threat: Threat | Sequence[Threat], effort: str, so
         raise UnknownNameError("effort", str(effort), get_args(Effort))
     if model.access < Access.SCORES:
         raise CapabilityError("evaluate needs gradients or scores; this model exposes labels only")
+
+
+def _check_source(model: Classifier, source: Classifier, x: Tensor, name: str) -> None:
+    """Here, and not after hours when it is needed."""
+    source.require(Access.GRADIENTS, name)
+    borrowed = Borrowed(model, source)
+    if len(x) and (why := no_gradients(borrowed, x)):
+        raise InputError(f"{name} can't lead attacks on this model: {why}")
+    model.queries.forward += borrowed.queries.forward
 
 
 def _check_outputs(campaign: Campaign, model: Classifier, x: Tensor, probe: Probe) -> None:
@@ -576,6 +611,7 @@ def _through(run: _Cascade, effort: Effort, sources: Sequence[Classifier], curve
             )
             if effort != "quick":
                 run.diagnose(sources)
+        if not gradients:
             run.run(borrowing(model, sources, norm))
         run.run(plans(norm, effort, gradients=gradients))
         if gradients:
@@ -589,6 +625,8 @@ def _through(run: _Cascade, effort: Effort, sources: Sequence[Classifier], curve
                 if effort != "quick":
                     run.diagnose(sources)
                 run.run([*borrowing(model, sources, norm), *escalation(norm, effort)])
+                for plan in groping(norm, effort):
+                    run.search(plan)
         if curve:
             run.measure()
     except KeyboardInterrupt:

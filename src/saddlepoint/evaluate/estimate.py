@@ -53,7 +53,8 @@ class Estimate:
     memory: bytes that a step of a batch takes at its peak, on top of what was there before. On CUDA what PyTorch allocates, on
     other devices what autograd keeps for the backward pass; None where there is none. batch: samples under attack at once.
 
-    Apart are `diagnose`, the confirmation of successes, and the probe of the model.
+    Apart are `diagnose`, the confirmation of successes, the probe of the model, and the search by scores for samples whose
+    gradients are NaN or infinite.
     """
 
     samples: int
