@@ -140,14 +140,16 @@ def test_samples_keep_their_own_sizes(mlp: nn.Module, few: Samples) -> None:
 def test_words_and_figures(mlp: nn.Module, samples: Samples) -> None:
     expected = sp.estimate(sp.Model(mlp), samples[0], sp.Linf(0.1), batch_size=7)
     assert expected.batch == 7
+    assert expected.kept >= 2 * samples[0].nbytes  # the evaluation's own, and the first stage's
     text = expected.summary()
     assert text.startswith("Estimate for 24 samples\n")
     assert f"1 to {expected.most:,} (forward and backward" in text
     assert "KiB at its peak, for a batch of 7" in text
     assert expected.to_dict() == asdict(expected) | {"seconds": list(expected.seconds)}
-    much = sp.Estimate(10**6, 1, 5000, (30.0, 3 * 86400.0), 3 * 2**30, 1024).summary()
+    much = sp.Estimate(10**6, 1, 5000, (30.0, 3 * 86400.0), 3 * 2**30, 5 * 2**40, 1024).summary()
     assert "30 s to 3.0 days" in much
     assert "3.0 GiB" in much
+    assert "kept: 5120.0 GiB" in much
 
 
 def test_no_samples(mlp: nn.Module) -> None:

@@ -121,7 +121,7 @@ def test_start(case: Case, mlp: nn.Module, samples: Samples) -> None:
     clean, asked = mlp(x).argmax(1), torch.cat(recording.points)
     begin = case.threat.around(x, (0, 1)).project(start)
     for row in ((clean == y) | torch.tensor(not case.attack.declaration.untargeted)).nonzero()[:, 0]:
-        assert bool((asked == begin[row]).flatten(1).all(1).any())
+        assert bool((asked == begin[row]).flatten(1).all(1).any()), f"sample {row}: the model was not asked about its start"
     halves = [run(case, model, x[part], y[part], start=start[part], ids=part) for part in torch.arange(10).split(5)]
     torch.testing.assert_close(torch.cat([half.adversarial for half in halves]), result.adversarial, rtol=0, atol=1e-5)
     for bad, told in ((start[:3], "like x"), (start.double(), "float64"), (start / 0, "NaN or infinite"), (3, "int")):

@@ -114,7 +114,8 @@ class Cascade:
             self.write(folder)
         console.print(found.summary(), markup=False)
         after = "it was complete before: these figures were read from it, and nothing was attacked"
-        more = after if known else "sp.Campaign; the same command goes on where it stopped"
+        stopped = "interrupted: the same command goes on where it stopped"
+        more = after if known else "sp.Campaign" if found.complete else stopped
         console.print(f"campaign: [bold]{escape(str(folder))}[/]   ({more})", soft_wrap=True)
         return found
 

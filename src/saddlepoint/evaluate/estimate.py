@@ -51,7 +51,9 @@ class Estimate:
     seconds: (least, most) for all samples, from the time of a pass and of each attack's own arithmetic in a full batch; the
     smaller batches of later stages are less efficient, which shows with small networks.
     memory: bytes that a step of a batch takes at its peak, on top of what was there before. On CUDA what PyTorch allocates, on
-    other devices what autograd keeps for the backward pass; None where there is none. batch: samples under attack at once.
+    other devices what autograd keeps for the backward pass; None where there is none. kept: bytes of the inputs that the
+    evaluation holds to its end, its own and those of the stages; Python and PyTorch may hold more. batch: samples under attack
+    at once.
 
     Apart are `diagnose`, the confirmation of successes, the probe of the model, and the search by scores for samples whose
     gradients are NaN or infinite.
@@ -62,6 +64,7 @@ class Estimate:
     most: int
     seconds: tuple[float, float]
     memory: int | None
+    kept: int
     batch: int
 
     def summary(self) -> str:
@@ -72,7 +75,7 @@ class Estimate:
             f"Estimate for {self.samples} samples\n"
             f"  passes a sample  {passes}\n"
             f"  time             {_time(self.seconds[0])} to {_time(self.seconds[1])} at the speed that was measured\n"
-            f"  memory           {memory}, for a batch of {self.batch}"
+            f"  memory           {memory}, for a batch of {self.batch}; inputs that are kept: {_bytes(self.kept)}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,7 +111,7 @@ def estimate(
     model.check_inputs(x)
     x = x.detach()
     if not len(x):
-        return Estimate(0, 0, 0, (0.0, 0.0), None, 0)
+        return Estimate(0, 0, 0, (0.0, 0.0), None, 0, 0)
     probe = model.probe(x)
     gradients = model.access >= Access.GRADIENTS and not no_gradients(model, x[:1])
     todo = [*plans(threat.norm, effort, gradients=gradients), *borrowing(model, sources, threat.norm)]
@@ -137,7 +140,8 @@ def estimate(
     most_seconds = forward * forward_seconds + backward * backward_seconds + beside
     known = memory if gradients or model.device.type == "cuda" else None
     seconds = (len(x) * least * forward_seconds, len(x) * most_seconds)
-    return Estimate(len(x), least, forward + backward, seconds, known, batch)
+    kept = x.nbytes * (1 + sum(1 if plan.share is None else plan.share for plan in todo) + curve)
+    return Estimate(len(x), least, forward + backward, seconds, known, round(kept), batch)
 
 
 class _Idle(nn.Module):
