@@ -457,6 +457,7 @@ def test_ctrl_c_keeps_what_is_finished(mlp: nn.Module, many: Samples, monkeypatc
     monkeypatch.setattr(cascade, "run_attack", stops)
     evaluation = sp.evaluate(sp.Model(mlp), *many, sp.Linf(0.05))
     assert not evaluation.complete
+    assert "interrupted" in evaluation.summary()
     assert len(evaluation.stages[1].rows) == 10
     assert evaluation.to_dict()["complete"] is False
 

@@ -6,6 +6,7 @@ import html
 import json
 import os
 import re
+import shlex
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import saddlepoint as sp
 from saddlepoint import report
+from saddlepoint.cli import main
 from saddlepoint.errors import DataError, InputError
 from saddlepoint.evaluate import Comparison, compare
 from saddlepoint.report import folder as report_folder
@@ -360,3 +362,15 @@ def test_words() -> None:
     pgd = sp.attacks.PGD
     labels = words.attack_labels([pgd(steps=3), pgd(steps=5), sp.attacks.FGSM(), sp.attacks.Restarts(pgd(), 2)])
     assert list(labels.values()) == ["PGD steps=3", "PGD steps=5", "FGSM", "Restarts(PGD)"]
+
+
+@pytest.mark.parametrize("cascade", [True, False])
+def test_the_command_line_is_in_the_report(cascade: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a net.py").write_text("import torch\nnet = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n")
+    words = ["evaluate", "--model", "a net.py:net", "--eps", "0.01", "--samples", "6", "--out", "out"]
+    words += ["--effort", "quick"] if cascade else ["--attack", "fgsm"]
+    assert main(words) == 0
+    command = json.loads(Path("out/results.json").read_text())["command"]
+    assert shlex.split(command) == ["saddlepoint", *words]
+    assert f"<pre>{html.escape(command)}</pre>".replace("&#x27;", "&#39;") in Path("out/report.html").read_text()

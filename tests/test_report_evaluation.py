@@ -8,23 +8,25 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from matplotlib.colors import to_rgba
 from test_report import HOSTILE, Tags, assert_needs_nothing, samples, threshold
 from torch import Tensor, nn
 
 import saddlepoint as sp
 from saddlepoint import report
 from saddlepoint.errors import DataError, InputError
-from saddlepoint.evaluate import Diagnosis, Evaluation, Finding, WorstCase
-from saddlepoint.evaluate.evaluation import FAILED, STANDS, WRONG, binomial_limits
+from saddlepoint.evaluate import Diagnosis, Effort, Evaluation, Finding, WorstCase
+from saddlepoint.evaluate.cascade import borrowing, escalation
+from saddlepoint.evaluate.evaluation import FAILED, SIGNS, STANDS, WRONG, binomial_limits
 from saddlepoint.report import evaluations as module
 from saddlepoint.report import figures
 from saddlepoint.report import folder as report_folder
 from saddlepoint.report.words import distinct, percent, visible
-from saddlepoint.taxonomy import Access
+from saddlepoint.taxonomy import Access, Norm
 
 SETTINGS: dict[str, Any] = {"title": "A try", "data_name": "made up", "config": {"eps": [0.1]}, "seed": 3}
 DIGITS = 60
@@ -103,7 +105,13 @@ def test_it_says_what_was_measured(found: Evaluation, tmp_path: Path) -> None:
     assert f"net linf eps 0.05 100.0% 75.0% nothing {percent(high)} no sign of masking" in text
     spent = sum(int(stage.result.queries.total.sum()) for stage in found.stages)
     assert sum(stage["passes"] for stage in figures_of["stages"]) == spent
-    assert figures_of["totals"]["forward"] + figures_of["totals"]["backward"] == int(found.queries.total.sum())
+    total = int(found.queries.total.sum())
+    assert figures_of["totals"]["forward"] + figures_of["totals"]["backward"] == total
+    looked = int(found.looked.sum())
+    assert looked > 0
+    assert figures_of["totals"]["looked"] == total - spent == 2 * looked
+    assert f"look at gradients for signs of masking; no attack {looked} – 2 {2 * looked} " in text
+    assert f"all together 4 {total:,}" in text
     for number, stage in enumerate(figures_of["stages"], 1):
         assert f"{number} {stage['name']}" in text
         assert stage["why"] in text
@@ -195,6 +203,7 @@ def test_the_diagnosis_in_words(found: Evaluation, tmp_path: Path) -> None:
     text = words(tags)
     assert "Signs of masked gradients were found" in document["verdict"]
     assert "piecewise-constant. What piecewise-constant says.What follows: What to do next." in text
+    assert text.count(f"What follows: {masked.advice}") == 1
     assert "1 check found nothing one-step: what one-step says" in text
     assert "1 check could not be made randomness: not measured: reasons" in text
     assert "Half of the gradients vanished." in text
@@ -202,6 +211,11 @@ def test_the_diagnosis_in_words(found: Evaluation, tmp_path: Path) -> None:
     assert document["evaluations"][0]["totals"]["diagnosis"] == 15 * 16
     tags, document = written([("net", masked), ("other", found)], tmp_path)
     assert "found in `net` within linf eps 0.05: the truth may be far lower" in document["verdict"]
+    checked = replace(masked, diagnosis=Diagnosis(FINDINGS[1:], 16, 15, 10.0, 5.0, 1.5))
+    _, document = written([("net", checked), ("other", found)], tmp_path)
+    assert document["verdict"].endswith(module._TRUST["checked"])
+    _, document = written([("net", found), ("other", found)], tmp_path)
+    assert document["verdict"].endswith(module._TRUST["quiet"])
 
 
 @pytest.mark.parametrize(
@@ -257,21 +271,28 @@ def test_extremes_can_be_written(code: int, found: Evaluation, tmp_path: Path) -
 
 
 def test_the_course_in_words(found: Evaluation) -> None:
-    def course(broken_by: Tensor, heavy: Sequence[int]) -> str:
-        stages = tuple(replace(found.stages[0], name=f"s{n}", heavy=n in heavy) for n in range(4))
+    def course(broken_by: Tensor, heavy: Sequence[int], reached: int = 16) -> str:
+        whole = found.stages[0]
+        part = replace(whole, rows=whole.rows[:reached], result=whole.result.select(torch.arange(reached)))
+        stages = tuple(replace(part if n in heavy else whole, name=f"s{n}", heavy=n in heavy) for n in range(4))
         changed = replace(found, stages=stages, broken_by=broken_by)
         return " ".join(module._course(module._Entry("m", changed, Access.GRADIENTS)))
 
     fell = torch.tensor([0, 0, 0, 1, *[STANDS] * 12])
     assert course(fell, (2, 3)) == (
         "The stages meant for all samples broke all 4 samples that fell, for 50.0% of the passes; the heavy ones none, for "
-        "50.0%. The last stage to break anything was s1 (number 2 of 4), with 1. What came after it found nothing more, for "
-        "50.0% of the passes."
+        "50.0%. The furthest down to break anything is s1 (number 2 of 4), with 1. Those below it broke nothing, for 50.0% of "
+        "the passes. Each heavy stage was tried on all 12 that stand."
     )
+    assert "Each heavy stage was tried on 4 of the 12 that stand." in course(fell, (2, 3), 8)
     fell[4:6] = 3
     assert course(fell, (2, 3)).startswith("The stages meant for all samples broke 4 of the 6 samples that fell, for 50.0%")
     assert "s3 (number 4 of 4), with 2. So the search had not run dry" in course(fell, ())
-    assert course(torch.full((16,), STANDS), (2, 3)) == "No attack broke anything."
+    assert "run dry" in course(fell, (2, 3))
+    assert "run dry" not in course(fell, (2, 3), 8), "a ladder ends with a rung that breaks nothing"
+    stand = torch.full((16,), STANDS)
+    assert course(stand, ()) == "No attack broke anything."
+    assert course(stand, (2, 3), 8).startswith("No attack broke anything. Each heavy stage was tried on 8 of the 16")
     assert course(torch.full((16,), WRONG), ()) == ""
 
 
@@ -404,6 +425,102 @@ def test_schema_is_documented(digit: Evaluation, mlp: nn.Module, tmp_path: Path)
         for key in keys:
             assert re.search(rf"\b{key}\b", documented), key
     assert document["schema"] == 1
+
+
+def test_each_advice_is_given_once(found: Evaluation, tmp_path: Path) -> None:
+    findings = (
+        finding("one", True, next="so many fell: run `evaluate`"),
+        finding("two", True, next="take another loss"),
+        finding("three", True, next="so many fell: run `evaluate`"),
+        finding("four", True, next="run `evaluate`"),
+        finding("five", True, next="so many fell: mend the derivative"),
+    )
+    doubtful = replace(found, diagnosis=Diagnosis(findings, 16, 15, 1.0, 1.0, 1.0))
+    tags, document = written([("net", doubtful)], tmp_path)
+    text = words(tags)
+    assert "four. What four says.What follows: So many fell: run evaluate. two. What" in text
+    assert text.count("run evaluate") == text.count("o many fell") == 1
+    assert "What follows: Mend the derivative." in text
+    assert "`" not in tags.text
+    assert [each["next"] for each in document["evaluations"][0]["diagnosis"]["findings"]] == [each.next for each in findings]
+
+
+def test_what_follows_from_doubts(found: Evaluation) -> None:
+    def advice(findings: tuple[Finding, ...] = (), **change: Any) -> str:
+        diagnosis = Diagnosis(findings, 16, 15, 1.0, 1.0, 1.0) if findings else None
+        changed = replace(found, **({"notes": ("odd",), "diagnosis": diagnosis} | change))
+        assert changed.summary().endswith(f"What follows: {changed.advice}")
+        return changed.advice
+
+    assert found.advice == ""
+    assert "What follows" not in found.summary()
+    assert "No diagnosis was made" in advice()
+    assert "do as the diagnosis advises" in advice(FINDINGS)
+    assert "look closer; the diagnosis of 16 samples found no masked gradients" in advice(FINDINGS[1:])
+    more = (*found.stages, replace(found.stages[0], name="more", why="signs of masking: more"))
+    late = torch.where(found.broken_by >= 0, len(found.stages), found.broken_by)
+    assert "try 1 more attack, which broke nothing;" in advice(FINDINGS[1:], stages=more)
+    assert "try 2 more attacks, which broke 4;" in advice(FINDINGS[1:], stages=(*more, more[-1]), broken_by=late)
+    everywhere = tuple(replace(found.stages[0], heavy=True) for _ in found.stages)
+    assert "thorough" in advice(FINDINGS[1:])
+    assert "thorough" not in advice(FINDINGS[1:], stages=everywhere), "nothing is left to be attacked"
+    assert advice(broken_by=0 * found.broken_by) == "Nothing stands, so the figure can't be too high."
+
+
+@pytest.mark.parametrize("effort", get_args(Effort))
+@pytest.mark.parametrize("norm", [Norm.LINF, Norm.L2, Norm.L1])
+def test_signs_of_masking_are_known_by_their_words(norm: Norm, effort: Effort) -> None:
+    added = [*escalation(norm, effort), *borrowing(model(), [model()], norm)]
+    assert len(added) > 1
+    assert all(plan.why.startswith(SIGNS) for plan in added)
+
+
+def test_the_summary_says_what_was_tried(digit: Evaluation) -> None:
+    lines = digit.summary().splitlines()
+    heavy = [int(digit.stands[stage.rows].sum()) for stage in digit.stages if stage.heavy]
+    standing = int(digit.stands.sum())
+    assert 0 < min(heavy) < standing
+    assert f"  heavy attacks    each tried on {digit.reached}" in lines
+
+    def reached(*counts: int) -> str:
+        whole = digit.stands.nonzero()[:, 0]
+        stages = tuple(replace(digit.stages[0], rows=whole[:count], heavy=True) for count in counts)
+        return replace(digit, stages=(digit.stages[0], *stages)).reached
+
+    assert reached(3, 5, 4) == f"3 to 5 of the {standing} that stand"
+    assert reached(3, 3) == f"3 of the {standing} that stand"
+    assert reached(standing) == f"all {standing} that stand"
+    assert reached() == replace(digit, broken_by=0 * digit.broken_by).reached == ""
+    (look,) = [line for line in lines if "look at gradients" in line]
+    spent = sum(int(stage.result.queries.total.sum()) for stage in digit.stages)
+    assert int(look.split()[3]) * float(look.split()[-1]) == int(digit.queries.total.sum()) - spent > 0
+    (curve,) = [line for line in lines if "curve: at most" in line]
+    for eps, share in digit.curve([0.025, 0.1]):
+        assert f"{share:.2%} at {eps:g}" in curve
+    assert any("nearest: the smallest perturbations" in line for line in lines)
+    assert "at most" not in replace(digit, nearest=None).summary().split("passes a sample")[1]
+
+
+def test_the_full_green_is_for_proofs(digit: Evaluation) -> None:
+    entry = module._Entry("m", digit, Access.GRADIENTS)
+    drawn = (
+        figures.cascade(entry.steps, int(digit.right.sum()), 0),
+        figures.classes(entry.classes, digit.robust_accuracy),
+        figures.intervals([("m", digit)]),
+    )
+    proven = to_rgba(figures.SERIES[2])
+    for figure in drawn:
+        bars = [bar for axes in figure.axes for bar in axes.patches if bar.get_width() > 0]
+        assert len(bars) > 2
+        assert proven not in [bar.get_facecolor() for bar in bars]
+    certified = figures.intervals([("m", replace(digit, certified=digit.stands))])
+    assert proven in [bar.get_facecolor() for bar in certified.axes[0].patches if bar.get_width() > 0]
+
+
+def test_the_keys_of_the_dictionary_are_documented(digit: Evaluation) -> None:
+    document, documented = digit.to_dict(), Evaluation.to_dict.__doc__ or ""
+    for key in (*document, *document["stages"][0], *document["interval"], *document["passes"]):
+        assert re.search(rf"\b{key}\b", documented), key
 
 
 def test_hostile_names(found: Evaluation, tmp_path: Path) -> None:

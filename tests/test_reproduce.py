@@ -462,7 +462,7 @@ def mnist() -> Context:
 # what docs/reproductions.md says isn't reached
 _MISSED = {
     "R13": pytest.mark.xfail(strict=True, reason="FGSM accuracy is below clean accuracy"),
-    "R34": pytest.mark.xfail(reason="APGD-T alone breaks one sample more than AutoAttack; seen in parts, not in a whole run"),
+    "R34": pytest.mark.xfail(reason="APGD-T alone breaks one sample more than AutoAttack"),
 }
 
 

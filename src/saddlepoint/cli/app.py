@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import traceback
 import warnings
 from dataclasses import asdict
@@ -181,7 +182,7 @@ def evaluate(
             return write_evaluations(
                 evaluations, models, out, title=f"Robustness of {', '.join(models)}", data_name=found.name, seed=seed,
                 data_fingerprint=found.fingerprint(), class_names=found.class_names, config=configuration.ran(context),
-                command=f"saddlepoint {context.info_name}", groups=metadata,
+                command=context.obj, groups=metadata,
             )  # fmt: skip
 
         cascade = Cascade(
@@ -450,7 +451,7 @@ def _report(
 
     report = write(
         result, out, title=title, data_name=found.name, data_fingerprint=found.fingerprint(), class_names=found.class_names,
-        config=configuration.ran(context), histories=histories or {}, command=f"saddlepoint {context.info_name}", seed=seed,
+        config=configuration.ran(context), histories=histories or {}, command=context.obj, seed=seed,
     )  # fmt: skip
     configuration.write(context, out)
     _show(result)
@@ -491,7 +492,8 @@ def run(arguments: list[str]) -> int:
     # what is noticed about a model is in every result's notes, which the commands print
     warnings.simplefilter("ignore", SaddlepointWarning)
     try:
-        app([a for a in arguments if a != "--debug"], prog_name="saddlepoint")
+        # the context's object is the command line, for the reports
+        app([a for a in arguments if a != "--debug"], prog_name="saddlepoint", obj=shlex.join(["saddlepoint", *arguments]))
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:

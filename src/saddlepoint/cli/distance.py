@@ -91,7 +91,7 @@ def distance(
     report = write_distances(
         measured, models, out, title=f"{norm.value} distance to the boundary: {', '.join(measured)}", data_name=found.name,
         data_fingerprint=found.fingerprint(), class_names=found.class_names, config=configuration.ran(context),
-        command=f"saddlepoint {context.info_name}", seed=seed,
+        command=context.obj, seed=seed,
     )  # fmt: skip
     configuration.write(context, out)
     _show(measured)

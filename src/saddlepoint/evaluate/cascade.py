@@ -59,7 +59,6 @@ _LOOKED = 100  # samples whose gradients at the input are looked at
 _MISLED, _VANISHED, _LATE = 0.2, 0.05, 0.01
 _FEW = 4  # so many at least
 _HARDLY = 0.01  # of the samples at most, to be tried once more
-_CLOSER = PGD(steps=20, loss="margin", schedule="cosine")
 _TOGETHER = 32  # of these in the model, unless the caller says how many
 _DIAGNOSED = 40  # samples at least, and every twentieth
 _DRAWS = 10  # to average over where the model is random
@@ -72,7 +71,7 @@ class Plan:
     """A stage to come.
 
     share: None for all that stand; for heavy attacks the share of all samples of a ladder's first rung, 1 for all that stand at
-    once. seeded: begins at the best point that is known, the first time. model: to be attacked in place of the one that is
+    once. seeded: begins at the best point that is known. model: to be attacked in place of the one that is
     evaluated; it predicts the same, with other gradients.
     """
 
@@ -101,10 +100,11 @@ def plans(norm: Norm, effort: Effort, *, gradients: bool = True) -> tuple[Plan, 
             Plan("minimal-400", "more walks for those that came closest", minimal(norm, 400), _share(effort, 0.1)),
             Plan("minimal-1000", "more walks for those that came closest", minimal(norm, 1000), _share(effort, 0.05)),
         )[: 1 if effort == "quick" else 3]
+    closer = PGD(steps=20, loss="margin", schedule="cosine")
     base = (
         Plan("sprint", "the cheapest that breaks most", Sprint(steps=10)),
         Plan("apgd", "another loss, and steps that adapt", APGD(steps=20)),
-        Plan("closer", "on from the best point", _CLOSER, _share(effort, 0.05), seeded=True),
+        Plan("closer", "on from the best point", closer, _share(effort, 0.05), seeded=True),
         Plan("apgd-long", "more steps", APGD(steps=100), _share(effort, 0.03)),
     )
     if effort == "quick":

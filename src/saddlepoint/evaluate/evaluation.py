@@ -14,13 +14,15 @@ from torch import Tensor
 from saddlepoint.engine import AttackResult, Queries
 from saddlepoint.errors import InputError
 from saddlepoint.taxonomy import Status
-from saddlepoint.threats import Threat
+from saddlepoint.threats import Threat, size
 
 if TYPE_CHECKING:
     from saddlepoint.evaluate.diagnose import Diagnosis
 
 STANDS, WRONG, FAILED = -1, -2, -3  # in `Evaluation.broken_by`, beside the numbers of stages
+SIGNS = "signs of masking"  # with which a stage's reason begins
 CONFIDENCE = 0.95
+_SIZES = (0.25, 0.5, 0.75, 1, 1.5, 2)  # of the curve in the summary, as parts of the size that was evaluated
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,10 @@ class Evaluation:
 
     @property
     def cumulative(self) -> list[tuple[str, float]]:
-        """Robust accuracy after each stage, by its name, from the clean accuracy on."""
+        """(stage, share of samples left), counted down the list of stages from the clean accuracy to the robust one.
+
+        Heavy stages take turns, so this is no course in time.
+        """
         standing = int(self.right.sum())
         points = [("clean", self.clean_accuracy)]
         for stage, gone in zip(self.stages, self._fell, strict=True):
@@ -159,6 +164,47 @@ class Evaluation:
     def _fell(self) -> list[int]:
         """How many samples each stage was the first to break."""
         return [int((self.broken_by == number).sum()) for number in range(len(self.stages))]
+
+    @property
+    def _tried(self) -> list[int]:
+        """How many of the samples that stand each heavy stage has attacked."""
+        return [int(self.stands[stage.rows].sum()) for stage in self.stages if stage.heavy]
+
+    @property
+    def reached(self) -> str:
+        """On how many of the samples that stand the heavy attacks were tried, in words; empty where there is none of either."""
+        standing, tried = int(self.stands.sum()), self._tried
+        if not standing or not tried:
+            return ""
+        least, most = min(tried), max(tried)
+        if least == standing:
+            return f"all {standing} that stand"
+        return (f"{least} to {most}" if least < most else f"{most}") + f" of the {standing} that stand"
+
+    @property
+    def advice(self) -> str:
+        """What follows from the notes and the diagnosis, and what to try; empty where there is neither."""
+        looked, standing = self.diagnosis, int(self.stands.sum())
+        if not self.notes and looked is None:
+            return ""
+        if not standing:
+            return "Nothing stands, so the figure can't be too high."
+        thorough = 'effort "thorough" and ' if min(self._tried, default=0) < standing else ""
+        more = f"try {thorough}other models as sources"
+        if looked is None:
+            return f"No diagnosis was made. If a note doubts the gradients, the figure may be too high: {more}, or sp.diagnose."
+        if looked.masked:
+            return "The gradients mislead, and the figure may be far too high: do as the diagnosis advises, and evaluate again."
+        added = [fell for stage, fell in zip(self.stages, self._fell, strict=True) if stage.why.startswith(SIGNS)]
+        closer = (
+            f"try {len(added)} more attack{'s' * (len(added) > 1)}, which broke {sum(added) or 'nothing'}"
+            if added
+            else "look closer"
+        )
+        return (
+            f"Signs of masking made the run {closer}; the diagnosis of {looked.samples} samples found no masked gradients. "
+            f"That is no proof, and the figure may still be too high: {more}."
+        )
 
     @property
     def alone(self) -> dict[str, Tensor]:
@@ -245,16 +291,35 @@ class Evaluation:
             f"  robust accuracy  {self.robust_accuracy:.2%} at most; {between.high:.2%} for all such inputs (97.5 % sure)",
             f"  proven           {proven}",
             f"  passes a sample  {float(self.queries.total.sum()) / each:.1f}, {self.seconds:.1f} s",
-            "  stage                attacked  broke  passes each  robust accuracy after it",
+            *([f"  heavy attacks    each tried on {self.reached}"] if self.reached else []),
+            "  stage                attacked  broke  passes each  left, counted down to here",
         ]
         for stage, fell, (_, after) in zip(self.stages, self._fell, self.cumulative[1:], strict=True):
             passes = float(stage.result.queries.total.double().mean()) if len(stage.rows) else 0.0
             lines.append(f"  {stage.name:<20} {len(stage.rows):>8}  {fell:>5}  {passes:>11.1f}  {after:.2%}")
+        if bool(self.looked.any()):
+            lines.append(f"  {'look at gradients':<20} {int(self.looked.sum()):>8}  {'-':>5}  {2.0:>11.1f}")
+        if self.nearest is not None and any(stage.name == "nearest" for stage in self.stages):
+            lines.append("  nearest: the smallest perturbations, for the curve, also of samples that others broke")
+        if self.nearest is not None and not isinstance(self.threat.eps, tuple):
+            points = self.curve([part * self.threat.largest_eps for part in _SIZES])
+            lines.append("  curve: at most " + ", ".join(f"{share:.2%} at {size(eps)}" for eps, share in points))
         lines += [f"  ! {note}" for note in self.notes]
-        return "\n".join(lines) + ("\n" + self.diagnosis.summary() if self.diagnosis is not None else "")
+        lines += [] if self.complete else ["  ! interrupted: later attacks are missing"]
+        lines += [self.diagnosis.summary()] if self.diagnosis is not None else []
+        return "\n".join(lines + ([f"  What follows: {self.advice}"] if self.advice else []))
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures, ready for JSON."""
+        """The figures, ready for JSON. Shares are between 0 and 1.
+
+        samples, clean_accuracy, robust_accuracy, per_class ({class: [samples, clean, robust accuracy]}); threat: its settings;
+        interval: {certified, attacked, low, high}, see `Interval`; passes: {forward, backward} of a sample, on average;
+        seconds, complete, notes: as the attributes; curve: [[eps, robust accuracy], ...] or None; diagnosis:
+        `Diagnosis.to_dict()` or None; stages: a list of {name, why, heavy, attacked, broke, fell, alone, after, passes,
+        seconds}, where attacked and broke count samples, fell those that it was the first to break, alone such that others had
+        tried in vain and no other broke; after is the share left, counted down the list (see `cumulative`), passes those of all
+        samples.
+        """
         between, queries, each = self.interval, self.queries, max(len(self), 1)
         one_size, alone = not isinstance(self.threat.eps, tuple), self.alone
         return {

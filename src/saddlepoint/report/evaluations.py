@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saddlepoint.errors import InputError
-from saddlepoint.evaluate import Evaluation, WorstCase
+from saddlepoint.evaluate import Evaluation, Finding, WorstCase
 from saddlepoint.evaluate.evaluation import CONFIDENCE, FAILED, STANDS, WRONG, binomial_limits
 from saddlepoint.models.base import Classifier
 from saddlepoint.report.document import frame, plain
@@ -31,8 +31,8 @@ _CLASSES = 60  # that a figure shows, the weakest ones
 _TRUST = {
     "masked": "Signs of masked gradients were found, so that surviving attacks by gradients proves little: the true figure may "
     "be far lower.",
-    "checked": "Something looked suspicious on the way, but the diagnosis found no sign of masked gradients.",
-    "noted": "The run noticed something that speaks against the figure: see the notes.",
+    "checked": "Signs of masked gradients were looked into: the diagnosis found none, but the true figure may still be lower.",
+    "noted": "The run noticed something that may speak against the figure, and made no diagnosis.",
     "scores": "The model gives no gradients, and searches by scores are weaker: the true figure may be lower.",
     "unknown": "It was stopped before gradients could be judged.",
     "quiet": "No sign of masked gradients was seen.",
@@ -43,8 +43,8 @@ _TRUST = {
 class Step:
     """A stage as the report shows it.
 
-    attacked: samples that it was run on; fell: those that it was the first to break; held: those that stood before and after
-    it, though it attacked them; stand: all that are left. passes: forward and backward, of all samples together.
+    attacked: samples that it was run on; fell: those that it was the first to break. stand: those that neither it nor a stage
+    before it in the list broke; held: those among them that it attacked. passes: forward and backward, of all samples together.
     """
 
     name: str
@@ -119,7 +119,7 @@ class _Entry:
 
     @property
     def last(self) -> int | None:
-        """Number of the last stage that broke something."""
+        """Number of the stage furthest down the list that broke something. Heavy ones take turns, so this is no time."""
         return max((number for number, step in enumerate(self.steps) if step.fell), default=None)
 
     @cached_property
@@ -146,9 +146,9 @@ class _Entry:
         """The model's answer to the adversarial inputs and best attempts, (N,), from the stage whose point was kept."""
         found = self.found
         best, predicted = torch.full_like(found.margin, -math.inf), found.clean_predicted.clone()
-        for stage in found.stages:
-            margin = stage.result.margin.double()
-            closer = stage.result.having(Status.FOOLED) | (margin > best[stage.rows])
+        for number, stage in enumerate(found.stages):
+            margin, by = stage.result.margin.double(), found.broken_by[stage.rows]
+            closer = (by == number) | ((by == STANDS) & (margin > best[stage.rows]))
             best[stage.rows[closer]], predicted[stage.rows[closer]] = margin[closer], stage.result.predicted[closer]
         return predicted
 
@@ -238,12 +238,12 @@ def evaluation_results(
     | unreached | samples that no attack had seen when the run was interrupted; all other figures leave them out |
     | counts | samples: {wrong (without an attack), failed (NaN or infinite values), broken, stands, proven} |
     | trust | masked, checked (suspicious, but the diagnosis found no masking), noted (see notes), scores (the model gives no gradients), unknown (stopped before), or quiet (nothing suspicious) |
-    | last_to_break | number of the last stage that broke something, from 0; null if none did |
+    | last_to_break | number of the stage furthest down the list that broke something, from 0; null if none did |
     | closest | [[number of the sample, class, margin, distance of the best attempt], ...], the closest call first |
     | samples, threat, clean_accuracy, robust_accuracy | robust accuracy is an upper bound |
     | interval | {certified, attacked, low, high}: see `Interval` |
     | passes | {forward, backward} of a sample, on average |
-    | totals | of all samples: {forward, backward, verify, probe, diagnosis}; verify confirmed successes |
+    | totals | passes of all samples: {forward, backward, verify, probe, looked, diagnosis}; verify confirmed successes; looked, a part of forward and backward: at gradients, for signs of masking |
     | seconds, complete, notes | wall time of the stages; false after Ctrl-C; what to know about the figure |
     | stages | a list of {name, why, heavy, attacked, broke, alone, after, passes, seconds, fell, held, stand, settings, notes} |
     | curve | [[eps, robust accuracy], ...], an upper bound, or null if it was not asked for |
@@ -251,8 +251,10 @@ def evaluation_results(
     | groups | {field: {value: {samples, clean_accuracy, robust_accuracy, interval}}} from the metadata that were given, the weakest first |
     | diagnosis | null, or {findings, samples, attacked, forward, backward, seconds, masked}: see `Diagnosis` |
 
-    Of stages: why it was run; heavy: a ladder, see `Stage`; after: robust accuracy after it; passes: forward and backward, of all
-    samples; fell: samples that it was the first to break; alone: such that others had tried in vain; held: such that it attacked and that stand; stand: all that are left.
+    Of stages, which are in the order of their first attack: why it was run; heavy: a ladder, see `Stage`; passes: forward and
+    backward, of all samples; fell: samples that it was the first to break; alone: such that others had tried in vain. stand: all
+    that neither it nor one before it in the list broke; held: such that it attacked; after: stand as a share. Heavy stages take
+    turns, so these three count down the list, not in time.
     A search for the smallest perturbations attacks samples again that fell before, so its broke may be more than fell.
     """  # noqa: E501  # a row of a table is a line
     entries = _entries(found, models, groups)
@@ -315,6 +317,7 @@ def _document(entry: _Entry) -> dict[str, Any]:
         for given, step, stage in zip(document["stages"], entry.steps, found.stages, strict=True)
     ]  # fmt: skip
     passes = {kind: int(getattr(found.queries, kind).sum()) for kind in ("forward", "backward", "verify")}
+    passes["looked"] = 2 * int(found.looked.sum())
     looked = found.diagnosis
     return {
         "model": entry.model,
@@ -369,8 +372,8 @@ def _verdict(entries: Sequence[_Entry], worst: Mapping[str, WorstCase | None]) -
     if masked:
         where = listed(f"`{name}` within {listed(threats)}" for name, threats in masked.items())
         sentences.append(f"Signs of masked gradients were found in {where}: the truth may be far lower.")
-    elif all(entry.trust in ("quiet", "checked") for entry in entries):
-        sentences.append("No sign of masked gradients was found.")
+    elif (trusts := {entry.trust for entry in entries}) <= {"quiet", "checked"}:
+        sentences.append(_TRUST["checked" if "checked" in trusts else "quiet"])
     return " ".join(sentences)
 
 
@@ -423,8 +426,10 @@ def _sentences(entry: _Entry) -> str:
 def _course(entry: _Entry) -> list[str]:
     """What the cascade shows, in words."""
     steps, last = entry.steps, entry.last
+    reached = entry.found.reached
+    tried = [f"Each heavy stage was tried on {reached}."] if reached else []
     if last is None:
-        return ["No attack broke anything."] if int(entry.found.right.sum()) else []
+        return ["No attack broke anything.", *tried] if int(entry.found.right.sum()) else []
     broken, passes = sum(step.fell for step in steps), sum(step.passes for step in steps)
     sentences = []
     heavy = [step for step in steps if step.heavy]
@@ -435,17 +440,36 @@ def _course(entry: _Entry) -> list[str]:
             f"The stages meant for all samples broke {early}, for {percent(1 - spent / passes)} of the passes; the heavy ones "
             f"{late or 'none'}, for {percent(spent / passes)}."
         )
-    after = steps[last + 1 :]
+    lowest, below = steps[last], steps[last + 1 :]
     sentences.append(
-        f"The last stage to break anything was {steps[last].name} (number {last + 1} of {len(steps)}), with {steps[last].fell}."
+        f"The furthest down to break anything is {lowest.name} (number {last + 1} of {len(steps)}), with {lowest.fell}."
     )
-    if after:
+    if below:
         sentences.append(
-            f"What came after it found nothing more, for {percent(sum(step.passes for step in after) / passes)} of the passes."
+            f"Those below it broke nothing, for {percent(sum(step.passes for step in below) / passes)} of the passes."
         )
-    elif steps[last].stand:
+    elif 0 < lowest.stand == lowest.held:  # a ladder that stopped before had broken nothing more
         sentences.append("So the search had not run dry when it ended: a longer one would probably break more.")
-    return sentences
+    return sentences + tried
+
+
+def _advice(entry: _Entry) -> list[tuple[list[Finding], str]]:
+    """What follows from the diagnosis, each once, with the findings that it follows from.
+
+    Many say the same figures before a colon: these too are said once.
+    """
+    found = entry.found.diagnosis.suspicious if entry.found.diagnosis is not None else ()
+    groups: dict[str, list[Finding]] = {}
+    for finding in found:
+        whole = max((other.next for other in found if finding.next and other.next.endswith(finding.next)), key=len, default="")
+        groups.setdefault(whole, []).append(finding)
+    figures: set[str] = set()
+    said = []
+    for whole, findings in groups.items():
+        head, _, advice = whole.rpartition(": ")
+        said.append((findings, advice if head in figures else whole))
+        figures.add(head)
+    return said
 
 
 def _rows(groups: Mapping[str, Mapping[str, Any]]) -> tuple[list[ByClass], list[str]]:
@@ -518,6 +542,9 @@ def _page(
             part |= {
                 "course": _course(entry),
                 "trust": _TRUST[entry.trust],
+                "findings": _advice(entry),
+                "follows": found.advice if entry.trust in ("masked", "checked", "noted") else "",
+                "looked": int(found.looked.sum()),
                 "cascade": draw(cascade, f"cascade-{name}"),
                 "classes": shares(entry.classes, class_names, entry, f"classes-{name}", "class"),
                 "groups": [

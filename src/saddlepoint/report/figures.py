@@ -254,8 +254,8 @@ def cascade(steps: Sequence[Step], right: int, wrong: int, failed: int = 0) -> F
             number = {"s": f"{gone:,}", "color": color, "weight": "bold"} if gone else {"s": "–", "color": MUTED}
             left.text(1.11, row, **number, **aside)
             left.text(1.23, row, f"{standing:,}", **aside)
-        left.barh(len(lost), lost[-1][1], color=_HELD, **bar)
-        left.text(1.23, len(lost), f"{lost[-1][1]:,}", color=_HELD, weight="bold", **aside)
+        left.barh(len(lost), lost[-1][1], color=_HELD, alpha=_HALF, **bar)  # the full colour is for what is proven
+        left.text(1.23, len(lost), f"{lost[-1][1]:,}", weight="bold", **aside)
         for row, step in enumerate(steps, 1):
             cost.barh(row, step.passes / most, color=SERIES[1], **bar)
             each = f"{percent(step.passes / total)} · {count(step.passes / max(step.attacked, 1))} each"
@@ -301,7 +301,7 @@ def classes(rows: Sequence[ByClass], robust_accuracy: float, class_names: Sequen
             part = rows[panel * height : (panel + 1) * height]
             places = range(len(part))
             axes.barh(places, [row.clean_accuracy for row in part], height=0.66, color=_HELD, alpha=_FAINT, lw=0)
-            axes.barh(places, [row.robust_accuracy for row in part], height=0.66, color=_HELD, lw=0)
+            axes.barh(places, [row.robust_accuracy for row in part], height=0.66, color=_HELD, alpha=_HALF, lw=0)
             for place, row in enumerate(part):
                 axes.text(1.02, place, f"{percent(row.robust_accuracy)} of {row.samples:,}", va="center", fontsize=9)
             axes.axvline(robust_accuracy, color=INK, lw=1, ls=_LEVEL)
@@ -311,7 +311,7 @@ def classes(rows: Sequence[ByClass], robust_accuracy: float, class_names: Sequen
             axes.set_xlim(0, 1)
             axes.xaxis.set_major_formatter(PercentFormatter(1))
             axes.grid(visible=False)
-        _legend(figure, [("robust accuracy", _HELD, 1.0), ("clean accuracy", _HELD, _FAINT)],
+        _legend(figure, [("robust accuracy, at most", _HELD, _HALF), ("clean accuracy", _HELD, _FAINT)],
                 {"color": INK, "lw": 1, "ls": _LEVEL, "label": "robust accuracy over all samples"})  # fmt: skip
         return figure
 
