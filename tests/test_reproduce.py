@@ -290,12 +290,12 @@ def test_r53_refuses_weights_of_another_network(tmp_path):
         ENTRIES["R53"](beside(tmp_path, torch.nn.Linear(2, 2)))
 
 
-def test_r13_aims_away_from_the_predicted_class_and_fits_the_true_one(quick):
+def test_r13_aims_away_from_the_predicted_class_and_fits_the_true_one_beside_clean_images(quick):
     model = undefended_network(quick)
     x, y = DIGITS.test.x[:8], (model.predict(DIGITS.test.x[:8]) + 1) % 10  # no label is the predicted one
     threat = sp.Linf(0.3)
     points = sp.perturb(model, x, model.predict(x), sp.attacks.FGSM(), threat)
-    expected = torch.nn.functional.cross_entropy(model.forward(points), y)
+    expected = torch.nn.functional.cross_entropy(model.forward(torch.cat([x, points])), torch.cat([y, y]))
     torch.testing.assert_close(PredictedLabels().loss(Batch(model, x, y, torch.arange(8), 0, 0.0)), expected)
 
 
