@@ -48,7 +48,7 @@ def found(rows: Tensor, status: str | None = None, salt: int = 0) -> AttackResul
     number = torch.arange(count)
     return AttackResult(
         adversarial=draws.view(count, 1, 2, 4), codes=codes, labels=rows % 10, targets=torch.full_like(rows, -1),
-        clean_predicted=rows % 10, predicted=(rows + 1) % 10, margin=draws[:, 0] - 0.5,
+        clean_predicted=rows % 10, predicted=rows * 0 - 2 if status == "error" else (rows + 1) % 10, margin=draws[:, 0] - 0.5,
         distances=measure(draws, torch.zeros_like(draws)), distance=draws.amax(1).double(),
         queries=Queries(rows + 2, rows + 1, rows % 2, probe=3), iterations=rows + 1, zero_gradients=torch.zeros_like(rows),
         ids=100 + rows, index=number, order=number, seconds=time.perf_counter(), tau=1e-4, notes=("a note",), config=CONFIG,

@@ -178,12 +178,14 @@ def _all_plans() -> list[cascade.Plan]:
 
 @pytest.mark.filterwarnings("ignore::saddlepoint.SaddlepointWarning")
 @pytest.mark.parametrize("effort", ["quick", "standard"])
-def test_gradients_that_are_nan_prove_nothing(effort: cascade.Effort, mlp: nn.Module, many: Samples) -> None:
+def test_gradients_that_are_nan_prove_nothing(effort: cascade.Effort, mlp: nn.Module, many: Samples, tmp_path: Path) -> None:
     def rooted(x: Tensor) -> Tensor:
         return mlp(x) + torch.sqrt((x - x).flatten(1).abs().sum(1, keepdim=True))
 
     honest = sp.evaluate(sp.Model(mlp), *many, sp.Linf(0.1), effort)
-    evaluation = sp.evaluate(sp.Model(rooted), *many, sp.Linf(0.1), effort)
+    evaluation = sp.evaluate(sp.Model(rooted), *many, sp.Linf(0.1), effort, campaign=tmp_path)
+    assert [verdict.robust for verdict in sp.compare_campaigns(tmp_path, tmp_path).a] == evaluation.stands.tolist()
+    assert sp.replay(tmp_path, int(evaluation.stands.nonzero()[0])).verdict.robust
     assert evaluation.clean_accuracy == honest.clean_accuracy
     assert honest.robust_accuracy <= evaluation.robust_accuracy < 0.7 * evaluation.clean_accuracy  # scores find much
     attacked = {stage.name: len(stage.rows) for stage in evaluation.stages}

@@ -69,6 +69,7 @@ def test_summary(pair: tuple[Campaign, Campaign]) -> None:
         "4 to 1 among the samples with another verdict may be chance (McNemar's exact test, p = 0.38)",
         "sample 102 (class 2): broken by two in a, stands in b",
         "sample 109 (class 9): stands in a, NaN in one in b",
+        "! the two were not run alike (configuration), which alone can change verdicts",
     ):
         assert part in text
     assert "not come to its end" not in text
@@ -90,6 +91,7 @@ def test_the_same_twice(tmp_path: Path) -> None:
     assert (paired.difference, paired.p_value, paired.interval, paired.changed) == (0, 1, (0, 0), ())
     assert "no sample has another verdict" in paired.summary()
     assert "from a to b" not in paired.summary()
+    assert "not run alike" not in paired.summary()
 
 
 @pytest.mark.parametrize(("lost", "gained"), [(0, 1), (1, 1), (2, 7), (9, 4), (0, 6)])

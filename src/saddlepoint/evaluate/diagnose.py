@@ -99,7 +99,9 @@ class Diagnosis:
             f"{self.backward:.0f} backward passes a sample, {self.seconds:.1f} s",
         ]
         for finding in self.suspicious:
-            lines += [f"  ! {finding.name}: {finding.says}", f"    -> {finding.next}"]
+            lines.append(f"  ! {finding.name}: {finding.says}")
+            if (then := f"    -> {finding.next}") not in lines:
+                lines.append(then)
         others = [finding for finding in self.findings if not finding.found]
         for result in dict.fromkeys("nothing found" if finding.measured else finding.says for finding in others):
             names = [f.name for f in others if ("nothing found" if f.measured else f.says) == result]
@@ -458,7 +460,10 @@ class _Check:
         return Finding(self.name, found, measured, says, self.then(case, measured) if found else "")
 
 
-_BPDA = "put what rounds or cuts into sp.Defended with a backward of its own (BPDA)"
+_BPDA = (
+    'take what rounds or cuts out of the network, into sp.Defended(model, [sp.Transform("rounding", f, backward="identity")]) '
+    "(BPDA)"
+)
 _SEARCH = "run Square with thousands of queries too; what it breaks is broken"
 
 _CHECKS = (

@@ -11,6 +11,7 @@ import torch
 
 from saddlepoint.engine import AttackResult
 from saddlepoint.engine.result import attack_name
+from saddlepoint.engine.slots import NO_CLASS
 from saddlepoint.errors import InputError
 from saddlepoint.evaluate.campaign import Campaign, Difference, differences
 from saddlepoint.taxonomy import Status
@@ -115,6 +116,8 @@ class Paired:
             f"({self.level:.0%} interval {100 * low:+.2f} to {100 * high:+.2f})",
             f"  {self._meaning()}",
         ]
+        if unlike := sorted({each.key.split(".")[0] for each in self.differences} & {"threat", "configuration"}):
+            lines.append(f"  ! the two were not run alike ({' and '.join(unlike)}), which alone can change verdicts")
         for one, other in self.changed[:_LISTED]:
             lines.append(f"  sample {one.sample} (class {one.label}): {one} in a, {other} in b")
         if len(self.changed) > _LISTED:
@@ -196,18 +199,25 @@ def compare_campaigns(a: Campaign | str | Path, b: Campaign | str | Path, *, lev
 
 def _verdicts(campaign: Campaign) -> dict[tuple[int, int], Verdict]:
     """By position and id, in the order of the input."""
-    table = campaign.table().select(["row", "sample", "label", "status", "stage", "distance"])
+    table = campaign.table().select(["row", "sample", "label", "status", "predicted", "stage", "distance"])
     one_of_each = {part.stage: part for part in campaign.parts()}
     unlimited = {stage for stage, part in one_of_each.items() if _is_unlimited(campaign.restore(part))}
     threat = campaign.manifest["threat"]
     found: dict[tuple[int, int], Verdict] = {}
-    for row, sample, label, name, stage, distance in zip(*(column.to_pylist() for column in table.columns), strict=True):
-        status = Status(name)
+    for row, sample, label, name, predicted, stage, distance in zip(
+        *(column.to_pylist() for column in table.columns), strict=True
+    ):
+        status = _outcome(name, predicted)
         if stage in unlimited and distance > _eps(threat, row):
             status = Status.SURVIVED
         if (row, sample) not in found or found[row, sample].robust:
             found[row, sample] = Verdict(sample, label, status, None if status is Status.SURVIVED else stage)
     return dict(sorted(found.items()))
+
+
+def _outcome(status: str, predicted: int) -> Status:
+    """What a stage's status says of a sample: where gradients alone are NaN, that the attack failed."""
+    return Status.SURVIVED if status == Status.ERROR and predicted != NO_CLASS else Status(status)
 
 
 def _is_unlimited(result: AttackResult) -> bool:
@@ -270,8 +280,9 @@ class Case:
     def verdict(self) -> Verdict:
         """How it ended."""
         for attempt in self.attempts:
-            if attempt.status is not Status.SURVIVED:
-                return Verdict(self.sample, self.label, attempt.status, attempt.stage)
+            status = _outcome(attempt.status, int(attempt.result.predicted[0]))
+            if status is not Status.SURVIVED:
+                return Verdict(self.sample, self.label, status, attempt.stage)
         return Verdict(self.sample, self.label, Status.SURVIVED, None)
 
     def summary(self) -> str:
