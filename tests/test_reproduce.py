@@ -461,7 +461,6 @@ def mnist() -> Context:
 
 # what docs/reproductions.md says isn't reached
 _MISSED = {
-    "R13": pytest.mark.xfail(strict=True, reason="FGSM accuracy is below clean accuracy"),
     "R34": pytest.mark.xfail(reason="APGD-T alone breaks one sample more than AutoAttack"),
 }
 
