@@ -55,7 +55,7 @@ def trained_with_fgsm(weights: Path) -> tuple[nn.Module, Split]:
     return net.eval().requires_grad_(False), data.test
 
 
-def measure(name: str, who: str, count: int, batch: int | None, weights: Path) -> dict[str, object]:
+def measure(name: str, who: str, count: int, batch: int | None, seed: int, weights: Path) -> dict[str, object]:
     torch.set_num_threads(1)
     threat, _ = ROWS[name]
     net, split = trained_with_fgsm(weights) if name == "mnist_fgsm" else network(name.split()[0])
@@ -65,13 +65,14 @@ def measure(name: str, who: str, count: int, batch: int | None, weights: Path) -
     Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak of what was loaded
     began, before = time.perf_counter(), _kib("VmRSS")
     if who == OURS:
-        found = sp.evaluate(model, x, y, threat, batch_size=batch)
+        found = sp.evaluate(model, x, y, threat, batch_size=batch, seed=seed)
         stands, notes = found.stands, list(found.notes)
     else:
-        result = sp.attack(model, x, y, sp.attacks.AutoAttack(), threat, batch_size=batch)
+        result = sp.attack(model, x, y, sp.attacks.AutoAttack(), threat, batch_size=batch, seed=seed)
         stands, notes = result.robust, list(result.notes)
     return {
-        "row": name, "who": who, "count": count, "batch": batch, "stands": stands.nonzero()[:, 0].tolist(), "notes": notes,
+        "row": name, "who": who, "count": count, "batch": batch, "seed": seed,
+        "stands": stands.nonzero()[:, 0].tolist(), "notes": notes,
         "forward": sum(counting.forward_calls) / count, "backward": sum(counting.backward_calls) / count,
         "seconds": time.perf_counter() - began, "kib": _kib("VmHWM") - before,
     }  # fmt: skip
@@ -88,7 +89,7 @@ def table(runs: list[dict[str, object]]) -> None:
     print(f"| {head} | only AutoAttack broke |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, (threat, asked) in ROWS.items():
-        mine = [run for run in runs if run["row"] == name and run.get("batch") is None]
+        mine = [run for run in runs if run["row"] == name and run.get("batch") is None and not run.get("seed")]
         for count in sorted({run["count"] for run in mine}):
             latest = {run["who"]: run for run in mine if run["count"] == count}
             if OURS not in latest:
@@ -125,6 +126,7 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="NAME")
     parser.add_argument("--count", type=int, default=1000, help="the first so many test images; default 1000")
     parser.add_argument("--batch", type=int, metavar="SIZE", help="samples under attack at once; default chosen by size")
+    parser.add_argument("--seed", type=int, default=0, help="default 0, which the first table is made of")
     parser.add_argument("--only", choices=["ours", "autoattack"])
     parser.add_argument("--again", action="store_true", help="measure anew what the cache holds")
     parser.add_argument("--cache", type=Path, required=True, metavar="FILE")
@@ -134,8 +136,9 @@ def main() -> int:
     runs = [json.loads(line) for line in options.cache.read_text().splitlines()] if options.cache.is_file() else []
     for name in [] if options.table else options.rows:
         for who in {"ours": (OURS,), "autoattack": (AUTOATTACK,), None: (OURS, AUTOATTACK)}[options.only]:
-            what = (name, who, options.count, options.batch)
-            if options.again or not any((run["row"], run["who"], run["count"], run.get("batch")) == what for run in runs):
+            what = (name, who, options.count, options.batch, options.seed)
+            known = [(run["row"], run["who"], run["count"], run.get("batch"), run.get("seed", 0)) for run in runs]
+            if options.again or what not in known:
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
                     runs.append(alone.submit(measure, *what, weights).result())
                 with options.cache.open("a") as file:
