@@ -198,6 +198,24 @@ def test_gradients_that_are_nan_prove_nothing(effort: cascade.Effort, mlp: nn.Mo
         assert "exploding-gradients" in {finding.name for finding in evaluation.diagnosis.suspicious}
 
 
+@pytest.mark.filterwarnings("ignore::saddlepoint.SaddlepointWarning")
+def test_nan_beyond_the_ball_breaks_nothing(mlp: nn.Module, many: Samples, tmp_path: Path) -> None:
+    """The search for the curve goes further than the attacks did."""
+
+    def bounded(x: Tensor) -> Tensor:
+        return mlp(2 * (x - 0.2)) + torch.where(x.flatten(1).amax(1, keepdim=True) > 0.78, torch.nan, 0.0)
+
+    x = many[0] / 2 + 0.2  # at most 0.7
+    evaluation = sp.evaluate(sp.Model(bounded), x, many[1], sp.Linf(0.02), "quick", curve=True, campaign=tmp_path)
+    without = sp.evaluate(sp.Model(bounded), x, many[1], sp.Linf(0.02), "quick")
+    searched = sp.Campaign(tmp_path).finished("nearest")
+    assert searched is not None
+    assert bool((evaluation.stands[searched.index] & searched.having("error")).any())  # else this shows nothing
+    assert torch.equal(evaluation.stands, without.stands)
+    assert evaluation.clean_accuracy == without.clean_accuracy
+    assert [verdict.robust for verdict in sp.compare_campaigns(tmp_path, tmp_path).a] == evaluation.stands.tolist()
+
+
 def test_sources_are_looked_at_first(mlp: nn.Module, many: Samples) -> None:
     for source, told in (
         (nn.Linear(3, 10), r"sources\[1\] can't lead attacks on this model: .*mat1"),

@@ -433,9 +433,9 @@ def _saturates(attack: dict[str, Any]) -> bool:
 
 
 def _inside(result: AttackResult, x: Tensor, threat: Threat) -> AttackResult:
-    """What a search for the smallest perturbations says about the ball: a point beyond it is none."""
+    """What a search for the smallest perturbations says about the ball: a point beyond it is none, nor is NaN on the way."""
     beyond = result.distance > threat.eps_for(result.index)
-    away = beyond & result.having(Status.FOOLED)
+    away = (beyond & result.having(Status.FOOLED)) | result.having(Status.ERROR)
     survived = torch.full_like(result.codes, STATUSES.index(Status.SURVIVED))
     points = torch.where(beyond.view(-1, *[1] * (x.dim() - 1)), x[result.index], result.adversarial)
     margin = torch.where(beyond, torch.full_like(result.margin, -math.inf), result.margin)
@@ -533,7 +533,7 @@ def evaluate(
         todo = [*plans(threat.norm, effort, gradients=model.access >= Access.GRADIENTS)]
         todo += [*finishing(threat.norm, effort), *escalation(threat.norm, effort)]
         settings = {
-            "effort": effort, "plans": [plan.attack.settings() | {"share": plan.share} for plan in todo],
+            "effort": effort, "plans": [plan.attack.settings() | {"share": plan.share, "seeded": plan.seeded} for plan in todo],
             "sources": [fingerprint(source) for source in sources], "curve": curve,
         }  # fmt: skip
         campaign.open(manifest(model, x, y, threat, seed=seed, configuration=settings))
