@@ -302,7 +302,7 @@ class TestLosses:
         for goal, aim in loss_cases(classes):
             assert torch.autograd.gradcheck(lambda z, aim=aim: LOSSES[name](z, aim), (logits,), eps=1e-6), goal
 
-    @pytest.mark.parametrize("name", LOSSES)
+    @pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"logit"}))
     @pytest.mark.parametrize("classes", [2, 3, 5])
     def test_shift_changes_nothing(self, name: str, classes: int) -> None:
         logits = random_logits(6, classes)

@@ -20,6 +20,7 @@ from saddlepoint.errors import (
     ModelError,
     SaddlepointError,
     SaddlepointWarning,
+    Unavailable,
     UnknownNameError,
 )
 from saddlepoint.evaluate import (
@@ -30,6 +31,8 @@ from saddlepoint.evaluate import (
     Distances,
     Estimate,
     Evaluation,
+    QueryCurve,
+    Trace,
     WorstCase,
     compare,
     compare_campaigns,
@@ -38,10 +41,11 @@ from saddlepoint.evaluate import (
     estimate,
     evaluate,
     export,
+    query_curve,
     replay,
 )
 from saddlepoint.goals import FalsePositive, Targeted, Untargeted
-from saddlepoint.models import Classifier, Defended, Ensemble, Model, Transform
+from saddlepoint.models import Classifier, Defended, Ensemble, HttpModel, Model, Transform
 from saddlepoint.taxonomy import Access, Norm, Scope, Status
 from saddlepoint.threats import L0, L1, L2, Linf, Minimize
 
@@ -50,9 +54,9 @@ __version__ = "0.1.0"
 __all__ = [
     "L0", "L1", "L2", "Access", "Adversarial", "AdversarialSet", "AttackResult", "Budget", "Campaign", "CapabilityError",
     "Classifier", "Comparison", "DataError", "Defended", "Diagnosis", "Distances", "Ensemble", "Estimate", "Evaluation",
-    "FalsePositive", "Hardening", "InputError", "Interrupted", "Linf", "Minimize", "MissingExtraError", "Model",
-    "ModelError", "Norm", "SaddlepointError", "SaddlepointWarning", "Scope", "Standard", "Status", "Targeted",
-    "Training", "Transform", "UnknownNameError", "Untargeted", "WorstCase", "attack", "attacks", "compare",
-    "compare_campaigns", "data", "diagnose", "distance", "estimate", "evaluate", "export", "harden", "models", "perturb",
-    "replay", "train", "zoo",
+    "FalsePositive", "Hardening", "HttpModel", "InputError", "Interrupted", "Linf", "Minimize", "MissingExtraError", "Model",
+    "ModelError", "Norm", "QueryCurve", "SaddlepointError", "SaddlepointWarning", "Scope", "Standard", "Status", "Targeted",
+    "Trace", "Training", "Transform", "Unavailable", "UnknownNameError", "Untargeted", "WorstCase", "attack", "attacks",
+    "compare", "compare_campaigns", "data", "diagnose", "distance", "estimate", "evaluate", "export", "harden", "models",
+    "perturb", "query_curve", "replay", "train", "zoo",
 ]  # fmt: skip

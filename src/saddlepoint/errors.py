@@ -47,7 +47,16 @@ class MissingExtraError(SaddlepointError, ImportError):
 
 
 class ModelError(SaddlepointError):
-    """The model itself misbehaves: wrong output shape, NaN everywhere, gradients cut off."""
+    """The model itself misbehaves: wrong output shape, NaN everywhere, gradients cut off.
+
+    result: where it ended a run of `sp.attack`, the `AttackResult` of the samples that were finished: give it back as `resume=`.
+    """
+
+    result: object = None
+
+
+class Unavailable(ModelError):
+    """A remote model does not answer any more."""
 
 
 class SaddlepointWarning(UserWarning):

@@ -78,6 +78,11 @@ class Goal(ABC):
         """Whether certain classes are to be reached, rather than one to be left."""
 
     @property
+    def needs_scores(self) -> bool:
+        """Whether a label alone can't tell that the goal is reached."""
+        return self.confidence > 0 or self.top_k > 1
+
+    @property
     def needs_labels(self) -> bool:
         """Whether the true labels matter."""
         return True
@@ -260,6 +265,10 @@ class FalsePositive(Goal):
         return True
 
     @property
+    def needs_scores(self) -> bool:
+        return True
+
+    @property
     def needs_labels(self) -> bool:
         return False
 
@@ -299,6 +308,16 @@ def cross_entropy(logits: Tensor, aim: Aim) -> Tensor:
     return whole - logits.masked_fill(~aim.unwanted, -math.inf).logsumexp(1)
 
 
+def logit(logits: Tensor, aim: Aim) -> Tensor:
+    """The largest wanted logit alone for targeted goals, minus the largest unwanted one for others (Zhao et al. 2021).
+
+    For examples that are to fool other models as well: it doesn't fade when their own model is sure (arXiv:2012.11207).
+    Of an `Ensemble(fuse="loss")` it is the mean of the members' losses.
+    """
+    wanted, unwanted = aim.best(logits)
+    return wanted if aim.goal.targeted else -unwanted
+
+
 def margin(logits: Tensor, aim: Aim) -> Tensor:
     """The goal's own margin in logits, f_6 of Carlini & Wagner (2017, arXiv:1608.04644)."""
     return aim.margin(logits)
@@ -329,6 +348,7 @@ def difference_of_logits_ratio(logits: Tensor, aim: Aim) -> Tensor:
 LOSSES: dict[str, Loss] = {
     "cross_entropy": cross_entropy,
     "margin": margin,
+    "logit": logit,
     "probability_margin": probability_margin,
     "dlr": difference_of_logits_ratio,
 }

@@ -83,6 +83,13 @@ class Region:
     eps: Tensor  # (B,) float64
     lower: Tensor
     upper: Tensor
+    bounds: tuple[float, float] = field(default=(-math.inf, math.inf), metadata=SHARED)  # of the input, on the grid
+
+    def without_ball(self) -> Region:
+        """The same sets with eps = inf: only the input range and the mask are left."""
+        fixed = (self.lower == self.upper) & (self.lower == self.origin)
+        low, high = (torch.where(fixed, self.origin, torch.full_like(self.origin, end)) for end in self.bounds)
+        return replace(self, eps=torch.full_like(self.eps, math.inf), lower=low, upper=high)
 
     def project(self, points: Tensor) -> Tensor:
         """The nearest feasible points (in l2; for l-infinity in every norm), exactly inside."""
@@ -248,7 +255,7 @@ class Threat(ABC):
         if self.mask is not None:
             free = self._mask_for(origin, index)
             lower, upper = torch.where(free, lower, origin), torch.where(free, upper, origin)
-        return Region(self, origin.contiguous(), eps, lower, upper)
+        return Region(self, origin.contiguous(), eps, lower, upper, (low, high))
 
     def tighten(self, origin: Tensor, eps: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """Cut the range [lower, upper] with the l-infinity ball."""

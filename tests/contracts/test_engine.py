@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -433,3 +434,108 @@ def test_perturb_with_soft_labels(mlp: nn.Module, samples: Samples) -> None:
         sp.perturb(mlp, x, y, A.BIM(), sp.Linf(0.1), goal=targets),
         sp.perturb(mlp, x, y, A.BIM(), sp.Linf(0.1), goal=sp.Targeted("next")),
     )
+
+
+# Attacks that ask
+
+
+@dataclass(frozen=True)
+class Asked:
+    x: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking(Attack):
+    """Asks about three points a step, of which the last is not wanted for even samples."""
+
+    steps: int = 4
+    declaration = Declaration(summary="", reference="", access=sp.Access.SCORES, no_oracle="a test")
+
+    @property
+    def iterations(self) -> int:
+        return self.steps
+
+    @property
+    def looks_last(self) -> bool:
+        return False
+
+    def cost(self, classes: int) -> tuple[int, int]:
+        return (1, 0)
+
+    def init(self, problem: Problem) -> Asked:
+        return Asked(problem.origin)
+
+    def step(self, problem: Problem, state: Asked) -> Asked:
+        noise = problem.random().uniform((3, *state.x.shape[1:]), state.x.dtype) * 1e-3
+        points = problem.origin[:, None] + noise * problem.origin[:, None]
+        points = torch.stack([problem.project(points[:, i]) for i in range(3)], 1)
+        wanted = torch.ones(len(points), 3, dtype=torch.bool)
+        wanted[problem.labels % 2 == 0, 2] = False
+        said = problem.ask(points, wanted)
+        assert torch.equal(said.answered & wanted, said.answered)
+        for row, column in said.answered.nonzero().tolist():
+            torch.testing.assert_close(said.logits[row, column], problem_net(points[row, column][None])[0])
+        assert bool((said.surplus[~said.answered] == -torch.inf).all())
+        losses = problem.losses(said, "margin")
+        torch.testing.assert_close(losses[said.answered], said.surplus[said.answered] + problem.needed)
+        return state
+
+
+problem_net: nn.Module = nn.Identity()
+
+
+@pytest.mark.parametrize("queries", [1, 2, 3, 5, 100])
+def test_ask_keeps_budgets_to_the_query(queries: int, mlp: nn.Module, samples: Samples) -> None:
+    global problem_net
+    problem_net = mlp
+    x, _ = samples
+    y = mlp(x).argmax(1)
+    result = sp.attack(sp.Model(mlp), x, y, Asking(), sp.Linf(0.01), budget=sp.Budget(queries=queries))
+    survived = result.having("survived")
+    wanted = torch.where(y % 2 == 0, 1 + 4 * 2, 1 + 4 * 3)
+    assert bool(survived.any())
+    assert torch.equal(result.queries.forward[survived], wanted.clamp(max=queries)[survived])
+
+
+def test_labels_only_means_verdicts_only(mlp: nn.Module, samples: Samples) -> None:
+    seen: list[Any] = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Curious(Asking):
+        declaration = Declaration(summary="", reference="", access=sp.Access.LABELS, no_oracle="a test")
+
+        def step(self, problem: Problem, state: Asked) -> Asked:
+            said = problem.ask(state.x[:, None])
+            seen.append((said.logits, said.surplus.unique().tolist()))
+            for forbidden in (problem.logits, problem.margin, problem.scores, problem.loss_and_grad):
+                with pytest.raises(sp.CapabilityError, match="labels"):
+                    forbidden(state.x)
+            return state
+
+    sp.attack(sp.Model(mlp), *samples, Curious(steps=1), sp.Linf(0.01))
+    assert seen
+    assert all(logits is None and set(values) <= {-1.0, 1.0} for logits, values in seen)
+
+
+def test_what_an_attack_declares_is_all_it_gets(mlp: nn.Module, samples: Samples) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Greedy(Asking):
+        def step(self, problem: Problem, state: Asked) -> Asked:
+            problem.loss_and_grad(state.x)
+            return state
+
+    with pytest.raises(sp.CapabilityError, match="scores"):
+        sp.attack(sp.Model(mlp), *samples, Greedy(steps=1), sp.Linf(0.01))
+
+
+def test_an_error_of_the_model_keeps_what_is_finished(mlp: nn.Module, samples: Samples) -> None:
+    x, y = samples
+    attack, threat = sp.attacks.PGD(steps=3), sp.Linf(0.01)
+    failing = Failing(mlp, sp.Unavailable("gone"), after=30)
+    with pytest.raises(sp.ModelError) as caught:
+        sp.attack(sp.Model(failing), x, y, attack, threat, batch_size=4)
+    part = caught.value.result
+    assert isinstance(part, sp.AttackResult)
+    assert 0 < len(part) < len(x)
+    whole = sp.attack(sp.Model(failing), x, y, attack, threat, batch_size=4, resume=part)  # it answers again
+    same(whole, sp.attack(sp.Model(mlp), x, y, attack, threat, batch_size=4))

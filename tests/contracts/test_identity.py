@@ -154,7 +154,7 @@ def ni_fgsm(mu: float = 0.9) -> Tensor:
     x, velocity = X, torch.zeros_like(X)
     for _ in range(STEPS):
         g = gradient(x + E / 4 * mu * velocity)
-        velocity = mu * velocity + g / g.abs().sum(1, keepdim=True)
+        velocity = mu * velocity + g / g.abs().mean(1, keepdim=True)  # the authors' code; printed is the sum
         x = clip(x + E / 4 * velocity.sign(), E)
     return x
 

@@ -18,6 +18,7 @@ from saddlepoint.attacks.linear import HotCold, LinearClosedForm
 from saddlepoint.attacks.minimal import minimal
 from saddlepoint.attacks.noise import GaussianNoise, SignNoise, UniformNoise
 from saddlepoint.attacks.penalty import EAD, LBFGS
+from saddlepoint.attacks.normals import CGBA, QEBA, GeoDA, HopSkipJump
 from saddlepoint.attacks.registry import find, get, register
 from saddlepoint.attacks.saliency import JSMA
 from saddlepoint.attacks.square import Square
@@ -28,6 +29,7 @@ __all__ = [
     "APGD",
     "APGDT",
     "BIM",
+    "CGBA",
     "DDN",
     "EAD",
     "FAB",
@@ -43,6 +45,7 @@ __all__ = [
     "PDGD",
     "PDPGD",
     "PGD",
+    "QEBA",
     "RFGSM",
     "AutoAttack",
     "Bisect",
@@ -56,6 +59,8 @@ __all__ = [
     "FastGradientValue",
     "Fork",
     "GaussianNoise",
+    "GeoDA",
+    "HopSkipJump",
     "HotCold",
     "LinearClosedForm",
     "Restarts",

@@ -18,13 +18,14 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from saddlepoint.attacks.fab import advance, aimed
+from saddlepoint.attacks.fab import aimed
 from saddlepoint.attacks.registry import register
+from saddlepoint.attacks.stepping import advance, on_the_way
 from saddlepoint.engine import ALL_NORMS, Attack, Declaration, Problem
 from saddlepoint.errors import CapabilityError, InputError
 from saddlepoint.taxonomy import Norm
 from saddlepoint.threats import L0, L2, Linf, Region
-from saddlepoint.trees import rows, select, take
+from saddlepoint.trees import select, take
 
 _OUTER, _INNER = 16, 12  # Newton steps for the trust region, and at most for the boundary in each of them
 _ROUNDS = 6  # choices of features in l0
@@ -376,9 +377,9 @@ class BrendelBethge(Attack):
 
     def _halve(self, problem: Problem, state: Follower) -> Follower:
         middle = (state.low + state.high) / 2
-        success = problem.surplus(problem.logits(_on_the_way(problem, state.start, middle))) >= 0
+        success = problem.surplus(problem.logits(on_the_way(problem, state.start, middle))) >= 0
         low, high = torch.where(success, state.low, middle), torch.where(success, middle, state.high)
-        return replace(state, x=_on_the_way(problem, state.start, high), low=low, high=high, halved=state.halved + 1)
+        return replace(state, x=on_the_way(problem, state.start, high), low=low, high=high, halved=state.halved + 1)
 
     def _follow(self, problem: Problem, state: Follower) -> Follower:
         region, x = problem.region, state.x
@@ -395,20 +396,3 @@ class BrendelBethge(Attack):
         home = move == region.origin.double() - x.double()  # the origin's very bits: only a changed value may count
         new = torch.clamp((x.double() + move).to(x.dtype), region.lower, region.upper)
         return replace(state, x=torch.where(home, region.origin, new), normal=normal, n=state.n + 1)
-
-
-def _on_the_way(problem: Problem, start: Tensor, share: Tensor) -> Tensor:
-    """The point between the input (share 0) and `start` (share 1) that the norm asks for."""
-    region, origin = problem.region, problem.origin
-    change, at = start - origin, rows(share.to(start.dtype), start)
-    largest = rows(change.flatten(1).abs().amax(1), change)
-    match region.threat.norm:
-        case Norm.LINF:
-            change = torch.clamp(change, -at * largest, at * largest)
-        case Norm.L2:
-            change = change * at
-        case Norm.L1:
-            change = (change.abs() - (1 - at) * largest).clamp(min=0) * change.sign()
-        case Norm.L0:
-            change = torch.where(change.abs() >= (1 - at) * largest, change, torch.zeros_like(change))
-    return torch.clamp(origin + change, region.lower, region.upper)

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from saddlepoint.engine import Attack, Declaration, Problem
 from saddlepoint.errors import CapabilityError, InputError
+from saddlepoint.models.adapt import one_hot
 from saddlepoint.models.freeze import global_random_state_kept
 from saddlepoint.taxonomy import Access
 from saddlepoint.trees import put, rows
@@ -107,7 +108,8 @@ class External(Attack):
         return f"External({self.title})"
 
     def init(self, problem: Problem) -> Handed:
-        problem.pullback(problem.origin[:0], problem.labels[:0])  # no query: training loops, which have none, are told so
+        # no query: training loops, which have none, are told so
+        problem.evaluator.pullback(problem.origin[:0], problem.labels[:0])
         return Handed(problem.origin)
 
     def step(self, problem: Problem, state: Handed) -> Handed:
@@ -184,10 +186,9 @@ class _Net(nn.Module):
         if self.access >= Access.GRADIENTS and torch.is_grad_enabled() and x.requires_grad:
             through: Callable[..., Tensor] = _Through.apply
             return through(x, self.problem, owner)
-        logits = self.problem.logits(x.detach(), owner)
         if self.access >= Access.SCORES:
-            return logits
-        return nn.functional.one_hot(logits.argmax(1), logits.shape[1]).to(logits)
+            return self.problem.logits(x.detach(), owner)
+        return one_hot(self.problem.predictions(x.detach(), owner), self.problem.aim.wanted.shape[1], x.dtype)
 
     def _owner(self, x: Tensor) -> Tensor | None:
         """To which sample each row belongs; None for all samples in order."""

@@ -8,7 +8,6 @@ d_k and d_0 lead from the iterate and from the input to the nearest point of the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar, final
 
@@ -16,22 +15,14 @@ import torch
 from torch import Tensor
 
 from saddlepoint.attacks.registry import register
+from saddlepoint.attacks.stepping import advance
 from saddlepoint.engine import Attack, Declaration, Problem
 from saddlepoint.errors import InputError
 from saddlepoint.goals import UNRESOLVED, Aim
 from saddlepoint.taxonomy import Norm
-from saddlepoint.trees import rows, select, take, tree_map
+from saddlepoint.trees import rows, select
 
 S = TypeVar("S")
-
-
-def advance(which: Tensor, step: Callable[[Problem, S], S], problem: Problem, state: S) -> S:
-    """Take `step` for the samples where `which` (B,) is True, and for no other."""
-    index = which.nonzero()[:, 0]
-    if len(index) in (0, len(which)):
-        return step(problem, state) if len(index) else state
-    moved = step(problem.only(index), take(state, index))
-    return tree_map(lambda whole, part: whole.index_copy(0, index.to(whole.device), part), state, moved)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from saddlepoint.goals import Aim, Goal, Loss, Targeted, loss_named
 from saddlepoint.models.base import Classifier
 from saddlepoint.models.freeze import frozen
 from saddlepoint.rng import Keys
-from saddlepoint.taxonomy import Norm
+from saddlepoint.taxonomy import Access, Norm
 from saddlepoint.threats import Bounds, Threat
 from saddlepoint.trees import take
 
@@ -86,7 +86,8 @@ def attack(
     `Minimize` and "first" otherwise (a sample is done at its first success). ids: names of the samples (N,) for the random
     numbers, default their positions. callback: is given a `Record` after every step. resume: the partial result of an
     `Interrupted` run with the same arguments. start: points (N, ...) to begin from in place of the attack's own choice, for
-    attacks that can (`takes_start`); points outside the ball are projected, and later restarts begin where the attack likes.
+    attacks that can (`takes_start`); points outside the ball are projected (not for attacks that look for the smallest
+    perturbation from afar), and later restarts begin where the attack likes.
 
     Errors: `InputError` for bad inputs, `CapabilityError` where attack, threat, goal and model don't fit (before any query),
     `Interrupted` on Ctrl-C.
@@ -105,6 +106,8 @@ def attack(
     if model.bounds is None and threat.norm is Norm.L0:
         raise CapabilityError("an l0 threat needs bounds: without them one feature can move without limit")
     model.require(chosen.declaration.access, type(chosen).__name__)
+    if goal.needs_scores:
+        model.require(Access.SCORES, str(goal))
     budget = budget or Budget()
     keep = keep or ("smallest" if threat.minimizes else "first")
     skip = frozenset(resume.order.tolist()) if resume is not None else frozenset[int]()
@@ -192,7 +195,7 @@ class _Plain(Evaluator):
     def _of(batch: T, owner: Tensor | None) -> T:
         return batch if owner is None else take(batch, owner)
 
-    def allow(self, owner: Tensor, wanted_backward: bool) -> Tensor:
+    def allow(self, owner: Tensor, wanted_backward: bool, kept_back: int = 0) -> Tensor:
         return torch.ones_like(owner, dtype=torch.bool)
 
     def remaining(self) -> Tensor:

@@ -1,12 +1,45 @@
-"""What attacks share that take `steps` steps from the input."""
+"""What attacks share: steps from the input, and samples that are at different things."""
 
 from __future__ import annotations
 
 import math
-from typing import final
+from collections.abc import Callable
+from typing import TypeVar, final
 
-from saddlepoint.engine import Attack
+import torch
+from torch import Tensor
+
+from saddlepoint.engine import Attack, Problem
 from saddlepoint.errors import InputError
+from saddlepoint.taxonomy import Norm
+from saddlepoint.trees import put, rows, take
+
+S = TypeVar("S")
+
+
+def advance(which: Tensor, step: Callable[[Problem, S], S], problem: Problem, state: S) -> S:
+    """Take `step` for the samples where `which` (B,) is True, and for no other."""
+    index = which.nonzero()[:, 0]
+    if len(index) in (0, len(which)):
+        return step(problem, state) if len(index) else state
+    return put(state, index, step(problem.only(index), take(state, index)))
+
+
+def on_the_way(problem: Problem, start: Tensor, share: Tensor) -> Tensor:
+    """The point between the input (share 0) and `start` (share 1) that the norm asks for."""
+    region, origin = problem.region, problem.origin
+    change, at = start - origin, rows(share.to(start.dtype), start)
+    largest = rows(change.flatten(1).abs().amax(1), change)
+    match region.threat.norm:
+        case Norm.LINF:
+            change = torch.clamp(change, -at * largest, at * largest)
+        case Norm.L2:
+            change = change * at
+        case Norm.L1:
+            change = (change.abs() - (1 - at) * largest).clamp(min=0) * change.sign()
+        case Norm.L0:
+            change = torch.where(change.abs() >= (1 - at) * largest, change, torch.zeros_like(change))
+    return torch.clamp(origin + change, region.lower, region.upper)
 
 
 class Stepping(Attack):

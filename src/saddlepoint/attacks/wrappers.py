@@ -33,9 +33,9 @@ def _advance(attack: Attack, problem: Problem, inner: State, k: Tensor, run: Ten
 
 def _look(attack: Attack, problem: Problem, inner: State, which: Tensor) -> None:
     """Evaluate the last iterates of the runs that are over, unless their steps did."""
-    if not attack.judge and bool(which.any()):
+    if attack.looks_last and not attack.judge and bool(which.any()):
         owner = which.nonzero()[:, 0].to(problem.origin.device)
-        problem.logits(attack.current(inner)[owner], owner)
+        problem.predictions(attack.current(inner)[owner], owner)
 
 
 class _OfOne(Attack):
@@ -50,6 +50,16 @@ class _OfOne(Attack):
 
     @property
     @final
+    def looks_last(self) -> bool:
+        return self.attack.looks_last
+
+    @property
+    @final
+    def width(self) -> int:
+        return self.attack.width
+
+    @property
+    @final
     def objective(self) -> str | Loss:
         return self.attack.objective
 
@@ -60,7 +70,8 @@ class _OfOne(Attack):
     @final
     def cost(self, classes: int) -> tuple[int, int]:
         forward, backward = self.attack.cost(classes)
-        return max(forward + 1, 1), max(backward, self._least_backward)  # a run's last step also looks at where it ended
+        # a run's last step also looks at where it ended
+        return max(forward + self.looks_last, 1), max(backward, self._least_backward)
 
     @property
     def _least_backward(self) -> int:
@@ -203,6 +214,14 @@ class _Staged(Attack):
         return any(attack.randomized for attack in self.attacks)
 
     @property
+    def looks_last(self) -> bool:
+        return any(attack.looks_last for attack in self.attacks)
+
+    @property
+    def width(self) -> int:
+        return max(attack.width for attack in self.attacks)
+
+    @property
     def objective(self) -> str | Loss:
         return self.attacks[-1].objective
 
@@ -230,7 +249,7 @@ class _Staged(Attack):
             k[here] = torch.where(over, torch.zeros_like(over, dtype=torch.int64), k[here] + 1)
             stage[here] = torch.where(over, torch.as_tensor(self._next(number, mine)).cpu(), stage[here])
             if attack.judge:
-                part.logits(attack.current(mine))
+                part.predictions(attack.current(mine))
             elif number + 1 < len(self.attacks):
                 _look(attack, part, mine, over)
             inner[number] = put(inner[number], rows, mine)

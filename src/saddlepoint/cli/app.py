@@ -18,9 +18,9 @@ from rich.table import Table
 from saddlepoint import data as data_module
 from saddlepoint import zoo
 from saddlepoint.attacks import find
-from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.cli import campaigns, inputs
 from saddlepoint.cli import config as configuration
+from saddlepoint.cli.attack import attack
 from saddlepoint.cli.cascade import Cascade
 from saddlepoint.cli.config import ConfigFile
 from saddlepoint.cli.distance import distance
@@ -40,10 +40,11 @@ from saddlepoint.cli.options import (
     warn_of_random_weights,
 )
 from saddlepoint.cli.reproduce import reproduce
+from saddlepoint.cli.transfer import substitute, transfer
 from saddlepoint.defenses import Adversarial, EpochRecord, Hardening, Training
 from saddlepoint.defenses import harden as run_harden
 from saddlepoint.defenses import train as run_train
-from saddlepoint.engine import Budget, Interrupted
+from saddlepoint.engine import Budget
 from saddlepoint.errors import InputError, SaddlepointError, SaddlepointWarning, UnknownNameError
 from saddlepoint.evaluate import Cell, Comparison, Evaluation, compare
 from saddlepoint.goals import LOSSES
@@ -198,55 +199,6 @@ def evaluate(
 
 
 @app.command()
-def attack(
-    context: typer.Context,
-    name: Annotated[str, typer.Argument(help="Such as pgd, pgd:steps=100 or minimal. See: saddlepoint list attacks.")],
-    model: ModelText,
-    data: DataText = "digits",
-    norm: NormText = Norm.LINF,
-    eps: Annotated[str, typer.Option(help="Size of the perturbation, such as 8/255.")] = "0.1",
-    targeted: Annotated[
-        str | None, typer.Option(help="A class, or: random, next, least_likely, all, untargeted. Default: the attack's own.")
-    ] = None,
-    samples: Samples = None,
-    batch_size: BatchSize = None,
-    passes: Passes = None,
-    seed: Seed = 0,
-    mean: Mean = None,
-    std: Std = None,
-    device: Device = None,
-    root: Root = None,
-    out: Annotated[Path, typer.Option(help="Folder for the adversarial inputs and all figures.")] = Path("reports/attack"),
-    config: ConfigFile = None,
-) -> None:
-    """Run one attack, print its summary and keep the adversarial inputs."""
-    found = inputs.dataset(data, root)
-    (threat, *more) = inputs.threats(norm, eps)
-    if more:
-        raise InputError("attack takes one eps; saddlepoint evaluate takes several")
-    chosen, goal = inputs.attack(name, norm, passes), inputs.goal(targeted)
-    _, victim = inputs.model(model, found, mean=mean, std=std, device=device)
-    warn_of_random_weights([model])
-    split = inputs.samples(found, samples)
-    interrupted = False
-    try:
-        result = run_attack(
-            victim, split.x, split.y, chosen, threat, goal,
-            batch_size=batch_size, seed=seed, budget=Budget(passes=passes), progress=True,
-        )  # fmt: skip
-    except Interrupted as stop:
-        result, interrupted = stop.result, True
-    folder = _fresh(out / "result")
-    result.save(folder)
-    configuration.write(context, folder)
-    console.print(escape(result.summary()))
-    console.print(f"\nadversarial inputs: [bold]{escape(str(folder))}[/]   (sp.AttackResult.load)")
-    if interrupted:
-        console.print(f"interrupted: {len(result)} of {len(split)} samples are finished")
-        raise typer.Exit(130)
-
-
-@app.command()
 def train(
     context: typer.Context,
     model: ModelText,
@@ -359,7 +311,10 @@ def harden(
     )
 
 
+app.command()(attack)
 app.command()(distance)
+app.command()(transfer)
+app.command()(substitute)
 app.command()(campaigns.compare)
 app.command()(campaigns.replay)
 app.command()(campaigns.recheck)
@@ -426,14 +381,6 @@ def list_losses() -> None:
 def fetch_data(name: Annotated[str, typer.Argument(help="mnist, fashion-mnist or cifar10.")], root: Root = None) -> None:
     """Download a dataset, with checksums; an interrupted download is continued."""
     console.print(f"in {escape(str(data_module.fetch(name, root=root)))}")
-
-
-def _fresh(path: Path) -> Path:
-    """The path, or the next free numbered one: finished results are not overwritten."""
-    candidate, count = path, 2
-    while candidate.exists():
-        candidate, count = path.with_name(f"{path.name}-{count}"), count + 1
-    return candidate
 
 
 def _report(

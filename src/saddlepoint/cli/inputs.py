@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.util
+import inspect
 import re
 import sys
 import types
@@ -19,12 +21,12 @@ from torch import nn
 from saddlepoint import data, zoo
 from saddlepoint.attacks import Restarts, get
 from saddlepoint.attacks.minimal import MINIMAL, PASSES, minimal
-from saddlepoint.cli.options import console
+from saddlepoint.cli.options import MODELS, console
 from saddlepoint.engine import Attack
 from saddlepoint.errors import DataError, InputError, SaddlepointError, UnknownNameError
 from saddlepoint.goals import Goal, Targeted, Untargeted
 from saddlepoint.models import Classifier, Model
-from saddlepoint.taxonomy import Norm
+from saddlepoint.taxonomy import Access, Norm
 from saddlepoint.threats import Threat, ball
 
 EMPTY = "(empty)"  # the group of samples whose cell is empty
@@ -209,21 +211,28 @@ def _table(path: Path) -> list[_Row]:
 
 def network(text: str, found: data.Dataset, *, seed: int = 0) -> tuple[str, nn.Module | Classifier]:
     """Name and network for `FILE.py:NAME` or `zoo:NAME[+WEIGHTS]`. The file is the user's own code and is run."""
+    name, net = _classifier(text, found, seed)
+    if not isinstance(net, nn.Module | Classifier):
+        raise InputError(f"{text}: {name} is a {type(net).__name__}, neither an nn.Module nor an sp.Model")
+    return name, net
+
+
+def _classifier(text: str, found: data.Dataset, seed: int = 0) -> tuple[str, object]:
+    """The same for whatever `sp.Model` takes, and for `FILE.onnx`."""
     if text.startswith("zoo:"):
         name, _, weights = text.removeprefix("zoo:").partition("+")
         net = zoo.build(name, num_classes=found.num_classes, in_shape=tuple(found.test.x.shape[1:]), seed=seed)
         return (Path(weights).stem if weights else name), zoo.load_weights(net, weights) if weights else net
+    if text.endswith(".onnx"):
+        return Path(text).stem, Path(text)
     file, colon, name = text.rpartition(":")
     if not colon or not file.endswith(".py"):
-        raise InputError(f"--model is FILE.py:NAME or zoo:NAME[+weights.safetensors]; got {text!r}")
-    net = _from_file(file, name, "--model")
-    if not isinstance(net, nn.Module | Classifier):
-        raise InputError(f"--model: {name} in {file} is a {type(net).__name__}, neither an nn.Module nor an sp.Model")
-    return name, net
+        raise InputError(f"--model is {MODELS}; got {text!r}")
+    return name, _from_file(file, name, "--model")
 
 
 def _from_file(file: str, name: str, what: str) -> Any:  # Any: whatever the user's file defines
-    """What the user's own Python file calls `name`; a function or a network class is called to make the network."""
+    """What the user's own Python file calls `name`; a class, or a function without arguments, is called to make the network."""
     path = Path(file)
     if not path.is_file():
         raise InputError(f"{what}: there is no file {file}")
@@ -238,9 +247,7 @@ def _from_file(file: str, name: str, what: str) -> Any:  # Any: whatever the use
             public = [k for k, v in vars(module).items() if not k.startswith("_") and not isinstance(v, types.ModuleType)]
             raise UnknownNameError(f"name in {file}", name, public or ["(nothing)"])
         found = getattr(module, name)
-        if isinstance(found, nn.Module | Classifier) or not callable(found) or _is_attack(found):
-            return found
-        return found()  # a class or function that makes the network
+        return found() if _makes_one(found) else found
     except SaddlepointError:
         raise
     except Exception as error:  # whatever the user's own code raises
@@ -249,26 +256,44 @@ def _from_file(file: str, name: str, what: str) -> Any:  # Any: whatever the use
         sys.path.pop(0)
 
 
-def _is_attack(found: object) -> bool:
-    return isinstance(found, type) and issubclass(found, Attack)
+def _makes_one(found: object) -> bool:
+    """Whether this makes a network rather than being one: a function that wants an argument wants inputs to classify."""
+    if isinstance(found, type):
+        return not issubclass(found, Attack)
+    if not isinstance(found, types.FunctionType | functools.partial):
+        return False
+    wanted = [p for p in inspect.signature(found).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return all(parameter.default is not parameter.empty for parameter in wanted)
 
 
 def model(
-    text: str, found: data.Dataset, *, mean: str | None = None, std: str | None = None, device: str | None = None
+    text: str,
+    found: data.Dataset,
+    *,
+    mean: str | None = None,
+    std: str | None = None,
+    device: str | None = None,
+    access: str | None = None,
 ) -> tuple[str, Classifier]:
-    """Name and model for the words of `--model`; an `sp.Model` in the user's file keeps its own bounds and normalisation."""
-    name, net = network(text, found)
+    """Name and model for the words of `--model`; an `sp.Model` in the user's file keeps what it says of itself."""
+    name, net = _classifier(text, found)
     if isinstance(net, Classifier):
-        if mean or std:
-            raise InputError(f"{name} is an sp.Model with its own normalisation: leave out --mean and --std")
+        if mean or std or access:
+            raise InputError(f"{name} is an sp.Model, which says so itself: leave out --mean, --std and --access")
         return name, net
+    place = None
     if device is not None:
         try:
-            net = net.to(torch.device(device))
+            place = torch.device(device)
+            net = net.to(place) if isinstance(net, nn.Module) else net
         except (RuntimeError, AssertionError) as error:  # torch has no one type for a device that isn't there
             raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    statistics = {key: numbers(value) for key, value in (("mean", mean), ("std", std)) if value}
-    return name, Model(net, bounds=found.bounds, num_classes=None, **statistics)  # type: ignore[arg-type]  # keys are mean, std
+    average, deviation = (numbers(text) if text else None for text in (mean, std))
+    granted = None if access is None else Access[access.upper()]
+    try:
+        return name, Model(net, found.bounds, average, deviation, access=granted, device=place)
+    except InputError as error:
+        raise InputError(f"--model {text}: {error}") from None
 
 
 def models(texts: Sequence[str], found: data.Dataset, **settings: Any) -> dict[str, Classifier]:

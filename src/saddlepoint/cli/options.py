@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -17,7 +17,14 @@ from saddlepoint.taxonomy import Norm
 
 console = Console(highlight=False)
 
-ModelText = Annotated[str, typer.Option("--model", help="FILE.py:NAME or zoo:NAME[+weights.safetensors].", show_default=False)]
+MODELS = "FILE.py:NAME, FILE.onnx or zoo:NAME[+weights.safetensors]"
+ModelText = Annotated[str, typer.Option("--model", help=f"{MODELS}.", show_default=False)]
+OptionalModelText = Annotated[str | None, typer.Option("--model", help=f"{MODELS}.", show_default=False)]
+AccessText = Annotated[
+    Literal["labels", "scores", "gradients"] | None,
+    typer.Option("--access", help="With --model: what the adversary may use of it; default what there is, gradients at most."),
+]
+Queries = Annotated[int | None, typer.Option(min=1, help="At most so many queries (forward passes) a sample.")]
 DataText = Annotated[str, typer.Option(help="digits, mnist, fashion-mnist, cifar10, a folder of images by class, or a .npz.")]
 Root = Annotated[Path | None, typer.Option(help="Where the data lies; default SADDLEPOINT_DATA or the user's cache.")]
 NormText = Annotated[Norm, typer.Option(help="How perturbations are measured.")]

@@ -74,8 +74,16 @@ class Attack(ABC):
         return iterate
 
     def cost(self, classes: int) -> tuple[int, int]:
-        """Forward and backward passes that a step makes at most for one sample of a model with so many classes."""
+        """Forward and backward passes that a step makes at most for one sample of a model with so many classes.
+
+        Of an attack that uses `Problem.ask`: what a step needs at least, for `ask` trims the rest to the budget.
+        """
         return (1, 1)
+
+    @property
+    def width(self) -> int:
+        """Points that a step holds at once for each sample; the engine chooses its batch by them."""
+        return 1
 
     def opening(self, classes: int) -> tuple[int, int]:
         """What the first step costs at most, where that is something else."""
@@ -104,6 +112,11 @@ class Attack(ABC):
     def judge(self) -> bool:
         """Whether steps evaluate other points than their iterates, so that the engine must judge each iterate."""
         return False
+
+    @property
+    def looks_last(self) -> bool:
+        """Whether the engine shall evaluate the last iterate: not where every step has evaluated its own."""
+        return True
 
     @property
     def objective(self) -> str | Loss:

@@ -234,13 +234,15 @@ class Judge(Evaluator):
             return torch.full_like(self.slots.forward, torch.iinfo(torch.int64).max)
         return self.budget.passes - self.slots.forward - self.slots.backward
 
-    def allow(self, owner: Tensor, wanted_backward: bool) -> Tensor:
+    def allow(self, owner: Tensor, wanted_backward: bool, kept_back: int = 0) -> Tensor:
+        if self.budget.passes is None and self.budget.queries is None:
+            return torch.ones_like(owner, dtype=torch.bool)
         cpu = owner.cpu()
         order = cpu.argsort(stable=True)
         counts = torch.bincount(cpu, minlength=len(self.slots))
         first = counts.cumsum(0) - counts
         earlier = torch.empty_like(cpu).scatter_(0, order, torch.arange(len(cpu)) - first[cpu[order]])
-        ask = self.draws * (earlier + 1)
+        ask = self.draws * (earlier + 1 + kept_back)
         forward, backward = self.slots.forward[cpu] + ask, self.slots.backward[cpu] + ask * wanted_backward
         granted = torch.ones_like(cpu, dtype=torch.bool)
         if self.budget.passes is not None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from saddlepoint.errors import CapabilityError, ModelError
-from saddlepoint.goals import Aim, Loss
+from saddlepoint.goals import Aim, Loss, loss_named
 from saddlepoint.rng import Keys
+from saddlepoint.taxonomy import Access
 from saddlepoint.threats import Region
 from saddlepoint.trees import take, tree_map
 
@@ -38,6 +39,19 @@ class Found(NamedTuple):
     points: Tensor
     distance: Tensor  # float64, infinite where there is no success
     success: Tensor  # bool
+
+
+class Answers(NamedTuple):
+    """What the model said of points (B, m, ...), as far as the budgets went."""
+
+    answered: Tensor  # (B, m) bool
+    surplus: Tensor  # (B, m): the goal's margin less what success needs; -inf where there is no answer
+    logits: Tensor | None  # (B, m, C), 0 where there is no answer; None for attacks that see labels only
+
+    @property
+    def reached(self) -> Tensor:
+        """Which points are successes, (B, m) bool."""
+        return self.surplus >= 0
 
 
 Weights = Tensor | Callable[[Tensor, Aim], Tensor]
@@ -85,8 +99,8 @@ class Evaluator(ABC):
         raise CapabilityError("attacks of other libraries run in sp.attack only, where passes are counted")
 
     @abstractmethod
-    def allow(self, owner: Tensor, wanted_backward: bool) -> Tensor:
-        """Which of the rows `owner` (Q,) fit into their samples' budgets, (Q,) bool."""
+    def allow(self, owner: Tensor, wanted_backward: bool, kept_back: int = 0) -> Tensor:
+        """Which of the rows `owner` (Q,) fit into their samples' budgets less what is kept back, (Q,) bool."""
 
     @abstractmethod
     def remaining(self) -> Tensor:
@@ -128,8 +142,8 @@ class _Part(Evaluator):
     def pullback(self, points: Tensor, owner: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         return self.whole.pullback(points, self._owner(owner))
 
-    def allow(self, owner: Tensor, wanted_backward: bool) -> Tensor:
-        return self.whole.allow(self.index[owner], wanted_backward)
+    def allow(self, owner: Tensor, wanted_backward: bool, kept_back: int = 0) -> Tensor:
+        return self.whole.allow(self.index[owner], wanted_backward, kept_back)
 
     def remaining(self) -> Tensor:
         remaining = self.whole.remaining()
@@ -149,6 +163,7 @@ class Problem:
     region: the feasible sets, with `origin` (B, ...) and `eps` (B,). k: each sample's iteration (B,) int64.
     needed: the margin that counts as success: the goal's confidence and the model's own numerical noise.
     start: where the caller wants the first run to begin (B, ...), in `init` only; None for the attack's own choice.
+    access: what the attack declared to need: it gets no more. kept_back: queries that `ask` leaves for the last look.
     """
 
     region: Region
@@ -158,6 +173,8 @@ class Problem:
     evaluator: Evaluator
     needed: float = 0.0
     start: Tensor | None = None
+    access: Access = Access.PARAMETERS
+    kept_back: int = 0
 
     @property
     def origin(self) -> Tensor:
@@ -176,7 +193,50 @@ class Problem:
 
     def logits(self, points: Tensor, owner: Tensor | None = None) -> Tensor:
         """(Q, C); one forward pass a point."""
+        self._may(Access.SCORES)
         return self.evaluator.forward(points, owner)
+
+    def _may(self, access: Access) -> None:
+        if self.access < access:
+            raise CapabilityError(
+                f"the attack declares that it needs {self.access.name.lower()}, but asks for {access.name.lower()}: "
+                "reached() and ask() give verdicts"
+            )
+
+    def ask(self, points: Tensor, wanted: Tensor | None = None) -> Answers:
+        """What the model says of several points a sample (B, m, ...), each a query, as far as the sample's budget goes.
+
+        wanted: which of them to ask about (B, m) bool; default all. Where the budget ends, the first ones are answered.
+        """
+        asked = torch.ones(points.shape[:2], dtype=torch.bool, device=points.device) if wanted is None else wanted
+        place = asked.flatten().nonzero()[:, 0]
+        owner = place // points.shape[1]
+        granted = self.evaluator.allow(owner, False, self.kept_back)
+        if not bool(granted.all()):
+            place, owner = place[granted], owner[granted]
+        logits = self.evaluator.forward(points.flatten(0, 1)[place], owner)
+        answered = torch.zeros_like(asked).flatten().index_fill(0, place, True)
+        surplus = self.surplus(logits, owner)
+        if self.access <= Access.LABELS:
+            surplus = torch.where(surplus >= 0, 1.0, -1.0).to(surplus.dtype)
+        scattered = surplus.new_full((len(answered),), -torch.inf).index_copy(0, place, surplus)
+        shown = None
+        if self.access > Access.LABELS:
+            shown = logits.new_zeros(len(answered), logits.shape[1]).index_copy(0, place, logits).view(*asked.shape, -1)
+        return Answers(answered.view_as(asked), scattered.view_as(asked), shown)
+
+    def losses(self, answers: Answers, loss: str | Loss) -> Tensor:
+        """A loss of the answers, (B, m); -inf where there is none. No pass."""
+        self._may(Access.SCORES)
+        if answers.logits is None:
+            raise CapabilityError("labels have no loss")
+        owner = torch.arange(len(answers.logits), device=answers.logits.device).repeat_interleave(answers.logits.shape[1])
+        values = loss_named(loss)(answers.logits.flatten(0, 1), take(self.aim, owner)).view_as(answers.surplus)
+        return values.masked_fill(~answers.answered, -torch.inf)
+
+    def reached(self, points: Tensor) -> Tensor:
+        """Which points (B, ...) are successes, (B,) bool: a query each, False where the budget is spent."""
+        return self.ask(points[:, None]).reached[:, 0]
 
     def margin(self, points: Tensor, owner: Tensor | None = None) -> Tensor:
         """The goal's margin (Q,), positive where it is reached; one forward pass a point."""
@@ -190,7 +250,7 @@ class Problem:
 
     def predictions(self, points: Tensor, owner: Tensor | None = None) -> Tensor:
         """Predicted labels (Q,); one forward pass a point."""
-        return self.logits(points, owner).argmax(1)
+        return self.evaluator.forward(points, owner).argmax(1)
 
     def surplus(self, logits: Tensor, owner: Tensor | None = None) -> Tensor:
         """By how much logits (Q, C) exceed what success needs, (Q,): a success is >= 0. No pass."""
@@ -204,11 +264,12 @@ class Problem:
 
         aim: in place of the goal's, such as `problem.aim.towards(classes)`; one row a sample of the batch, not a point.
         """
+        self._may(Access.GRADIENTS)
         return self.evaluator.gradient(points, owner, loss, aim)
 
     def vjp(self, points: Tensor, cotangents: Tensor, owner: Tensor | None = None) -> Gradient:
         """Gradient of sum(cotangents * logits), cotangents (Q, C); one forward and one backward pass a point."""
-        logits, gradients = self.evaluator.jacobian(points, owner, cotangents[:, None])
+        logits, gradients = self.jacobian(points, cotangents[:, None], owner)
         return Gradient((cotangents * logits).sum(1), gradients[:, 0], logits)
 
     def jacobian(self, points: Tensor, weights: Weights, owner: Tensor | None = None) -> Jacobian:
@@ -217,6 +278,7 @@ class Problem:
         weights: a tensor, or a function of logits and aim that chooses them after the forward pass (the likeliest classes).
         They take m times the memory of the points; the engine chooses its batch by the m of `Attack.cost`.
         """
+        self._may(Access.GRADIENTS)
         return self.evaluator.jacobian(points, owner, weights)
 
     def pullback(self, points: Tensor, owner: Tensor | None = None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -224,6 +286,7 @@ class Problem:
 
         Each call of that function is one backward pass a point: for those who know only later what they want to differentiate.
         """
+        self._may(Access.SCORES)
         return self.evaluator.pullback(points, owner)
 
     def project(self, points: Tensor, owner: Tensor | None = None) -> Tensor:
@@ -265,6 +328,10 @@ class Problem:
     def within(self, eps: Tensor) -> Problem:
         """The same problem in balls of radius eps (B,), where those are smaller. Points outside still count as found."""
         return replace(self, region=self.region.within(eps))
+
+    def without_ball(self) -> Problem:
+        """The same problem in the whole input range, for attacks that come from afar. Only what is in the ball counts."""
+        return self if bool(torch.isinf(self.eps).all()) else replace(self, region=self.region.without_ball())
 
     def only(self, index: Tensor) -> Problem:
         """The same problem for the samples `index` (P,) alone."""

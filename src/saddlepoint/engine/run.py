@@ -20,7 +20,7 @@ from saddlepoint.engine.problem import Problem
 from saddlepoint.engine.result import STATUSES, AttackResult, Queries, measure, merge
 from saddlepoint.engine.slots import NO_CLASS, Keep, Pool, Recorder, Slots, beyond_confidence, split
 from saddlepoint.engine.source import Source, fingerprint
-from saddlepoint.errors import InputError, SaddlepointError
+from saddlepoint.errors import InputError, ModelError, SaddlepointError
 from saddlepoint.goals import UNRESOLVED, Goal, loss_named
 from saddlepoint.models.base import Classifier, Probe
 from saddlepoint.progress import bar
@@ -36,13 +36,19 @@ _SLOT_BYTES = {"cpu": 2**25, "cuda": 2**30}
 
 @dataclass(frozen=True)
 class Record:
-    """One step of the samples under attack, for callbacks: all (B, ...)."""
+    """One step of the samples under attack, for callbacks: all (B, ...).
+
+    queries: forward passes so far. distance: of the smallest success in the threat's norm, inf without one; only where the
+    smallest is kept.
+    """
 
     ids: Tensor
     iteration: Tensor
     points: Tensor
     best_margin: Tensor
     success: Tensor
+    queries: Tensor
+    distance: Tensor
 
 
 class Interrupted(KeyboardInterrupt):
@@ -95,6 +101,9 @@ class Run:
                     report(sum(len(p) for p in parts))
         except KeyboardInterrupt:
             raise Interrupted(self._assemble(parts, first, spent, started)) from None
+        except ModelError as error:
+            error.result = self._assemble(parts, first, spent, started)
+            raise
         return self._assemble(parts, first, spent, started)
 
     def _bind(self, probe: Probe, first: Tensor, resume: AttackResult | None) -> None:
@@ -172,13 +181,17 @@ class Run:
 
     def _problem(self, slots: Slots, judge: Judge) -> Problem:
         needed = self.goal.confidence + self._recorder.tau
-        return Problem(slots.region, slots.labels, slots.k, slots.keys, judge, needed)
+        access = self.attack.declaration.access
+        kept_back = int(self.attack.looks_last or self.attack.judge)
+        return Problem(
+            slots.region, slots.labels, slots.k, slots.keys, judge, needed, access=access, kept_back=kept_back
+        )
 
     def _automatic(self, x: Tensor) -> int:
         bytes_each = max(1, x[:1].numel() * x.element_size())
         limit = _SLOT_BYTES.get(self.model.device.type, 2**28)
-        gradients = self.attack.cost(self._probe.num_classes)[1]
-        wide = max(1, 8 * limit // (bytes_each * max(1, gradients)))  # a Jacobian's batch
+        copies = max(self.attack.width, self.attack.cost(self._probe.num_classes)[1], 1)
+        wide = max(1, 8 * limit // (bytes_each * copies))  # a Jacobian's or a population's batch
         return min(max(16, min(1024, limit // bytes_each)), wide)
 
     def _admit(self, source: Source, count: int) -> Slots | None:
@@ -229,7 +242,7 @@ class Run:
 
     def _must_look(self, k: Tensor) -> Tensor:
         """Whether the iterate after k steps has not been evaluated yet, (B,)."""
-        return torch.zeros_like(k) if self.attack.judge else torch.ones_like(k)
+        return torch.full_like(k, int(self.attack.looks_last and not self.attack.judge))
 
     def _look_at_last(self, judge: Judge) -> None:
         """Evaluate the last iterates where no step did and the budget allows it."""
@@ -249,7 +262,13 @@ class Run:
             judge.forward(self.attack.current(slots.state), None)
         if self.callback is not None:
             points = self.attack.current(slots.state)
-            self.callback(Record(slots.ids, slots.k, points, slots.best.margin, slots.best.success))
+            self.callback(self._record(slots, points))
+
+    def _record(self, slots: Slots, points: Tensor) -> Record:
+        best = slots.best
+        away = -best.value if self.keep == "smallest" else torch.full_like(best.value, torch.inf)
+        distance = torch.where(best.success, away, torch.full_like(away, torch.inf))
+        return Record(slots.ids, slots.k, points, best.margin, best.success, slots.forward.clone(), distance)
 
     def _confirm(self, slots: Slots) -> Tensor:
         """Predict every success once more on the bare model. Which leave, (B,) bool: a refuted one goes on if it can."""

@@ -9,9 +9,10 @@ from saddlepoint.evaluate.estimate import Estimate, estimate
 from saddlepoint.evaluate.evaluation import Evaluation, Interval, Stage, WorstCase
 from saddlepoint.evaluate.export import AdversarialSet, export
 from saddlepoint.evaluate.paired import Case, Paired, compare_campaigns, replay
+from saddlepoint.evaluate.queries import QueryCurve, Trace, query_curve
 
 __all__ = [
     "AdversarialSet", "Campaign", "Case", "Cell", "Comparison", "Diagnosis", "Distances", "Effort", "Estimate", "Evaluation",
-    "Finding", "Interval", "Paired", "Quantile", "Stage", "WorstCase", "compare", "compare_campaigns", "diagnose", "distance",
-    "estimate", "evaluate", "export", "replay",
+    "Finding", "Interval", "Paired", "Quantile", "QueryCurve", "Stage", "Trace", "WorstCase", "compare",
+    "compare_campaigns", "diagnose", "distance", "estimate", "evaluate", "export", "query_curve", "replay",
 ]  # fmt: skip

@@ -2,7 +2,14 @@
 
 from saddlepoint.models.base import Classifier, Probe
 from saddlepoint.models.compose import Borrowed, Defended, Ensemble
+from saddlepoint.models.http_model import HttpModel
+from saddlepoint.models.huggingface_model import embed_tokens, hugging_face
+from saddlepoint.models.onnx_graph import OnnxNetwork, read_graph
+from saddlepoint.models.onnx_model import OnnxSession
 from saddlepoint.models.torch_model import Model
 from saddlepoint.models.transforms import Transform, bit_depth, gaussian_noise
 
-__all__ = ["Borrowed", "Classifier", "Defended", "Ensemble", "Model", "Probe", "Transform", "bit_depth", "gaussian_noise"]
+__all__ = [
+    "Borrowed", "Classifier", "Defended", "Ensemble", "HttpModel", "Model", "OnnxNetwork", "OnnxSession", "Probe", "Transform",
+    "bit_depth", "embed_tokens", "gaussian_noise", "hugging_face", "read_graph",
+]  # fmt: skip

@@ -12,7 +12,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from saddlepoint.errors import CapabilityError, InputError, ModelError, SaddlepointError, SaddlepointWarning
+from saddlepoint.errors import CapabilityError, InputError, ModelError, SaddlepointError, SaddlepointWarning, Unavailable
 from saddlepoint.models.freeze import frozen
 from saddlepoint.taxonomy import Access
 
@@ -196,6 +196,8 @@ class Classifier(ABC):
                 raise ModelError(f"the network fails on inputs of shape {shape}: {type(error).__name__}: {error}") from error
             try:
                 singles = torch.cat([self.forward(one) for one in torch.split(x, 1)])
+            except Unavailable:
+                raise
             except Exception as error:
                 raise ModelError(
                     f"the model takes {len(x)} inputs at once, but not a single one ({type(error).__name__}: {error}); batch "
@@ -229,12 +231,13 @@ class Classifier(ABC):
                 "an input's output depends on the batch that it is in (batch normalisation without running statistics?); "
                 "re-prediction of single samples can differ"
             )
-        if len(first) and bool((first >= 0).all()) and bool(((first.sum(1) - 1).abs() < max(1e-4, precision)).all()):
+        told = self.access > Access.LABELS and len(first) > 0
+        if told and bool((first >= 0).all()) and bool(((first.sum(1) - 1).abs() < max(1e-4, precision)).all()):
             notes.append(
                 "the outputs look like probabilities (non-negative, sum 1); attacks need logits: return them before the "
-                "softmax, or give Model(outputs=torch.log)"
+                "softmax, or say so: Model(gives=\"probabilities\")"
             )
-        elif 0.5 < scale <= 1 and bool((first >= 0).all()) and float(torch.minimum(first, 1 - first).mean()) < 0.1:
+        elif told and 0.5 < scale <= 1 and bool((first >= 0).all()) and float(torch.minimum(first, 1 - first).mean()) < 0.1:
             notes.append("all outputs are close to 0 or 1, as after a sigmoid; attacks need logits: return them before it")
         # a constant model has no margin to measure, and a tie is no success
         tau = max(_NOISE_FACTOR * noise, _SCALE_FACTOR * scale, torch.finfo(torch.float32).tiny)

@@ -18,22 +18,24 @@ _DRAWS = 10  # of a randomised defense, unless stated: Athalye et al. (2018) use
 
 @final
 class Ensemble(Classifier):
-    """Several models that vote: weighted mean of logits, or log of the weighted mean of probabilities.
+    """Several models that vote: by the weighted mean of logits, of probabilities (their logarithm), or of log-probabilities.
 
-    Attacking it is the ensemble attack of Liu et al. (2017, arXiv:1611.02770). weights: one per model, default equal.
-    Errors: `InputError` unless the members share bounds.
+    An example that fools all of them often fools others too. Ensembles were fused for that in the probabilities (Liu et al.
+    2017, arXiv:1611.02770), in the logits, and in the loss (Dong et al. 2018, arXiv:1710.06081). fuse="loss" gives mean
+    log-probabilities, not normalised, of which an attack's loss="logit" is the mean of the members' cross-entropies.
+    weights: one per model, default equal. Errors: `InputError` unless the members share bounds.
     """
 
     def __init__(
         self,
         models: Sequence[Classifier],
-        fuse: Literal["logits", "probabilities"] = "logits",
+        fuse: Literal["logits", "probabilities", "loss"] = "logits",
         weights: Sequence[float] | None = None,
     ) -> None:
         if not models:
             raise InputError("an ensemble needs at least one model")
-        if fuse not in ("logits", "probabilities"):
-            raise InputError(f'fuse must be "logits" or "probabilities"; got {fuse!r}')
+        if fuse not in ("logits", "probabilities", "loss"):
+            raise InputError(f'fuse must be "logits", "probabilities" or "loss"; got {fuse!r}')
         if any(model.bounds != models[0].bounds for model in models):
             raise InputError(f"the members' bounds differ: {[model.bounds for model in models]}")
         weights = [1.0] * len(models) if weights is None else list(weights)
@@ -53,8 +55,10 @@ class Ensemble(Classifier):
             raise InputError(f"the members' outputs differ in shape: {[tuple(o.shape) for o in outputs]}")
         if self.fuse == "logits":
             return sum((w * o for w, o in zip(self.weights, outputs, strict=True)), torch.zeros_like(outputs[0]))
-        logs = [o.log_softmax(1) + math.log(w) for w, o in zip(self.weights, outputs, strict=True) if w]
-        return torch.stack(logs).logsumexp(0)
+        logs = [(w, o.log_softmax(1)) for w, o in zip(self.weights, outputs, strict=True) if w]
+        if self.fuse == "loss":
+            return torch.stack([w * log for w, log in logs]).sum(0)
+        return torch.stack([log + math.log(w) for w, log in logs]).logsumexp(0)
 
     def features(self, x: Tensor, layer: str) -> Tensor:
         raise InputError("an ensemble has no layers of its own: ask a member, ensemble.models[i].features(x, layer)")

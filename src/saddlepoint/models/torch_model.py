@@ -1,18 +1,23 @@
-"""`Model`: a PyTorch network, or any callable on tensors, as the system under attack."""
+"""`Model`: a network, or whatever else classifies, as the system under attack."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, final
+from dataclasses import replace
+from typing import Any, Literal, Protocol, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from saddlepoint.errors import InputError, ModelError, UnknownNameError
+from saddlepoint.errors import CapabilityError, InputError, ModelError, UnknownNameError
+from saddlepoint.models.adapt import GIVES, Gives, adapt, labels_only, log_probabilities, one_hot
 from saddlepoint.models.base import Classifier
 from saddlepoint.taxonomy import Access
 
 Outputs = str | int | Callable[[Any], Tensor]  # Any: what a user's network returns is the user's own type
+_ROUNDING = 1e-6  # of probabilities, by which servers exceed 1
 Statistics = float | Sequence[float] | Tensor
 
 
@@ -28,48 +33,74 @@ class Labelled(Protocol):
 
 @final
 class Model(Classifier):
-    """A classifier made from a network that gives logits.
+    """A classifier made from whatever classifies.
 
     net: an `nn.Module` or a callable, (N, ...) -> (N, C) logits; (N,) or (N, 1) is taken as one logit f and becomes (0, f).
+        Or a fitted scikit-learn, XGBoost or LightGBM classifier, a Keras model, or the path of an .onnx file: those know what
+        they give, and where there is a closed form they have gradients.
     bounds: range of the inputs, in the units in which perturbations are measured; None if unbounded.
     mean, std: normalisation applied before the network, a number or one per channel (dimension 1 of the inputs).
-    num_classes: checked if given, otherwise found out.
-    access: what an adversary may use of it.
+    num_classes: checked if given, otherwise found out; needed where only labels are given.
+    access: what an adversary may use of it; default gradients, or what there is. More than there is is an error.
     device: move the inputs there; by default where the parameters are. A network elsewhere is an error.
     outputs: where the logits are if the network doesn't return a tensor: a key, an attribute, an index or a function.
         Without it, `.logits`, `["logits"]` and a tuple's first entry are recognised.
+    gives: what comes out: "logits", "probabilities" (their logarithms serve as logits) or "labels" (N,).
+    inputs: what a callable takes, "torch" or "numpy"; with numpy there are no gradients.
 
-    The network runs in eval mode and is handed back exactly as it was.
+    The network runs in eval mode and is handed back exactly as it was. Labels come as rows of 0 with a 1 for the label.
 
     >>> import torch, saddlepoint as sp
     >>> model = sp.Model(torch.nn.Linear(4, 3), bounds=(0, 1))
     >>> model.predict(torch.zeros(2, 4)).shape
     torch.Size([2])
+    >>> oracle = sp.Model(lambda x: x.sum(1) > 2, gives="labels", inputs="numpy", num_classes=2)
+    >>> oracle.access.name, oracle.predict(torch.ones(2, 4)).tolist()
+    ('LABELS', [1, 1])
     """
 
     def __init__(
         self,
-        net: Callable[[Tensor], Any],
+        net: object,
         bounds: tuple[float, float] | None = (0.0, 1.0),
         mean: Statistics | None = None,
         std: Statistics | None = None,
         num_classes: int | None = None,
-        access: Access = Access.GRADIENTS,
+        access: Access | None = None,
         device: torch.device | str | None = None,
         outputs: Outputs | None = None,
+        *,
+        gives: Gives | None = None,
+        inputs: Literal["torch", "numpy"] = "torch",
     ) -> None:
         if isinstance(net, Classifier):
             raise InputError("net is a Saddlepoint model already; use it as it is")
-        if not callable(net):
-            raise InputError(f"net must be an nn.Module or a callable on tensors; got {type(net).__name__}")
-        super().__init__(bounds, access, num_classes, device=device)
-        self.net = net
+        if gives is not None and gives not in GIVES:
+            raise UnknownNameError("kind of output", gives, GIVES)
+        if inputs not in ("torch", "numpy"):
+            raise UnknownNameError("kind of input", inputs, ("torch", "numpy"))
+        found = adapt(net)
+        found = found if gives is None else replace(found, gives=gives)
+        most = min(found.access, Access.SCORES if inputs == "numpy" else Access.PARAMETERS)
+        most = min(most, Access.LABELS) if found.gives == "labels" else most
+        if access is not None and access > most:
+            raise CapabilityError(f"this {type(net).__name__} can grant {most.name.lower()} at most, not {access.name.lower()}")
+        classes = found.num_classes if num_classes is None else num_classes
+        super().__init__(bounds, min(most, Access.GRADIENTS) if access is None else access, classes, device=device)
+        if found.gives == "labels" and classes is None:
+            raise InputError("labels alone don't tell how many classes there are: give Model(num_classes=...)")
+        self.net = found.call
+        self._call: Callable[[Any], Any] = found.call  # which takes an array where `inputs` says so
+        self._gives, self._numpy = found.gives, inputs == "numpy"
+        self._name = found.name or type(net).__name__
         self._mean, self._std = self._statistics("mean", mean), self._statistics("std", std)
         if self._std is not None and not bool((self._std > 0).all()):
             raise InputError(f"std must be positive; got {std}")
         self._outputs = outputs
         self._normalisers: dict[tuple[torch.dtype, torch.device, int], tuple[Tensor, Tensor]] = {}
-        if device is not None and isinstance(net, nn.Module) and torch.device(device).type != self.device.type:
+        if device is not None and isinstance(net, str | os.PathLike) and isinstance(self.net, nn.Module):
+            self.net.to(device)
+        if device is not None and isinstance(self.net, nn.Module) and torch.device(device).type != self.device.type:
             raise InputError(f"the network is on {self.device}, but device={device!r}: call net.to({str(device)!r}) first")
 
     @staticmethod
@@ -85,15 +116,38 @@ class Model(Classifier):
         return (self.net,) if isinstance(self.net, nn.Module) else ()
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = self._adapt(self.net(self._normalise(x)))
-        if logits.dim() == 1:
-            logits = logits[:, None]
-        if logits.dim() != 2 or len(logits) != len(x) or not logits.is_floating_point():
+        asked = self._normalise(x)
+        raw = self._call(asked.detach().cpu().numpy() if self._numpy else asked)
+        logits = self._read(self._adapt(raw), x)
+        return labels_only(logits) if self.access <= Access.LABELS and self._gives != "labels" else logits
+
+    def _read(self, found: Tensor, x: Tensor) -> Tensor:
+        """Logits (N, C) from what came out."""
+        shape = tuple(found.shape)
+        if self._gives == "labels":
+            return self._from_labels(found, x)
+        if found.dim() == 1:
+            found = found[:, None]
+        if found.dim() != 2 or len(found) != len(x) or not found.is_floating_point():
             raise ModelError(
-                f"for inputs of shape {tuple(x.shape)} the network must give floating logits of shape ({len(x)}, C); it gives "
-                f"{logits.dtype} {tuple(logits.shape)}"
+                f"for inputs of shape {tuple(x.shape)} the network must give floating {self._gives} of shape ({len(x)}, C); it "
+                f"gives {found.dtype} {shape}"
             )
-        return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
+        if self._gives == "probabilities":
+            found = torch.cat([1 - found, found], 1) if found.shape[1] == 1 else found
+            if not bool(((found >= 0) & (found <= 1 + _ROUNDING) | found.isnan()).all()):
+                raise ModelError('gives="probabilities" was stated, but the outputs are not all in [0, 1]')
+            return log_probabilities(found)
+        return torch.cat([torch.zeros_like(found), found], 1) if found.shape[1] == 1 else found
+
+    def _from_labels(self, found: Tensor, x: Tensor) -> Tensor:
+        classes = self.num_classes
+        if classes is None or found.shape != (len(x),) or found.is_complex():
+            raise ModelError(f"labels must have shape ({len(x)},), one for each input; got {tuple(found.shape)}")
+        labels = found.long()
+        if bool((labels != found).any()) or bool(((labels < 0) | (labels >= classes)).any()):
+            raise ModelError(f"labels must be whole numbers from 0 to {classes - 1}; got {sorted(set(found.tolist()))[:10]}")
+        return one_hot(labels, classes, x.dtype)
 
     def _normalise(self, x: Tensor) -> Tensor:
         if self._mean is None and self._std is None:
@@ -119,6 +173,8 @@ class Model(Classifier):
             return mean.to(x.device, x.dtype).view(shape), std.to(x.device, x.dtype).view(shape)
 
     def _adapt(self, raw: Any) -> Tensor:  # Any: see Outputs
+        if self._numpy and isinstance(raw, np.ndarray | list):
+            raw = torch.as_tensor(np.asarray(raw), device=self.device)
         found = raw
         match self._outputs:
             case None:
@@ -172,12 +228,13 @@ class Model(Classifier):
 
         count = sum(p.numel() for net in self.networks() for p in net.parameters())
         return {
-            "name": type(self.net).__name__,
+            "name": self._name,
             "bounds": self.bounds,
             "mean": numbers(self._mean),
             "std": numbers(self._std),
             "num_classes": self.num_classes,
             "access": self.access.name.lower(),
+            "gives": self._gives,
             "parameters": count,
         }
 

@@ -20,11 +20,12 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from saddlepoint.evaluate import Cell, Comparison, Distances, Evaluation
+from saddlepoint.evaluate.transfer import TransferMatrix
 from saddlepoint.report.gallery import Example, Gallery, Shot
 from saddlepoint.report.verdict import measured, norms, radii
 from saddlepoint.report.words import attack_labels, class_name, count, percent, visible
@@ -40,6 +41,8 @@ _FELL, _HELD = SERIES[0], SERIES[2]  # samples that were broken, and such that s
 _HALF, _FAINT = 0.45, 0.16  # opacities
 _LEVEL = (0, (4, 3))  # dashes of a line that marks a level
 _IN_A_COLUMN = 20  # classes
+_GAP = 0.3  # above the row of noise in a heat map
+_LIGHTEST, _DARKER = 0.04, 0.6  # opacity of a cell of 0 %, and what 100 % adds: numbers stay legible on dark and on light paper
 _DASHES = ((0, (1, 1.6)), (0, (5, 2)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (8, 3)), (0, (2, 3)))
 _STYLE: Any = {  # Any: the newest matplotlib types every key, older ones none
     "font.family": "sans-serif",
@@ -337,6 +340,40 @@ def decline(evaluation: Evaluation, place: int = 0) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set_ylabel("robust accuracy, at most")
         axes.set_xlabel(f"size of the perturbation (eps, {evaluation.threat.norm})")
+        return figure
+
+
+def transfers(matrix: TransferMatrix) -> Figure:
+    """A cell for each source (rows) and target (columns): the darker, the more of its examples fool the target."""
+    sources, targets = matrix.sources, matrix.targets
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(2.2 + 0.72 * len(targets), 1.7 + 0.42 * len(sources)))
+        axes = figure.add_subplot()
+        places: list[float] = []
+        for row in matrix.rows:
+            top = (places[-1] + 0.5 if places else 0.0) + (_GAP if row.name not in targets else 0.0)  # noise stands apart
+            for column, target in enumerate(targets):
+                rate, corner = matrix.rate(row.name, target), (column + 0.03, top + 0.03)
+                if math.isfinite(rate):
+                    axes.add_patch(Rectangle(corner, 0.94, 0.94, fc=SERIES[0], alpha=_LIGHTEST + _DARKER * rate, lw=0))
+                if row.name == target:
+                    axes.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, ec=INK, lw=1.4))
+                text = f"{100 * rate:.0f}%" if math.isfinite(rate) else "–"
+                axes.text(column + 0.5, top + 0.5, text, ha="center", va="center")
+            places.append(top + 0.5)
+        axes.set_xlim(0, len(targets))
+        axes.set_ylim(places[-1] + 0.5 if places else 1.0, 0)
+        axes.set_xticks([column + 0.5 for column in range(len(targets))], [visible(name, 20) for name in targets], rotation=40)
+        for label in axes.get_xticklabels():
+            label.set(ha="left", rotation_mode="anchor")
+        axes.set_yticks(places, [visible(name, 24) for name in sources])
+        axes.xaxis.tick_top()
+        axes.xaxis.set_label_position("top")
+        axes.set_xlabel("shown to")
+        axes.set_ylabel("crafted on")
+        axes.tick_params(length=0, labelcolor=INK)
+        axes.spines.bottom.set_visible(False)
+        axes.grid(visible=False)
         return figure
 
 
