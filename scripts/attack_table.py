@@ -12,7 +12,7 @@ from pathlib import Path
 import saddlepoint as sp
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "attacks.md"
-TABLE = re.compile(r"(<!-- table: (ball|smallest) -->\n).*?(<!-- end -->)", re.S)
+TABLE = re.compile(r"(<!-- table: (ball|smallest|asked) -->\n).*?(<!-- end -->)", re.S)
 TEXT = re.compile(r"^- \*\*(\w+)\*\*:", re.M)
 NO_ATTACKS = {"find", "get", "register"}  # what else `sp.attacks` has
 CLASSES = (2, 3, 5, 10, 20, 50, 1000)
@@ -55,22 +55,28 @@ def row(cls: type[sp.engine.Attack]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def table(minimizes: bool) -> str:
+def kind(cls: type[sp.engine.Attack]) -> str:
+    if cls.declaration.access < sp.Access.GRADIENTS:
+        return "asked"
+    return "smallest" if cls.declaration.minimizes else "ball"
+
+
+def table(wanted: str) -> str:
     lines = [f"| {' | '.join(HEAD)} |", "| --- | --- | --- | --- | --- | ---: | --- | --- |"]
-    lines += [row(cls) for cls in sorted(sp.attacks.find(minimizes=minimizes), key=lambda cls: cls.__name__.lower())]
+    lines += [row(cls) for cls in sorted(sp.attacks.find(), key=lambda cls: cls.__name__.lower()) if kind(cls) == wanted]
     return "\n".join(lines) + "\n"
 
 
 def written(page: str) -> str:
     """The page with the tables as they should be."""
-    return TABLE.sub(lambda found: found[1] + table(found[2] == "smallest") + found[3], page)
+    return TABLE.sub(lambda found: found[1] + table(found[2]) + found[3], page)
 
 
 def differences(page: str) -> list[str]:
     """What is wrong with the page."""
     wrong = []
-    if sorted(found[2] for found in TABLE.finditer(page)) != ["ball", "smallest"]:
-        wrong.append("it needs <!-- table: ball --> and <!-- table: smallest --> once each, both closed by <!-- end -->")
+    if sorted(found[2] for found in TABLE.finditer(page)) != ["asked", "ball", "smallest"]:
+        wrong.append("it needs <!-- table: ball -->, smallest and asked once each, all closed by <!-- end -->")
     if written(page) != page:
         wrong.append("a table is not what the attacks declare: run python scripts/attack_table.py")
     times = Counter(TEXT.findall(page))

@@ -168,5 +168,11 @@ def test_what_cannot_be_evaluated_cannot_be_estimated(mlp: nn.Module, few: Sampl
         sp.estimate(model, x, sp.Minimize("l2"))
     with pytest.raises(InputError, match="bounds"):
         sp.estimate(model, x + 1, sp.Linf(0.1))
-    with pytest.raises(CapabilityError, match="labels only"):
-        sp.estimate(sp.Model(mlp, access=sp.Access.LABELS), x, sp.Linf(0.1))
+
+
+def test_a_model_of_labels(mlp: nn.Module, few: Samples) -> None:
+    oracle = sp.Model(mlp, access=sp.Access.LABELS)
+    for threat in (sp.Linf(0.05), sp.L2(0.3)):
+        for curve in (False, True):
+            expected = sp.estimate(oracle, few[0], threat, "quick", curve=curve)
+            check(expected, sp.evaluate(oracle, *few, threat, "quick", curve=curve))

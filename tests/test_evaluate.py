@@ -377,8 +377,20 @@ def test_a_model_without_gradients(mlp: nn.Module, many: Samples) -> None:
     evaluation = sp.evaluate(sp.Model(mlp, access=sp.Access.SCORES), *many, sp.Linf(0.1), "quick")
     assert int(evaluation.queries.backward.sum()) == 0
     assert evaluation.robust_accuracy < evaluation.clean_accuracy
-    with pytest.raises(CapabilityError, match="labels only"):
-        sp.evaluate(sp.Model(mlp, access=sp.Access.LABELS), *many, sp.Linf(0.1))
+
+
+@pytest.mark.parametrize("threat", [sp.Linf(0.1), sp.L2(1.0), sp.L1(5.0), sp.L0(8)], ids=lambda threat: type(threat).__name__)
+def test_a_model_of_labels(threat: sp.Linf, mlp: nn.Module, many: Samples, tmp_path: Path) -> None:
+    oracle = sp.Model(mlp, access=sp.Access.LABELS)
+    evaluation = sp.evaluate(oracle, *many, threat, "quick", campaign=tmp_path / "kept")
+    assert int(evaluation.queries.backward.sum()) == 0
+    assert bool(evaluation.broken.any())
+    broken = evaluation.adversarial[evaluation.broken]
+    assert bool((oracle.predict(broken) != many[1][evaluation.broken]).all())
+    names = [stage.name for stage in evaluation.stages]
+    assert names == (["noise", "labels"] if threat.norm in (sp.Norm.LINF, sp.Norm.L2) else ["noise"])
+    again = sp.evaluate(oracle, *many, threat, "quick", campaign=tmp_path / "kept")
+    assert again.robust_accuracy == evaluation.robust_accuracy
 
 
 def test_figures(found: Evaluation) -> None:

@@ -16,12 +16,14 @@ from saddlepoint.attacks.fmn import DDN, FMN, SigmaZero
 from saddlepoint.attacks.lagrangian import ALMA, PDGD, PDPGD
 from saddlepoint.attacks.linear import HotCold, LinearClosedForm
 from saddlepoint.attacks.minimal import minimal
-from saddlepoint.attacks.noise import GaussianNoise, SignNoise, UniformNoise
-from saddlepoint.attacks.penalty import EAD, LBFGS
+from saddlepoint.attacks.noise import GaussianNoise, SaltAndPepperNoise, SignNoise, UniformNoise
 from saddlepoint.attacks.normals import CGBA, QEBA, GeoDA, HopSkipJump
+from saddlepoint.attacks.penalty import EAD, LBFGS
+from saddlepoint.attacks.rays import RayS
 from saddlepoint.attacks.registry import find, get, register
 from saddlepoint.attacks.saliency import JSMA
 from saddlepoint.attacks.square import Square
+from saddlepoint.attacks.starts import starting_points
 from saddlepoint.attacks.wrappers import Bisect, Fork, Restarts, Sequence
 
 __all__ = [
@@ -63,7 +65,9 @@ __all__ = [
     "HopSkipJump",
     "HotCold",
     "LinearClosedForm",
+    "RayS",
     "Restarts",
+    "SaltAndPepperNoise",
     "Sequence",
     "SigmaZero",
     "SignNoise",
@@ -76,4 +80,5 @@ __all__ = [
     "get",
     "minimal",
     "register",
+    "starting_points",
 ]  # fmt: skip

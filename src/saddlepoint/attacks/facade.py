@@ -94,9 +94,9 @@ def attack(
     """
     if not isinstance(threat, Threat):
         raise InputError(f"threat must be such as sp.Linf(8 / 255) or sp.Minimize('l2'); got {threat!r}")
-    chosen = resolved(attack, threat.norm, budget)
     if not isinstance(model, Classifier):
         raise InputError(f"model must be a Saddlepoint model: sp.Model(net, ...); got {type(model).__name__}")
+    chosen = resolved(attack, threat.norm, budget, model.access)
     if keep is not None and keep not in get_args(Keep):
         raise UnknownNameError("keep", keep, KEEPS)
     if batch_size is not None and batch_size < 1:

@@ -7,14 +7,18 @@ from dataclasses import replace
 from saddlepoint.attacks.brendel_bethge import BrendelBethge
 from saddlepoint.attacks.dual import DualAveraging
 from saddlepoint.attacks.fmn import FMN, SigmaZero
+from saddlepoint.attacks.normals import CGBA
+from saddlepoint.attacks.rays import RayS
 from saddlepoint.attacks.registry import as_attack
 from saddlepoint.attacks.wrappers import Fork, Sequence
 from saddlepoint.engine import Attack, Budget
-from saddlepoint.errors import InputError, UnknownNameError
-from saddlepoint.taxonomy import Norm
+from saddlepoint.errors import CapabilityError, InputError, UnknownNameError
+from saddlepoint.taxonomy import Access, Norm
 
 MINIMAL = "minimal"  # the name that stands for it
 PASSES = 1000  # where no budget says
+# what is recommended for models of scores or labels
+WITHOUT_GRADIENTS: dict[Norm, Attack] = {Norm.LINF: RayS(), Norm.L2: CGBA()}
 # by which factor the gradient at the input may be wrong before another attack goes on
 _MISLED = {Norm.L0: 2.0, Norm.L1: 2.0, Norm.L2: 3.0}
 
@@ -67,6 +71,12 @@ def for_budget(norm: Norm, budget: Budget | None) -> Attack:
     return minimal(norm)
 
 
-def resolved(attack: Attack | str, norm: Norm, budget: Budget | None) -> Attack:
-    """The attack, its name looked up; "minimal" is what is recommended for this norm and budget."""
-    return for_budget(norm, budget) if attack == MINIMAL else as_attack(attack)
+def resolved(attack: Attack | str, norm: Norm, budget: Budget | None, access: Access = Access.GRADIENTS) -> Attack:
+    """The attack, its name looked up; "minimal" is what is recommended for this norm, budget and access."""
+    if attack != MINIMAL:
+        return as_attack(attack)
+    if access >= Access.GRADIENTS:
+        return for_budget(norm, budget)
+    if norm not in WITHOUT_GRADIENTS:
+        raise CapabilityError(f'"minimal" in {norm} needs gradients; see sp.attacks.find(access=..., norm="{norm}")')
+    return WITHOUT_GRADIENTS[norm]

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor
 
 from saddlepoint.attacks.registry import register
@@ -111,3 +112,22 @@ class SignNoise(Noise):
     def draw(self, problem: Problem) -> Tensor:
         x = problem.origin
         return problem.project(x + problem.random().sign(tuple(x.shape[1:]), x.dtype) * rows(problem.eps.to(x.dtype), x))
+
+
+@register(
+    _noise(
+        "random features at an end of their range",
+        "baseline of Rauber, Brendel & Bethge 2017, arXiv:1707.04131 (salt-and-pepper noise)",
+        frozenset({Norm.L0}),
+    )
+)
+@final
+@dataclass(frozen=True, kw_only=True)
+class SaltAndPepperNoise(Noise):
+    """eps random features (or pixels), each at one end of the input range or the other. Needs bounds."""
+
+    def draw(self, problem: Problem) -> Tensor:
+        region, x = problem.region, problem.origin
+        upwards = problem.random(1).uniform(tuple(x.shape[1:])) > 0.5
+        ends = torch.where(upwards & (region.upper > x) | (region.lower >= x), region.upper, region.lower)
+        return torch.where(problem.random_point() != x, ends, x)

@@ -26,6 +26,7 @@ from saddlepoint.attacks import (
     BrendelBethge,
     DualAveraging,
     Restarts,
+    SaltAndPepperNoise,
     SignNoise,
     Sprint,
     Square,
@@ -33,11 +34,12 @@ from saddlepoint.attacks import (
     minimal,
 )
 from saddlepoint.attacks.facade import attack as run_attack
-from saddlepoint.engine import Attack, AttackResult, Interrupted
+from saddlepoint.attacks.minimal import MINIMAL, WITHOUT_GRADIENTS, resolved
+from saddlepoint.engine import Attack, AttackResult, Budget, Interrupted
 from saddlepoint.engine.problem import input_gradient
 from saddlepoint.engine.result import STATUSES, merge
 from saddlepoint.engine.slots import NO_CLASS
-from saddlepoint.errors import CapabilityError, InputError, UnknownNameError
+from saddlepoint.errors import InputError, UnknownNameError
 from saddlepoint.evaluate.campaign import Campaign, fingerprint, manifest
 from saddlepoint.evaluate.diagnose import Diagnosis, diagnose
 from saddlepoint.evaluate.evaluation import FAILED, STANDS, WRONG, Evaluation, Stage, WorstCase
@@ -72,7 +74,7 @@ class Plan:
 
     share: None for all that stand; for heavy attacks the share of all samples of a ladder's first rung, 1 for all that stand at
     once. seeded: begins at the best point that is known. model: to be attacked in place of the one that is
-    evaluated; it predicts the same, with other gradients.
+    evaluated; it predicts the same, with other gradients. queries: of a sample at most.
     """
 
     name: str
@@ -81,12 +83,19 @@ class Plan:
     share: float | None = None
     seeded: bool = False
     model: Classifier | None = None
+    queries: int | None = None
 
 
-def plans(norm: Norm, effort: Effort, *, gradients: bool = True) -> tuple[Plan, ...]:
+def plans(norm: Norm, effort: Effort, access: Access = Access.GRADIENTS) -> tuple[Plan, ...]:
     """What `evaluate` runs if nothing looks suspicious."""
-    if not gradients:
-        queries = {"quick": 300, "standard": 1000, "thorough": 5000}[effort]
+    queries = {"quick": 300, "standard": 1000, "thorough": 5000}[effort]
+    if access < Access.SCORES:
+        noise = SaltAndPepperNoise() if norm is Norm.L0 else SignNoise() if norm is Norm.LINF else UniformNoise()
+        if norm not in WITHOUT_GRADIENTS:
+            return (Plan("noise", "random points: there is no search in this norm by labels", Restarts(noise, queries)),)
+        return (Plan("noise", "the model gives labels only", Restarts(noise, 10)),
+                Plan("labels", "search by labels", WITHOUT_GRADIENTS[norm], queries=queries))  # fmt: skip
+    if access < Access.GRADIENTS:
         if norm is Norm.L0:
             return (
                 Plan("noise", "random points: there is no search of few features by scores", Restarts(UniformNoise(), queries)),
@@ -127,6 +136,13 @@ def plans(norm: Norm, effort: Effort, *, gradients: bool = True) -> tuple[Plan, 
     )  # fmt: skip
 
 
+def nearest(norm: Norm, access: Access) -> tuple[Attack, int | None]:
+    """The attack for the curve, and the queries of a sample where there are no gradients."""
+    if access >= Access.GRADIENTS:
+        return minimal(norm, NEAREST), None
+    return resolved(MINIMAL, norm, None, access), 10 * NEAREST
+
+
 def finishing(norm: Norm, effort: Effort) -> tuple[Plan, ...]:
     """What is added where hardly any sample stands, and those few cost little."""
     if norm is Norm.L0 or effort == "quick":
@@ -156,7 +172,7 @@ def escalation(norm: Norm, effort: Effort) -> tuple[Plan, ...]:
 
 def groping(norm: Norm, effort: Effort) -> tuple[Plan, ...]:
     """What is added for samples without gradients."""
-    found, why = plans(norm, effort, gradients=False), "gradients are NaN or infinite: scores alone"
+    found, why = plans(norm, effort, Access.SCORES), "gradients are NaN or infinite: scores alone"
     return tuple(replace(plan, name=f"{plan.name}-blind", why=why) for plan in found)
 
 
@@ -255,7 +271,8 @@ class _Cascade:
 
     def measure(self) -> None:
         """The smallest perturbation of each sample that the model gets right, which answers for every size."""
-        plan = Plan("nearest", "the smallest perturbations, for the curve", minimal(self.threat.norm, NEAREST))
+        attack, queries = nearest(self.threat.norm, self.model.access)
+        plan = Plan("nearest", "the smallest perturbations, for the curve", attack, queries=queries)
         self.nearest = torch.full((len(self.y),), math.inf, dtype=torch.float64)
         self._stage(plan, self.threat.at(math.inf), (self.broken_by != WRONG) & (self.broken_by != FAILED))
 
@@ -295,7 +312,7 @@ class _Cascade:
                 result = run_attack(
                     model, self.x[part], self.y[part], plan.attack, threat.only(part, self.x),
                     batch_size=self.batch_size, seed=seed, ids=part, progress=self.progress,
-                    start=self.adversarial[part] if plan.seeded else None,
+                    start=self.adversarial[part] if plan.seeded else None, budget=Budget(queries=plan.queries),
                 )  # fmt: skip
             except Interrupted as stop:
                 self._keep(plan, stop.result, part, done)
@@ -530,7 +547,7 @@ def evaluate(
         _check_source(model, source, x[:1], f"sources[{number}]")
     campaign = Campaign(campaign) if isinstance(campaign, str | Path) else campaign
     if campaign is not None:
-        todo = [*plans(threat.norm, effort, gradients=model.access >= Access.GRADIENTS)]
+        todo = [*plans(threat.norm, effort, model.access)]
         todo += [*finishing(threat.norm, effort), *escalation(threat.norm, effort)]
         settings = {
             "effort": effort, "plans": [plan.attack.settings() | {"share": plan.share, "seeded": plan.seeded} for plan in todo],
@@ -569,8 +586,6 @@ def _check(model: Classifier, threat: Threat | Sequence[Threat], effort: str, so
         raise InputError("evaluate needs a ball of stated size, such as sp.Linf(8 / 255); for distances there is sp.distance")
     if effort not in get_args(Effort):
         raise UnknownNameError("effort", str(effort), get_args(Effort))
-    if model.access < Access.SCORES:
-        raise CapabilityError("evaluate needs gradients or scores; this model exposes labels only")
 
 
 def _check_source(model: Classifier, source: Classifier, x: Tensor, name: str) -> None:
@@ -586,7 +601,7 @@ def _check_outputs(campaign: Campaign, model: Classifier, x: Tensor, probe: Prob
     """A fingerprint knows the weights, not the code around them: what the model says must be the same too."""
     if probe.stochastic:
         return
-    now = model.logits(x[:_SAME]).cpu().double()
+    now = (model.logits if model.access >= Access.SCORES else model.predict)(x[:_SAME]).cpu().double()
     if (kept := campaign.document("outputs")) is None:
         campaign.record("outputs", {"logits": now.tolist()})
         return
@@ -603,9 +618,9 @@ def _through(run: _Cascade, effort: Effort, sources: Sequence[Classifier], curve
     """All stages; after Ctrl-C what is finished."""
     model, norm = run.model, run.threat.norm
     try:
-        gradients = model.access >= Access.GRADIENTS
+        access, gradients = model.access, model.access >= Access.GRADIENTS
         if gradients and (why := run.no_gradients()):
-            gradients = False
+            access, gradients = Access.SCORES, False
             run.notes.append(
                 f"{why}; searched by scores alone" + (" and with the gradients of other models" if sources else "")
             )
@@ -613,7 +628,7 @@ def _through(run: _Cascade, effort: Effort, sources: Sequence[Classifier], curve
                 run.diagnose(sources)
         if not gradients:
             run.run(borrowing(model, sources, norm))
-        run.run(plans(norm, effort, gradients=gradients))
+        run.run(plans(norm, effort, access))
         if gradients:
             if int((run.broken_by == STANDS).sum()) <= _HARDLY * len(run.y):
                 run.run(finishing(norm, effort))

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saddlepoint.attacks import Fork, Restarts, minimal
+from saddlepoint.attacks import Fork, Restarts
 from saddlepoint.attacks import Sequence as Chain
 from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.engine import Attack, Record
 from saddlepoint.errors import InputError
 from saddlepoint.evaluate.cascade import (
-    NEAREST,
     PART,
     Effort,
     averaging,
@@ -27,6 +26,7 @@ from saddlepoint.evaluate.cascade import (
     escalation,
     evaluate,
     finishing,
+    nearest,
     no_gradients,
     plans,
 )
@@ -114,28 +114,31 @@ def estimate(
         return Estimate(0, 0, 0, (0.0, 0.0), None, 0, 0)
     probe = model.probe(x)
     gradients = model.access >= Access.GRADIENTS and not no_gradients(model, x[:1])
-    todo = [*plans(threat.norm, effort, gradients=gradients), *borrowing(model, sources, threat.norm)]
+    access = model.access if gradients else min(model.access, Access.SCORES)
+    todo = [*plans(threat.norm, effort, access), *borrowing(model, sources, threat.norm)]
     if gradients:
         todo += [*finishing(threat.norm, effort), *escalation(threat.norm, effort)]
         if probe.stochastic and model.draws == 1:
             todo.append(averaging(model, threat.norm))
-    attacks = [(plan.attack, plan.model or model) for plan in todo]
+    attacks = [(plan.attack, plan.model or model, plan.queries) for plan in todo]
     if curve:
-        attacks.append((minimal(threat.norm, NEAREST), model))
+        attack, queries = nearest(threat.norm, model.access)
+        attacks.append((attack, model, queries))
     first = torch.arange(min(len(x), PART))
-    batch, _, memory = _steps(model, x[first], threat.only(first, x), todo[0].attack, batch_size, 1)
+    idle = Model(_Idle(probe.num_classes), bounds=model.bounds, device=model.device)
+    told = model if access >= Access.SCORES else idle  # a goal that is never reached takes scores
+    batch, _, memory = _steps(told, x[first], threat.only(first, x), todo[0].attack, batch_size, 1)
     forward_seconds, backward_seconds = _seconds(model, x[: min(batch, _TIMED)], gradients)
     some = first[:batch]
-    idle = Model(_Idle(probe.num_classes), bounds=model.bounds, device=model.device)
     forward = backward = int(gradients)  # a look at the gradient at the input
     beside = 0.0
-    for attack, victim in attacks:
+    for attack, victim, queries in attacks:
         draws = victim.draws if probe.stochastic else 1
-        ahead, back = _most(attack, probe.num_classes)
+        ahead, back = (queries, 0) if queries else _most(attack, probe.num_classes)
         forward += draws * (ahead + (not attack.starts_at_origin))  # a clean prediction of its own
         backward += draws * back
         _, each, _ = _steps(idle, x[some], threat.only(some, x), attack, batch_size, _REPEATS)
-        beside += attack.iterations * each / len(some)
+        beside += (queries or attack.iterations) * each / len(some)
     least = model.draws if probe.stochastic else 1
     most_seconds = forward * forward_seconds + backward * backward_seconds + beside
     known = memory if gradients or model.device.type == "cuda" else None
@@ -253,7 +256,7 @@ def _seconds(model: Classifier, x: Tensor, gradients: bool) -> tuple[float, floa
     """Of the forward and of the backward pass of a row, in a batch as large as fits."""
     x = x.to(model.device)
     try:
-        forward = _fastest(lambda: model.logits(x, batch_size=len(x)), model.device)
+        forward = _fastest(lambda: model.predict(x, batch_size=len(x)), model.device)
         both = _fastest(lambda: no_gradients(model, x), model.device) if gradients else 0.0
     except torch.OutOfMemoryError:
         if len(x) == 1:

@@ -62,7 +62,7 @@ def transfer_results(
     """The content of results.json. What is not a number in JSON (nan, infinity) is null.
 
     schema, title, command, seed, created, complete, data, versions, config, verdict: as in `saddlepoint.report.results`. The
-    rest is `TransferMatrix.to_dict`: attack, threat, goal, equal_distance, and
+    rest is `TransferMatrix.to_dict`: attack, threat, goal, equal_distance, samples (how many), and
 
     | key | content |
     | --- | --- |
