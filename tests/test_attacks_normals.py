@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import saddlepoint as sp
 from saddlepoint.attacks.frequencies import cosines, from_frequencies, to_frequencies
-from saddlepoint.attacks.normals import CGBA, QEBA, GeoDA, HopSkipJump
+from saddlepoint.attacks.normals import CGBA, QEBA, GeoDA, HopSkipJump, SignOPT
 from saddlepoint.engine import Attack, Record
 
-ALL = [HopSkipJump(), QEBA(), GeoDA(), CGBA()]
+ALL = [HopSkipJump(), QEBA(), GeoDA(), CGBA(), SignOPT()]
 LABELS = sp.Access.LABELS
 
 
@@ -200,6 +200,20 @@ def test_the_circle_of_cgba() -> None:
     assert float(cosine.abs().max()) < 1e-6
 
 
+def test_signs_of_changes_of_the_distance() -> None:
+    """Sign-OPT asks on the sphere around the input through its boundary point."""
+    net, _ = plane(6)
+    recording = Recording(net)
+    x, y = middle(6, 1), torch.zeros(1, dtype=torch.int64)
+    oracle = sp.Model(recording, bounds=(-9, 9), access=LABELS)
+    attack = SignOPT(queries=10, round_size=10, steps=1, reach=0.3)
+    sp.attack(oracle, x, y, attack, sp.Minimize("l2"), budget=sp.Budget(queries=500))
+    asked = next(points for points in recording.points if len(points) == 10)
+    away = (asked - x).norm(dim=1)
+    assert float(away.max() - away.min()) < 1e-12
+    assert float((asked[1:] - asked[0]).norm(dim=1).min()) > 0.01
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -211,6 +225,7 @@ def test_the_circle_of_cgba() -> None:
         (lambda: QEBA(reduction=0), "reduction"),
         (lambda: GeoDA(share=0.0), "share"),
         (lambda: CGBA(memory=1.0), "memory"),
+        (lambda: SignOPT(alpha=0.0), "alpha"),
     ],
 )
 def test_bad_settings(make: Any, message: str) -> None:

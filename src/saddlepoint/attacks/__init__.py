@@ -17,7 +17,7 @@ from saddlepoint.attacks.lagrangian import ALMA, PDGD, PDPGD
 from saddlepoint.attacks.linear import HotCold, LinearClosedForm
 from saddlepoint.attacks.minimal import minimal
 from saddlepoint.attacks.noise import GaussianNoise, SaltAndPepperNoise, SignNoise, UniformNoise
-from saddlepoint.attacks.normals import CGBA, QEBA, GeoDA, HopSkipJump
+from saddlepoint.attacks.normals import CGBA, QEBA, GeoDA, HopSkipJump, SignOPT
 from saddlepoint.attacks.penalty import EAD, LBFGS
 from saddlepoint.attacks.rays import RayS
 from saddlepoint.attacks.registry import find, get, register
@@ -71,6 +71,7 @@ __all__ = [
     "Sequence",
     "SigmaZero",
     "SignNoise",
+    "SignOPT",
     "SparseFool",
     "Sprint",
     "Square",

@@ -117,6 +117,10 @@ class _Normal(Decision):
     def directions(self, problem: Problem, keys: Keys, n: Tensor) -> Tensor:
         """Random directions (B, round_size, ...) in iteration n (B,), of any length."""
 
+    def placed(self, problem: Problem, x: Tensor, points: Tensor) -> Tensor:
+        """Where to ask in place of the points (B, round_size, ...) around the boundary points x."""
+        return points
+
     @abstractmethod
     def moving(self, own: Any) -> Tensor:  # Any: each attack's own state
         """Which samples know their normal and are on their way (B,)."""
@@ -131,7 +135,7 @@ class _Normal(Decision):
 
     @final
     def done(self, state: Walk) -> Tensor:
-        own: Step | Circle = state.own
+        own: Step | Circle | Line = state.own
         return super().done(state) | (own.estimate.n >= self.steps)
 
     @final
@@ -150,7 +154,7 @@ class _Normal(Decision):
         reach = 1 / x[0].numel() if self.reach is None else self.reach
         delta = (reach * region.distance(x)).to(x.dtype).clamp(min=torch.finfo(x.dtype).tiny)[:, None][over_all]
         u = u / u.flatten(2).norm(dim=2).clamp(min=torch.finfo(x.dtype).tiny)[over_all]
-        points = torch.clamp(x[:, None] + delta * u, region.lower[:, None], region.upper[:, None])
+        points = torch.clamp(self.placed(problem, x, x[:, None] + delta * u), region.lower[:, None], region.upper[:, None])
         said = problem.ask(points, asked)
         u = ((points - x[:, None]) / delta).flatten(2)  # what the input range has left of it
         phi = torch.where(said.reached, 1.0, -1.0).to(x.dtype) * said.answered
@@ -505,3 +509,101 @@ class CGBA(_Normal):
                 first=torch.where(over, low.clamp(min=0.02), own.first),
             ),
         )
+
+
+@dataclass(frozen=True)
+class Line:
+    """The estimate, and the search for a step along it.
+
+    base: the boundary point where the step begins (B, ...). length: of the next try (B,) float64, 0 while the normal is being
+    estimated. won: whether a try was better (B,) bool. first: what the next search begins with (B,).
+    """
+
+    estimate: Estimate
+    base: Tensor
+    length: Tensor
+    won: Tensor
+    first: Tensor
+
+
+@register(
+    Declaration(
+        summary="descends the distance of the boundary over directions, by the signs of its changes",
+        reference="Cheng et al. 2020, arXiv:1909.10773",
+        norms=frozenset({Norm.L2}),
+        access=Access.LABELS,
+        minimizes=True,
+        no_oracle=_NO_ORACLE,
+    )
+)
+@final
+@dataclass(frozen=True, kw_only=True)
+class SignOPT(_Normal):
+    """Sign-OPT: minimise g(theta), the distance of the boundary along the unit direction theta, by signs of its changes.
+
+        s_q = 1 where x + g(theta) * unit(theta + reach * u_q) is adversarial, so that g is less there, and -1 elsewhere,
+        theta' = unit(theta + alpha * v / ||v||_2),    v = sum_q (s_q - mean s) u_q
+
+    alpha doubles while theta' gets better; where the first try is no better, it is quartered until one is.
+
+    steps: iterations. queries: directions u_q in each, 200 in the paper. reach: 1e-3 in the paper, which asks for more
+    precision than bisections are worth. alpha: of the first try, 0.2 as in the authors' code; later iterations begin with the
+    last that won. The paper does not subtract the mean, and begins with the best of 100 directions. precision: as in
+    `HopSkipJump`.
+
+    Source: Cheng, Singh, Chen, Chen, Liu & Hsieh (2020), Sign-OPT: a query-efficient hard-label adversarial attack,
+    arXiv:1909.10773, algorithm 1.
+    """
+
+    steps: int = 1000
+    queries: int = 200
+    alpha: float = 0.2
+    reach: float | None = 0.1
+    precision: float = 2e-3
+    starts: int = 100
+    round_size: int = 25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.alpha < math.inf:
+            raise InputError(f"alpha must be a positive number; got {self.alpha!r}")
+
+    def count(self, n: int) -> int:
+        return self.queries
+
+    def directions(self, problem: Problem, keys: Keys, n: Tensor) -> Tensor:
+        return _isotropic(problem, keys, self.round_size)
+
+    def placed(self, problem: Problem, x: Tensor, points: Tensor) -> Tensor:
+        """On the sphere around the input that the boundary point lies on."""
+        origin = problem.origin[:, None]
+        away = (points - origin).flatten(2).norm(dim=2).clamp(min=torch.finfo(x.dtype).tiny)
+        scale = problem.region.distance(x).to(x.dtype)[:, None] / away
+        moved: Tensor = (points - origin) * scale.view(*scale.shape, *([1] * (x.dim() - 1)))
+        return origin + moved
+
+    def prepare(self, problem: Problem) -> Line:
+        zero, no = torch.zeros_like(problem.eps), torch.zeros_like(problem.labels, dtype=torch.bool)
+        return Line(Estimate.none(problem), problem.origin, zero, no, zero + self.alpha)
+
+    def moving(self, own: Line) -> Tensor:
+        return own.length > 0
+
+    def estimated(self, problem: Problem, state: Walk, which: Tensor) -> Walk:
+        own: Line = state.own
+        base = torch.where(rows(which, state.x), state.x, own.base)
+        length = torch.where(which, own.first, own.length)
+        return replace(state, own=replace(own, base=base, length=length, won=own.won & ~which))
+
+    def move(self, problem: Problem, state: Walk) -> Walk:
+        own, origin, region = state.own, problem.origin, problem.region
+        theta = _unit(own.base - origin) + rows(own.length.to(origin.dtype), origin) * _unit(own.estimate.normal)
+        distance = region.distance(state.x)
+        radius = (1 - self.precision) * distance  # better by more than a bisection leaves open
+        points = torch.clamp(origin + rows(radius.to(origin.dtype), origin) * _unit(theta), region.lower, region.upper)
+        found = problem.reached(points)
+        over = ~found & (own.won | (own.length < _SHORTEST))
+        state = state.sent_back(found, points, torch.full_like(distance, 0.02))
+        length = torch.where(found, 2 * own.length, own.length / 4).masked_fill(over, 0.0)
+        first = torch.where(found, own.length, torch.where(over & ~own.won, self.alpha, own.first))
+        return replace(state, own=Line(own.estimate.after(over), own.base, length, own.won | found, first))

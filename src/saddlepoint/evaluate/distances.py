@@ -143,15 +143,7 @@ class Distances:
 
         Errors: `InputError` for a level that is not between 0 and 1.
         """
-        if not 0 < level < 1:
-            raise InputError(f"level must be between 0 and 1; got {level}")
-        ordered = self.values[self.found | self.missing].sort().values.tolist()
-        if not ordered:
-            return Quantile(level, math.nan, math.nan, math.nan)
-        first, last = _ranks(len(ordered), level)
-        low = ordered[first - 1] if first else 0.0
-        high = ordered[last - 1] if last <= len(ordered) else math.inf
-        return Quantile(level, ordered[math.ceil(level * len(ordered) - 1e-9) - 1], low, high)
+        return quantile_of(self.values[self.found | self.missing], level)
 
     def quantiles(self, levels: Sequence[float] = LEVELS) -> tuple[Quantile, ...]:
         """`quantile` for each level."""
@@ -323,6 +315,19 @@ def _of(x: Tensor, result: AttackResult, own_decision: bool, *, complete: bool) 
 def _plain(settings: object) -> object:
     """As a result's configuration has them."""
     return json.loads(json.dumps(settings, default=str))
+
+
+def quantile_of(values: Tensor, level: float) -> Quantile:
+    """Of values (N,), with limits by order statistics; inf counts as larger than all others."""
+    if not 0 < level < 1:
+        raise InputError(f"level must be between 0 and 1; got {level}")
+    ordered = values.sort().values.tolist()
+    if not ordered:
+        return Quantile(level, math.nan, math.nan, math.nan)
+    first, last = _ranks(len(ordered), level)
+    low = ordered[first - 1] if first else 0.0
+    high = ordered[last - 1] if last <= len(ordered) else math.inf
+    return Quantile(level, ordered[math.ceil(level * len(ordered) - 1e-9) - 1], low, high)
 
 
 def _ranks(count: int, level: float) -> tuple[int, int]:

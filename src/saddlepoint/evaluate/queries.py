@@ -16,7 +16,7 @@ from torch import Tensor
 from saddlepoint.engine import AttackResult, Record
 from saddlepoint.engine.result import attack_name
 from saddlepoint.errors import DataError, InputError
-from saddlepoint.evaluate.distances import Quantile, _ranks
+from saddlepoint.evaluate.distances import Quantile, quantile_of
 from saddlepoint.evaluate.evaluation import binomial_limits
 from saddlepoint.files import write_file
 from saddlepoint.taxonomy import Norm, Status
@@ -174,11 +174,11 @@ class QueryCurve:
 
     def quantile(self, queries: int, level: float = 0.5) -> Quantile:
         """Within which distance a part `level` of the attacked samples had a point after so many queries; inf: had none."""
-        return _quantile(self.found(queries), level)
+        return quantile_of(self.found(queries), level)
 
     def needed(self, level: float = 0.5) -> Quantile:
         """Within how many queries a part `level` of the attacked samples was fooled; inf where fewer were."""
-        return _quantile(self.first, level)
+        return quantile_of(self.first, level)
 
     def to_dict(self) -> dict[str, Any]:
         """The figures, ready for JSON but for nan and inf.
@@ -307,19 +307,6 @@ def _of_samples(trace: Trace, ids: Tensor, final: Tensor) -> tuple[Tensor, Tenso
     row = order[torch.searchsorted(ordered, found["ids"])]
     valid = found["distance"] >= final[row] * (1 - _ROUNDING)
     return row[valid], found["queries"][valid], found["distance"][valid]
-
-
-def _quantile(values: Tensor, level: float) -> Quantile:
-    """With limits by order statistics; what is inf counts as larger than all others."""
-    if not 0 < level < 1:
-        raise InputError(f"level must be between 0 and 1; got {level}")
-    ordered = values.sort().values.tolist()
-    if not ordered:
-        return Quantile(level, math.nan, math.nan, math.nan)
-    first, last = _ranks(len(ordered), level)
-    low = ordered[first - 1] if first else 0.0
-    high = ordered[last - 1] if last <= len(ordered) else math.inf
-    return Quantile(level, ordered[math.ceil(level * len(ordered) - 1e-9) - 1], low, high)
 
 
 def _part(level: float) -> str:

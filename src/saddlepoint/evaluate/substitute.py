@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saddlepoint.defenses.training import train
+from saddlepoint.defenses.training import OptimizerFactory, train
 from saddlepoint.errors import InputError
 from saddlepoint.models.base import Classifier
 from saddlepoint.models.torch_model import Labelled, Model
@@ -17,6 +17,7 @@ from saddlepoint.progress import bar
 from saddlepoint.taxonomy import Access
 
 _BATCH = 256
+_MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def substitute(
     queries: int | None = None,
     epochs: int = 10,
     batch_size: int = 128,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 1e-2,
+    optimizer: OptimizerFactory | None = None,
     test: Labelled | tuple[Tensor, Tensor] | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -114,9 +116,9 @@ def substitute(
     network: gives as many logits as the oracle has classes. rounds: how often the set grows; there is one training more.
     step: lambda, in input units. alternate: tau, after so many rounds the step turns its sign, and back again; None: never.
     full: sigma, after so many rounds no longer all inputs but `fresh` (kappa) random ones are stepped from; None: never.
-    queries: the most to ask in all; the last step is from as many random inputs as it leaves. epochs, batch_size,
-    learning_rate: of each training, with Adam. test: inputs and classes for `Round`; what they ask isn't counted.
-    on_round: is given each round and the model after it.
+    queries: the most to ask in all; the last step is from as many random inputs as it leaves. epochs, batch_size: of each
+    training. optimizer: from parameters; default the paper's, gradient descent with `learning_rate` and momentum 0.9.
+    test: inputs and classes for `Round`; what they ask isn't counted. on_round: is given each round and the model after it.
 
     Errors: `InputError`; those of `sp.train`.
     Source: Papernot, McDaniel, Goodfellow, Jha, Celik & Swami (2017), Practical black-box attacks against machine learning,
@@ -145,6 +147,7 @@ def substitute(
         "oracle": oracle.describe(), "network": model.describe(), "seeds": len(x), "step": step, "epochs": epochs,
         "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed, **whole,
     }  # fmt: skip
+    chosen = optimizer or (lambda parameters: torch.optim.SGD(parameters, learning_rate, _MOMENTUM))
     asked, answers = x.detach(), oracle.predict(x).to(x.device)
     history: list[Round] = []
     complete = True
@@ -158,7 +161,7 @@ def substitute(
                 new = stepped(model, asked[rows], answers[rows], sign * step)
                 asked, answers = torch.cat([asked, new]), torch.cat([answers, oracle.predict(new).to(x.device)])
             training = train(
-                model, (asked, answers), epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed + number
+                model, (asked, answers), epochs=epochs, batch_size=batch_size, optimizer=chosen, seed=seed + number
             )
             history.append(_round(number, model, asked, answers, judged))
             if on_round is not None:

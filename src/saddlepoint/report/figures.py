@@ -21,14 +21,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from torch import Tensor
 
 from saddlepoint.evaluate import Cell, Comparison, Distances, Evaluation
+from saddlepoint.evaluate.queries import LEVELS, QueryCurve
 from saddlepoint.evaluate.transfer import TransferMatrix
 from saddlepoint.report.gallery import Example, Gallery, Shot
 from saddlepoint.report.verdict import measured, norms, radii
-from saddlepoint.report.words import attack_labels, class_name, count, percent, visible
+from saddlepoint.report.words import attack_labels, class_name, count, length, percent, visible
 from saddlepoint.taxonomy import Norm, Status
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ PAPER, INK, MUTED, GRID = "#ffffff", "#1c2128", "#667080", "#dde1e7"
 SERIES = ("#c65200", "#0072b2", "#00805f", "#b04f8c", "#a87400", "#3a8fc0")
 _FELL, _HELD = SERIES[0], SERIES[2]  # samples that were broken, and such that stand
 _HALF, _FAINT = 0.45, 0.16  # opacities
+_POINTS = 200  # of a curve in the figure
+_STEEP = 10  # distances that fall by more than this factor are drawn on a logarithmic scale
 _LEVEL = (0, (4, 3))  # dashes of a line that marks a level
 _IN_A_COLUMN = 20  # classes
 _GAP = 0.3  # above the row of noise in a heat map
@@ -375,6 +378,54 @@ def transfers(matrix: TransferMatrix) -> Figure:
         axes.spines.bottom.set_visible(False)
         axes.grid(visible=False)
         return figure
+
+
+def queries(curves: Mapping[str, QueryCurve]) -> Figure:
+    """Share of fooled samples over queries with its limits; or the median distance, with the middle half of the samples."""
+    first = next(iter(curves.values()))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.6, 3.9))
+        axes = figure.add_subplot()
+        for place, (name, curve) in enumerate(curves.items()):
+            color, steps = SERIES[place % len(SERIES)], _where_it_turns(curve)
+            if curve.smallest:
+                low, middle, high = ([curve.quantile(q, level).value for q in steps] for level in LEVELS)
+                marks = [curve.quantile(q).value for q in curve.at]
+            else:
+                middle, marks = [curve.share(q) for q in steps], [curve.share(q) for q in curve.at]
+                low, high = ([curve.limits(q)[end] for q in steps] for end in (0, 1))
+            finite = [[value if math.isfinite(value) else math.nan for value in line] for line in (low, middle, high, marks)]
+            low, middle, high, marks = finite
+            axes.fill_between(steps, low, high, step="post", color=color, alpha=_FAINT, lw=0)
+            axes.step(steps, middle, where="post", color=color, lw=2.2, label=visible(name, 32))
+            axes.plot(curve.at, marks, color=color, marker="o", ms=6, mec=PAPER, mew=1, lw=0, clip_on=False, zorder=3)
+        axes.set_xscale("log")
+        axes.set_xlim(1, max(2, *(curve.reach for curve in curves.values())))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("queries of a sample")
+        if first.smallest:
+            low, high = axes.dataLim.intervaly
+            if high > _STEEP * low > 0:
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: length(value)))
+                axes.yaxis.set_minor_formatter(NullFormatter())
+            else:
+                axes.set_ylim(bottom=0)
+            axes.set_ylabel(f"{first.norm} distance")
+        else:
+            axes.set_ylim(0, 1.02)
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+            axes.set_ylabel("fooled, of those attacked")
+        if len(curves) > 1:
+            axes.legend(loc="upper right" if first.smallest else "upper left")
+        return figure
+
+
+def _where_it_turns(curve: QueryCurve) -> list[int]:
+    """Numbers of queries from 1 to the curve's end, about evenly on a logarithmic scale, with those that the table tells."""
+    return sorted({*curve.at, *(round(curve.reach ** (step / _POINTS)) for step in range(_POINTS + 1))})
 
 
 def training(histories: Mapping[str, History]) -> Figure:

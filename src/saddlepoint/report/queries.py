@@ -21,14 +21,12 @@ from saddlepoint.models.torch_model import Model
 from saddlepoint.report.document import frame, plain
 from saddlepoint.report.folder import drawing, environment, publish
 from saddlepoint.report.gallery import Gallery, album
-from saddlepoint.report.words import count, length, listed, percent, visible
+from saddlepoint.report.words import count, length, listed, percent
 from saddlepoint.taxonomy import Access, Status
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
-_POINTS = 200  # of a curve in the figure
-_STEEP = 10  # distances that fall by more than this factor are drawn on a logarithmic scale
 
 
 def write_queries(
@@ -188,7 +186,7 @@ def _page(
 
     from saddlepoint.report import figures
 
-    figure = query_figure(curves)
+    figure = figures.queries(curves)
     points = {name: {point["queries"]: point for point in attack["points"]} for name, attack in
               zip(curves, document["attacks"], strict=True)}  # fmt: skip
     page = environment().get_template("queries.html.j2").render(
@@ -210,60 +208,6 @@ def _page(
         bounds=model.bounds,
     )  # fmt: skip
     return page, {"queries.png": figures.to_png(figure)}
-
-
-def query_figure(curves: Mapping[str, QueryCurve]) -> Figure:
-    """Share of fooled samples over queries with its limits; or the median distance, with the middle half of the samples."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
-
-    from saddlepoint.report.figures import _FAINT, _STYLE, PAPER, SERIES
-
-    first = next(iter(curves.values()))
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(6.6, 3.9))
-        axes = figure.add_subplot()
-        for place, (name, curve) in enumerate(curves.items()):
-            color, steps = SERIES[place % len(SERIES)], _steps(curve)
-            if curve.smallest:
-                low, middle, high = ([curve.quantile(q, level).value for q in steps] for level in LEVELS)
-                marks = [curve.quantile(q).value for q in curve.at]
-            else:
-                middle, marks = [curve.share(q) for q in steps], [curve.share(q) for q in curve.at]
-                low, high = ([curve.limits(q)[end] for q in steps] for end in (0, 1))
-            finite = [[value if math.isfinite(value) else math.nan for value in line] for line in (low, middle, high, marks)]
-            low, middle, high, marks = finite
-            axes.fill_between(steps, low, high, step="post", color=color, alpha=_FAINT, lw=0)
-            axes.step(steps, middle, where="post", color=color, lw=2.2, label=visible(name, 32))
-            axes.plot(curve.at, marks, color=color, marker="o", ms=6, mec=PAPER, mew=1, lw=0, clip_on=False, zorder=3)
-        axes.set_xscale("log")
-        axes.set_xlim(1, max(2, *(curve.reach for curve in curves.values())))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("queries of a sample")
-        if first.smallest:
-            low, high = axes.dataLim.intervaly
-            if high > _STEEP * low > 0:
-                axes.set_yscale("log")
-                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: length(value)))
-                axes.yaxis.set_minor_formatter(NullFormatter())
-            else:
-                axes.set_ylim(bottom=0)
-            axes.set_ylabel(f"{first.norm} distance")
-        else:
-            axes.set_ylim(0, 1.02)
-            axes.yaxis.set_major_formatter(PercentFormatter(1))
-            axes.set_ylabel("fooled, of those attacked")
-        if len(curves) > 1:
-            axes.legend(loc="upper right" if first.smallest else "upper left")
-        return figure
-
-
-def _steps(curve: QueryCurve) -> list[int]:
-    """Numbers of queries from 1 to the curve's end, about evenly on a logarithmic scale, with those that the table tells."""
-    return sorted({*curve.at, *(round(curve.reach ** (step / _POINTS)) for step in range(_POINTS + 1))})
 
 
 def _galleries(
