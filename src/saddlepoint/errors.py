@@ -49,13 +49,13 @@ class MissingExtraError(SaddlepointError, ImportError):
 class ModelError(SaddlepointError):
     """The model itself misbehaves: wrong output shape, NaN everywhere, gradients cut off.
 
-    result: where it ended a run of `sp.attack`, the `AttackResult` of the samples that were finished: give it back as `resume=`.
+    result: where it ended a run of `sp.attack`, the `AttackResult` of the finished samples: give it back as `resume=`.
     """
 
     result: object = None
 
 
-class Unavailable(ModelError):
+class Unavailable(ModelError):  # noqa: N818  # it says what the model is
     """A remote model does not answer any more."""
 
 

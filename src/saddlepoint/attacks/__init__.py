@@ -8,12 +8,16 @@ from saddlepoint.attacks.ascent import BIM, FGM, FGSM, ILLC, MIFGSM, NIFGSM, OTC
 from saddlepoint.attacks.autoattack import AutoAttack
 from saddlepoint.attacks.brendel_bethge import BrendelBethge
 from saddlepoint.attacks.carlini_wagner import CarliniWagnerL0, CarliniWagnerL2, CarliniWagnerLinf
+from saddlepoint.attacks.coordinates import ZOO, SimBA
 from saddlepoint.attacks.deepfool import DeepFool, SparseFool, SuperDeepFool
 from saddlepoint.attacks.dual import DualAveraging
+from saddlepoint.attacks.estimation import NES, SPSA, Bandits, NAttack
+from saddlepoint.attacks.evolution import CMAES, FewPixel, GenAttack
 from saddlepoint.attacks.external import External
 from saddlepoint.attacks.fab import FAB
 from saddlepoint.attacks.fmn import DDN, FMN, SigmaZero
 from saddlepoint.attacks.lagrangian import ALMA, PDGD, PDPGD
+from saddlepoint.attacks.leaf_boxes import LeafBoxes
 from saddlepoint.attacks.linear import HotCold, LinearClosedForm
 from saddlepoint.attacks.minimal import minimal
 from saddlepoint.attacks.noise import GaussianNoise, SaltAndPepperNoise, SignNoise, UniformNoise
@@ -21,9 +25,12 @@ from saddlepoint.attacks.normals import CGBA, QEBA, GeoDA, HopSkipJump, SignOPT
 from saddlepoint.attacks.penalty import EAD, LBFGS
 from saddlepoint.attacks.rays import RayS
 from saddlepoint.attacks.registry import find, get, register
+from saddlepoint.attacks.rubbish import evolve_rubbish
 from saddlepoint.attacks.saliency import JSMA
 from saddlepoint.attacks.square import Square
 from saddlepoint.attacks.starts import starting_points
+from saddlepoint.attacks.transfer import DIFGSM, SINIFGSM, TIFGSM, VMIFGSM, VNIFGSM
+from saddlepoint.attacks.walks import BoundaryAttack, SurFree
 from saddlepoint.attacks.wrappers import Bisect, Fork, Restarts, Sequence
 
 __all__ = [
@@ -32,7 +39,9 @@ __all__ = [
     "APGDT",
     "BIM",
     "CGBA",
+    "CMAES",
     "DDN",
+    "DIFGSM",
     "EAD",
     "FAB",
     "FGM",
@@ -42,6 +51,7 @@ __all__ = [
     "JSMA",
     "LBFGS",
     "MIFGSM",
+    "NES",
     "NIFGSM",
     "OTCM",
     "PDGD",
@@ -49,8 +59,16 @@ __all__ = [
     "PGD",
     "QEBA",
     "RFGSM",
+    "SINIFGSM",
+    "SPSA",
+    "TIFGSM",
+    "VMIFGSM",
+    "VNIFGSM",
+    "ZOO",
     "AutoAttack",
+    "Bandits",
     "Bisect",
+    "BoundaryAttack",
     "BrendelBethge",
     "CarliniWagnerL0",
     "CarliniWagnerL2",
@@ -59,12 +77,16 @@ __all__ = [
     "DualAveraging",
     "External",
     "FastGradientValue",
+    "FewPixel",
     "Fork",
     "GaussianNoise",
+    "GenAttack",
     "GeoDA",
     "HopSkipJump",
     "HotCold",
+    "LeafBoxes",
     "LinearClosedForm",
+    "NAttack",
     "RayS",
     "Restarts",
     "SaltAndPepperNoise",
@@ -72,11 +94,14 @@ __all__ = [
     "SigmaZero",
     "SignNoise",
     "SignOPT",
+    "SimBA",
     "SparseFool",
     "Sprint",
     "Square",
     "SuperDeepFool",
+    "SurFree",
     "UniformNoise",
+    "evolve_rubbish",
     "find",
     "get",
     "minimal",

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import Literal, final
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, final
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ from saddlepoint.attacks.registry import register
 from saddlepoint.engine import ALL_NORMS, Attack, Declaration, Problem
 from saddlepoint.errors import InputError
 from saddlepoint.goals import Goal, Loss, Targeted, loss_named
+from saddlepoint.rng import Keys
 from saddlepoint.taxonomy import Norm
-from saddlepoint.trees import rows
+from saddlepoint.trees import rows, take
 
 Schedule = Literal["constant", "linear", "cosine"]
 Start = Literal["origin", "uniform", "sign"]
@@ -31,10 +32,31 @@ _EXACT = 1.0  # oracle factor of what reaches the optimum on linear models
 
 @dataclass(frozen=True)
 class Iterate:
-    """State of steepest ascent: the point, and the accumulated gradient where there is momentum. (B, ...) each."""
+    """State of steepest ascent: the point, and the accumulated gradient where there is momentum. (B, ...) each.
+
+    before, slope: where there is variance tuning, the point at which the last step took its gradient, and that gradient.
+    """
 
     x: Tensor
     velocity: Tensor
+    before: Tensor
+    slope: Tensor
+
+
+class Slope(Protocol):
+    """An estimate of the gradient at points (Q, ...) of the samples `owner` (Q,), in place of the gradient itself.
+
+    rows: how many evaluations it makes for a point, all forward and backward. own: whether the last one is the point itself,
+    and nothing is random.
+    """
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def own(self) -> bool: ...
+
+    def __call__(self, problem: Problem, points: Tensor, loss: str | Loss, owner: Tensor | None, keys: Keys) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +65,11 @@ class Recipe:
 
     step_size: absolute, in input units; None means `path` * eps / steps. start_radius: share of eps of the random start.
     direction: "steepest"; "scaled", the gradient stretched to the step's norm; "raw", step size times the gradient.
-    momentum: decay mu of the accumulated g / ||g||_1.
+    momentum: decay mu of the accumulated g / mean|g|, which is the papers' g / ||g||_1 times the number of features.
+    look_ahead: take the gradient at x + alpha * mu * that; in l2 divided by the length of (1, ..., 1).
+    slope: how the gradient is estimated.
+    neighbours: by the mean gradient of so many random points around the last point, less the gradient there, the gradient is
+    corrected (variance tuning). They lie in a ball of `neighbourhood` times eps.
     """
 
     steps: int
@@ -56,6 +82,9 @@ class Recipe:
     direction: Literal["steepest", "scaled", "raw"] = "steepest"
     momentum: float = 0.0
     look_ahead: bool = False
+    slope: Slope | None = None
+    neighbours: int = 0
+    neighbourhood: float = 1.5
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or self.steps < 1:
@@ -66,7 +95,26 @@ class Recipe:
             raise InputError(f'schedule must be "constant", "linear" or "cosine"; got {self.schedule!r}')
         if not self.momentum >= 0:
             raise InputError(f"momentum must be >= 0; got {self.momentum}")
+        if not isinstance(self.neighbours, int) or self.neighbours < 0:
+            raise InputError(f"neighbours must be a whole number >= 0; got {self.neighbours}")
+        if not (self.neighbourhood > 0 and math.isfinite(self.neighbourhood)):
+            raise InputError(f"neighbourhood must be a positive number, times eps; got {self.neighbourhood}")
         loss_named(self.loss)
+
+    @property
+    def rows(self) -> int:
+        """Evaluations that the gradient at one point takes."""
+        return 1 if self.slope is None else self.slope.rows
+
+    @property
+    def blurred(self) -> bool:
+        """Whether the gradient is that of random views, not of the point."""
+        return self.slope is not None and not self.slope.own
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether steps may not evaluate their iterate."""
+        return self.look_ahead or self.blurred
 
     def factors(self) -> Tensor:
         """The schedule's factor for each iteration, (steps,) float64."""
@@ -108,26 +156,35 @@ class SteepestAscent(Attack):
     @property
     @final
     def starts_at_origin(self) -> bool:
-        return self.recipe().start == "origin" and not self.recipe().look_ahead
+        recipe = self.recipe()
+        return recipe.start == "origin" and not recipe.elsewhere and recipe.rows == 1
 
     @property
     @final
     def takes_start(self) -> bool:
-        return True
+        return not self.recipe().blurred
 
     @property
     @final
     def randomized(self) -> bool:
-        return self.recipe().start != "origin"
+        recipe = self.recipe()
+        return recipe.start != "origin" or recipe.neighbours > 0 or recipe.blurred
 
     @property
     @final
     def judge(self) -> bool:
-        return self.recipe().look_ahead
+        return self.recipe().elsewhere
 
     @final
     def cost(self, classes: int) -> tuple[int, int]:
-        return (2, 1) if self.recipe().look_ahead else (1, 1)
+        recipe = self.recipe()
+        gradients = recipe.rows * (1 + recipe.neighbours)
+        return gradients + recipe.elsewhere, gradients
+
+    @final
+    def opening(self, classes: int) -> tuple[int, int]:
+        recipe = self.recipe()
+        return recipe.rows + recipe.elsewhere, recipe.rows
 
     @final
     def init(self, problem: Problem) -> Iterate:
@@ -138,16 +195,25 @@ class SteepestAscent(Attack):
             noise = problem.random().sign(tuple(x.shape[1:]), x.dtype)
             x = problem.project(x + noise * rows((recipe.start_radius * problem.eps).to(x.dtype), x))
         x = problem.begin(x)
-        return Iterate(x, torch.zeros_like(x) if recipe.momentum else x.new_zeros(len(x)))
+        nothing = x.new_zeros(len(x))
+        velocity, before = (torch.zeros_like(x) if used else nothing for used in (recipe.momentum, recipe.neighbours))
+        return Iterate(x, velocity, before, before)
 
     @final
     def step(self, problem: Problem, state: Iterate) -> Iterate:
         recipe, x, velocity = self.recipe(), state.x, state.velocity
         size = recipe.sizes(problem)
-        look = x + recipe.momentum * velocity * rows(size.to(x.dtype), x) if recipe.look_ahead else x
-        gradient = problem.loss_and_grad(look, recipe.loss).gradient
+        look = x
+        if recipe.look_ahead:
+            unit = x.shape[1:].numel() ** -0.5 if problem.region.threat.norm is Norm.L2 else 1.0  # 1 / ||(1, ..., 1)||
+            look = x + recipe.momentum * velocity * rows((unit * size).to(x.dtype), x)
+        variance = self._variance(problem, state) if recipe.neighbours else None
+        gradient = self._slope(problem, look)
+        before, slope = state.before, state.slope
+        if variance is not None:
+            before, slope, gradient = look, gradient, gradient + variance
         if recipe.momentum:
-            velocity = gradient = recipe.momentum * velocity + gradient * _inverse(gradient.flatten(1).abs().sum(1), x)
+            velocity = gradient = recipe.momentum * velocity + gradient * _inverse(gradient.flatten(1).abs().mean(1), x)
         match recipe.direction:
             case "steepest":
                 move = problem.steepest(gradient, size, x)
@@ -156,7 +222,31 @@ class SteepestAscent(Attack):
                 move = gradient * (rows(size.to(x.dtype), x) * _inverse(norm, x))
             case "raw":
                 move = gradient * rows(size.to(x.dtype), x)
-        return Iterate(problem.project(x + move), velocity)
+        return Iterate(problem.project(x + move), velocity, before, slope)
+
+    def _slope(self, problem: Problem, points: Tensor, owner: Tensor | None = None, keys: Keys | None = None) -> Tensor:
+        recipe = self.recipe()
+        if recipe.slope is None:
+            return problem.loss_and_grad(points, recipe.loss, owner).gradient
+        return recipe.slope(problem, points, recipe.loss, owner, problem.random() if keys is None else keys)
+
+    def _variance(self, problem: Problem, state: Iterate) -> Tensor:
+        """Mean gradient at random points around the last one, less the gradient there; 0 in the first step.
+
+        In the papers each step ends with this, for the next one: so the last step's would be of no use.
+        """
+        recipe, region = self.recipe(), problem.region
+        later = (problem.k > 0).nonzero()[:, 0].to(state.x.device)
+        if not len(later):
+            return torch.zeros_like(state.x)
+        owner = later.repeat_interleave(recipe.neighbours)
+        number = torch.arange(recipe.neighbours, device=owner.device).repeat(len(later))
+        keys = take(problem.random(stream=1), owner).absorb(number)
+        ball = take(region, owner)
+        away = region.threat.draw_in(replace(ball, eps=recipe.neighbourhood * ball.eps), keys)
+        around = self._slope(problem, state.before[owner] + away.to(state.x.dtype), owner, keys.absorb(2))
+        mean = around.view(len(later), recipe.neighbours, *state.x.shape[1:]).mean(1)
+        return torch.zeros_like(state.x).index_copy(0, later, mean - state.slope[later])
 
 
 def _inverse(size: Tensor, like: Tensor) -> Tensor:
@@ -453,7 +543,9 @@ class MIFGSM(SteepestAscent):
 class NIFGSM(SteepestAscent):
     """Nesterov iterative FGSM: MI-FGSM with the gradient taken at x_k + alpha * mu * g_k.
 
-    What is evaluated is not the iterate, so each step costs one more forward pass, which judges the iterate.
+    g_k sums up gradients over the mean of their entries' sizes, as in the authors' code; over their l1 norm, as printed, the
+    point ahead would hardly be another one. What is evaluated is not the iterate, so each step costs one more forward pass,
+    which judges the iterate.
     momentum, step_size: as in `MIFGSM`.
 
     Source: Lin, Song, He, Wang & Hopcroft (2020), Nesterov accelerated gradient and scale invariance for adversarial

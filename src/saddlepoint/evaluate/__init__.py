@@ -10,9 +10,12 @@ from saddlepoint.evaluate.evaluation import Evaluation, Interval, Stage, WorstCa
 from saddlepoint.evaluate.export import AdversarialSet, export
 from saddlepoint.evaluate.paired import Case, Paired, compare_campaigns, replay
 from saddlepoint.evaluate.queries import QueryCurve, Trace, query_curve
+from saddlepoint.evaluate.substitute import Round, Substitute, substitute
+from saddlepoint.evaluate.transfer import Transfer, TransferMatrix, transfer_matrix
 
 __all__ = [
     "AdversarialSet", "Campaign", "Case", "Cell", "Comparison", "Diagnosis", "Distances", "Effort", "Estimate", "Evaluation",
-    "Finding", "Interval", "Paired", "Quantile", "QueryCurve", "Stage", "Trace", "WorstCase", "compare",
-    "compare_campaigns", "diagnose", "distance", "estimate", "evaluate", "export", "query_curve", "replay",
+    "Finding", "Interval", "Paired", "Quantile", "QueryCurve", "Round", "Stage", "Substitute", "Trace", "Transfer",
+    "TransferMatrix", "WorstCase", "compare", "compare_campaigns", "diagnose", "distance", "estimate", "evaluate", "export",
+    "query_curve", "replay", "substitute", "transfer_matrix",
 ]  # fmt: skip

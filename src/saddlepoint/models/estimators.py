@@ -88,12 +88,14 @@ def _after_transforms(pipeline: Estimator) -> tuple[Question, Gives]:
     def ask(array: Any) -> Any:
         made = transform(array)
         made = made.toarray() if hasattr(made, "toarray") else np.asarray(made)
-        return last.call(torch.as_tensor(made, dtype=torch.promote_types(torch.float32, torch.as_tensor(made[:0]).dtype)))
+        wide = np.result_type(made, np.float32)
+        return last.call(torch.from_numpy(np.array(made, dtype=wide))).numpy()
 
     return ask, last.gives
 
 
 def library_of(cls: type) -> str:
+    """The package that a class comes from."""
     return cls.__module__.partition(".")[0]
 
 
@@ -148,7 +150,7 @@ class _Asked:
     """A question about arrays as a function of tensors (N, ...)."""
 
     def __init__(self, ask: Question, net: Estimator, gives: Gives) -> None:
-        self.ask, self.gives = ask, gives
+        self.ask, self.gives, self.estimator = ask, gives, net
         self.features, self.name = features_of(net), type(net).__name__
         named = library_of(type(net)) == "sklearn" and hasattr(net, "feature_names_in_")
         self.columns = list(net.feature_names_in_) if named else None
@@ -157,7 +159,7 @@ class _Asked:
         rows = _flat(x.detach(), self.features, self.name)
         rows = rows if rows.dtype == torch.float64 else rows.float()  # numpy has no bfloat16
         asked = rows.cpu().numpy().copy()  # transforms with copy=False change it
-        answer = torch.as_tensor(self.ask(self._table(asked)))
+        answer = torch.from_numpy(np.array(self.ask(self._table(asked))))
         return answer.to(x.device, torch.int64 if self.gives == "labels" else x.dtype)
 
     def _table(self, array: Any) -> Any:
@@ -254,7 +256,7 @@ class _Normalize(nn.Module):
 
 
 class _Gaussian(_Constants):
-    """log p(k | x), of p(x | k) = prod_i N(x_i; mean_ki, variance_ki). Far from the data these are large and differ by little."""
+    """log p(k | x), of p(x | k) = prod_i N(x_i; mean_ki, variance_ki); far from the data p(x | k) is too small for float32."""
 
     mean: Tensor  # (C, D)
     variance: Tensor

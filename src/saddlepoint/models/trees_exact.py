@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from saddlepoint.errors import CapabilityError
 from saddlepoint.models.adapt import Adapted, log_probabilities
 from saddlepoint.models.estimators import adapted, features_of, library_of
+from saddlepoint.trees import tree_map
 
 Array = Any  # numpy's
 Estimator = Any  # an object of a library that ships no types
@@ -31,8 +32,8 @@ _TOLERANCE = 1e-4  # of the outputs' size, for boosted trees are summed in float
 class TreeEnsemble:
     """T trees with M leaves in all. They ask about F of the D input features, which have U cells in all.
 
-    Cells are numbered through, feature by feature, from low values to high ones. An input's outputs are the sum of `base` and the
-    values of the leaves in which it lies.
+    Cells are numbered through, feature by feature, from low values to high ones. Outputs are the sum of `base` and the values
+    of the leaves in which an input lies.
     """
 
     name: str
@@ -53,7 +54,6 @@ class TreeEnsemble:
     upper: Tensor  # (P, M) the last one
     value: Tensor  # (M, C) float64
     base: Tensor  # (C,) float64
-
     depth: int  # questions on the longest path
 
     @property
@@ -78,14 +78,13 @@ class TreeEnsemble:
 
     def to(self, device: torch.device) -> TreeEnsemble:
         """The same, with its tensors there."""
-        if self.value.device == device:
-            return self
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return TreeEnsemble(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in values.items()})
+        return self if self.value.device == device else tree_map(lambda t: t.to(device), self)
 
     def ends(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The smallest and the largest number in each cell, (U,) each, that inputs of this dtype can have and the trees see as
-        it is. Where a cell holds none, the first is larger than the second."""
+        """The smallest and the largest number in each cell, (U,) each, of those that inputs of this dtype can be.
+
+        Trees see these as they are. Where a cell holds none, the first is larger than the second.
+        """
         narrow = max(dtype, self.dtype, key=lambda kind: torch.finfo(kind).eps)
         right = self.end.to(narrow)
         right = torch.where(right.double() > self.end, torch.nextafter(right, torch.full_like(right, -torch.inf)), right)
@@ -97,24 +96,24 @@ class TreeEnsemble:
         """The cells (N, F) of inputs (N, ...)."""
         narrow = max(x.dtype, self.dtype, key=lambda kind: torch.finfo(kind).eps)
         seen = x.flatten(1)[:, self.features[self.column]].to(narrow).double()
-        last = torch.nn.functional.pad(self.column[1:] != self.column[:-1], (0, 1), value=True).nonzero()[:, 0]
-        beyond = torch.zeros(len(x), len(self.features), dtype=torch.int64, device=x.device)
-        beyond.index_add_(1, self.column, (seen > self.end).long())
-        return last - torch.bincount(self.column)[None] + 1 + beyond
+        first = torch.searchsorted(self.column, torch.arange(len(self.features), device=x.device))
+        return first.repeat(len(x), 1).index_add_(1, self.column, (seen > self.end).long())
 
     def leaves(self, cells: Tensor) -> Tensor:
-        """The leaves (N, T) in which cells (N, F) are."""
-        node = self.roots.repeat(len(cells))
-        start = cells.shape[1] * torch.arange(len(cells), device=cells.device).repeat_interleave(self.trees)
+        """The leaves (..., T) in which cells (..., F) are."""
+        flat = cells.flatten(0, -2)
+        node = self.roots.repeat(len(flat))
+        start = flat.shape[1] * torch.arange(len(flat), device=cells.device).repeat_interleave(self.trees)
         for _ in range(self.depth):
-            cell = cells.flatten().index_select(0, start + self.asks.index_select(0, node))
+            cell = flat.flatten().index_select(0, start + self.asks.index_select(0, node))
             goes_right = cell > self.cut.index_select(0, node)
             node = self.follow.index_select(0, 2 * node + goes_right)
-        return self.leaf.index_select(0, node).view(len(cells), self.trees)
+        return self.leaf.index_select(0, node).view(*cells.shape[:-1], self.trees)
 
     def outputs(self, leaves: Tensor) -> Tensor:
-        """The sums (N, C) of what is in one leaf of each tree (N, T)."""
-        return torch.nn.functional.embedding_bag(leaves, self.value, mode="sum") + self.base
+        """The sums (..., C) over one leaf of each tree (..., T)."""
+        sums = torch.nn.functional.embedding_bag(leaves.flatten(0, -2), self.value, mode="sum")
+        return sums.view(*leaves.shape[:-1], -1) + self.base
 
     def logits(self, outputs: Tensor) -> Tensor:
         """Logits that belong to outputs, as `sp.Model` of the estimator gives them."""
@@ -124,8 +123,8 @@ class TreeEnsemble:
 def tree_ensemble(estimator: object) -> TreeEnsemble:
     """The boxes of a fitted tree, forest or boosted ensemble, for the attack `LeafBoxes`.
 
-    Of scikit-learn: decision trees and extra trees, forests of them, gradient boosting with and without histograms; boosted trees
-    of XGBoost and LightGBM. What was read is compared with the estimator's own answers on random points.
+    Of scikit-learn decision trees and extra trees, forests of them, and gradient boosting with and without histograms; boosted
+    trees of XGBoost and LightGBM. What was read is compared with the estimator's own answers on random points.
     Errors: `CapabilityError` for other estimators, and for trees that ask something else than x_i <= t.
     """
     net: Estimator = getattr(estimator, "best_estimator_", estimator)
@@ -159,73 +158,90 @@ class _Read(NamedTuple):
     dtype: torch.dtype
 
 
+class _Grid(NamedTuple):
+    """The cells: see `TreeEnsemble`. first, last: (F,) of each feature. asks, cut: (inner nodes,)."""
+
+    features: Array
+    column: Array
+    end: Array
+    first: Array
+    last: Array
+    asks: Array
+    cut: Array
+
+
 def _boxes(made: Adapted, size: int, dtype: torch.dtype, trees: list[_Tree]) -> TreeEnsemble:
     count = np.array([len(tree.left) for tree in trees])
-    shift = np.repeat(count.cumsum() - count, count)
-    left, right = (np.concatenate([getattr(tree, side) for tree in trees]) for side in ("left", "right"))
-    inner = left >= 0
-    left, right = left + shift, right + shift  # of inner nodes
-    features, column_of = np.unique(np.concatenate([tree.feature for tree in trees])[inner], return_inverse=True)
-    threshold = np.concatenate([tree.threshold for tree in trees])[inner]
-    cuts, cut_of = np.unique(np.stack([column_of, threshold], 1), axis=0, return_inverse=True)
-    column = np.concatenate([cuts[:, 0], np.arange(len(features))]).astype(np.int64)
-    end = np.concatenate([cuts[:, 1], np.full(len(features), np.inf)])
-    order = np.lexsort((end, column))
-    cell_of = np.argsort(order)[: len(cuts)][cut_of.reshape(-1)]  # the cell that ends at the node's threshold
-    first = np.searchsorted(column[order], np.arange(len(features)))
-    last = np.append(first[1:], len(column)) - 1
-
-    parent, question = np.full(len(left), -1), np.full(len(left), -1)
-    goes_left = np.zeros(len(left), dtype=bool)
-    nodes, asks = inner.nonzero()[0], np.arange(inner.sum())
-    for child, is_left in ((left[nodes], True), (right[nodes], False)):
-        parent[child], question[child], goes_left[child] = nodes, asks, is_left
+    roots = count.cumsum() - count
+    inner = np.concatenate([tree.left for tree in trees]) >= 0
+    sides = [np.concatenate([getattr(tree, side) for tree in trees]) + np.repeat(roots, count) for side in ("left", "right")]
+    feature, threshold = (np.concatenate([getattr(tree, name) for tree in trees]) for name in ("feature", "threshold"))
+    grid = _grid(feature[inner], threshold[inner])
+    asked, lower, upper, depth = _ranges(grid, inner, *(side[inner] for side in sides))
 
     leaves = (~inner).nonzero()[0]
-    path, lower, upper = [], [], []  # of each leaf and each of its ancestors
-    here, who = leaves, np.arange(len(leaves))
-    while len(here := here[climbing := parent[here] >= 0]):
-        who = who[climbing]
-        cell, which, down = cell_of[question[here]], column_of[question[here]], goes_left[here]
-        path.append(np.stack([who, which], 1))
-        lower.append(np.where(down, first[which], cell + 1))
-        upper.append(np.where(down, cell, last[which]))
-        here = parent[here]
-    pairs, pair_of = np.unique(np.concatenate([*path, np.empty((0, 2), dtype=np.int64)]), axis=0, return_inverse=True)
-    low, high = first[pairs[:, 1]], last[pairs[:, 1]]
-    np.maximum.at(low, pair_of.reshape(-1), np.concatenate(lower))
-    np.minimum.at(high, pair_of.reshape(-1), np.concatenate(upper))
-
-    width = np.bincount(pairs[:, 0], minlength=len(leaves))
-    place = np.arange(len(pairs)) - np.repeat(width.cumsum() - width, width)
-    shape = (len(leaves), int(width.max()))
-    asked, lowest, highest = np.zeros(shape, np.int64), np.full(shape, first[0]), np.full(shape, last[0])
-    asked[pairs[:, 0], place], lowest[pairs[:, 0], place], highest[pairs[:, 0], place] = pairs[:, 1], low, high
-    possible = (lowest <= highest).all(1)
-    value = np.concatenate([_all_outputs(tree, made.num_classes or 2) for tree in trees])
-    every = np.arange(len(inner))
-    asks, cut = np.zeros_like(every), np.zeros_like(every)
-    asks[inner], cut[inner] = column_of, cell_of
-    leaf = np.zeros_like(every)
+    possible = (lower <= upper).all(1)
+    every, leaf, asks, cut = np.arange(len(inner)), *np.zeros((3, len(inner)), dtype=np.int64)
     leaf[leaves[possible]] = np.arange(possible.sum())
-    numbers = {
-        "features": features, "column": column[order], "asks": asks, "cut": cut, 
-        "follow": np.stack([np.where(inner, side, every) for side in (left, right)], 1).reshape(-1),
-        "roots": count.cumsum() - count, "leaf": leaf,
-        "tree": np.repeat(np.arange(len(trees)), count)[leaves[possible]], "asked": asked[possible].T,
-        "lower": lowest[possible].T, "upper": highest[possible].T,
+    asks[inner], cut[inner] = grid.asks, grid.cut
+    whole_numbers = {
+        "features": grid.features, "column": grid.column, "asks": asks, "cut": cut,
+        "follow": np.stack([np.where(inner, side, every) for side in sides], 1).reshape(-1), "roots": roots, "leaf": leaf,
+        "tree": np.repeat(np.arange(len(trees)), count)[leaves[possible]],
+        "asked": asked[possible].T, "lower": lower[possible].T, "upper": upper[possible].T,
     }  # fmt: skip
+    value = np.concatenate([_all_outputs(tree, made.num_classes or 2) for tree in trees])[leaves[possible]]
     return TreeEnsemble(
         name=made.name,
         size=size,
         dtype=dtype,
         averaged=made.gives == "probabilities",
-        end=torch.from_numpy(end[order]),
-        value=torch.from_numpy(value[leaves[possible]]),
+        depth=depth,
+        end=torch.from_numpy(grid.end),
+        value=torch.from_numpy(value),
         base=torch.zeros(value.shape[1], dtype=torch.float64),
-        depth=len(path),
-        **{name: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)) for name, array in numbers.items()},
+        **{name: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)) for name, array in whole_numbers.items()},
     )
+
+
+def _grid(feature: Array, threshold: Array) -> _Grid:
+    """The cells that inner nodes make."""
+    features, asks = np.unique(feature, return_inverse=True)
+    cuts, which = np.unique(np.stack([asks, threshold], 1), axis=0, return_inverse=True)
+    column = np.concatenate([cuts[:, 0].astype(np.int64), np.arange(len(features))])
+    end = np.concatenate([cuts[:, 1], np.full(len(features), np.inf)])
+    order = np.lexsort((end, column))
+    first = np.searchsorted(column[order], np.arange(len(features)))
+    last = np.append(first[1:], len(column)) - 1
+    return _Grid(features, column[order], end[order], first, last, asks, np.argsort(order)[which.reshape(-1)])
+
+
+def _ranges(grid: _Grid, inner: Array, left: Array, right: Array) -> tuple[Array, Array, Array, int]:
+    """Features, first and last cells (M, P) of all leaves' boxes, and the longest path; left and right: of inner nodes."""
+    question, goes_left = np.full(len(inner), -1), np.zeros(len(inner), dtype=bool)  # how one came to a node
+    question[left] = question[right] = np.arange(inner.sum())
+    goes_left[left] = True
+    nodes, leaves = inner.nonzero()[0], (~inner).nonzero()[0]
+
+    leaf, here, steps = np.arange(len(leaves)), leaves, []
+    while len(here):  # from all leaves up to the roots
+        climbing = question[here] >= 0
+        leaf, here = leaf[climbing], here[climbing]
+        asks, cut, down = grid.asks[question[here]], grid.cut[question[here]], goes_left[here]
+        steps.append((leaf, asks, np.where(down, grid.first[asks], cut + 1), np.where(down, cut, grid.last[asks])))
+        here = nodes[question[here]]
+    leaf, asks, lowest, highest = (np.concatenate(each) for each in zip(*steps, strict=True))
+
+    pairs, which = np.unique(np.stack([leaf, asks], 1), axis=0, return_inverse=True)
+    leaf, asks = pairs.T
+    width = np.bincount(leaf, minlength=len(leaves))
+    place = np.arange(len(leaf)) - (width.cumsum() - width)[leaf]
+    asked = np.zeros((len(leaves), width.max()), dtype=np.int64)
+    asked[leaf, place] = asks
+    lower, upper = grid.first[asked], grid.last[asked]
+    np.maximum.at(lower, (leaf[which.reshape(-1)], place[which.reshape(-1)]), lowest)
+    np.minimum.at(upper, (leaf[which.reshape(-1)], place[which.reshape(-1)]), highest)
+    return asked, lower, upper, len(steps) - 1
 
 
 def _all_outputs(tree: _Tree, classes: int) -> Array:
@@ -253,7 +269,7 @@ def _calibrated(found: TreeEnsemble, made: Adapted) -> TreeEnsemble:
     base = torch.zeros_like(found.base) if found.averaged else difference.mean(0)
     if bool(((difference - base).abs() > _TOLERANCE * (1 + answers.abs().max())).any()):
         raise CapabilityError(f"the trees of this {made.name} do not add up to its answers; attack it by its scores")
-    return TreeEnsemble(**{f.name: getattr(found, f.name) for f in fields(found)} | {"base": base})
+    return replace(found, base=base)
 
 
 # From estimators to trees
@@ -334,7 +350,9 @@ def _xgboost(net: Estimator) -> _Read:
             )
     model = json.loads(booster.save_raw(raw_format="json"))["learner"]
     if "model" not in model["gradient_booster"]:
-        raise CapabilityError(f"this {type(net).__name__} has no trees of its own: its booster is {booster_name(model)}")
+        raise CapabilityError(
+            f"this {type(net).__name__} has no trees of its own: its booster is {model['gradient_booster']['name']}"
+        )
     grown = model["gradient_booster"]["model"]
     columns = int(model["learner_model_param"]["num_class"])
 
@@ -350,31 +368,26 @@ def _xgboost(net: Estimator) -> _Read:
     return _Read(trees, torch.float32)
 
 
-def booster_name(model: Any) -> str:
-    return str(model["gradient_booster"]["name"])
-
-
 def _lightgbm(net: Estimator) -> _Read:
     """x <= t in float64."""
     booster = net if type(net).__name__ == "Booster" else net.booster_
     columns = booster.num_model_per_iteration()
 
     def tree(structure: dict[str, Any], output: int) -> _Tree:
-        rows: list[tuple[float, ...]] = []
-        waiting = [(structure, -1, 0)]
+        nodes: list[list[float]] = []  # left, right, feature, threshold, value
+        waiting = [(structure, [0.0], 0)]
         while waiting:
             node, above, side = waiting.pop()
-            if above >= 0:
-                rows[above] = (*rows[above][:side], len(rows), *rows[above][side + 1 :])
+            above[side] = len(nodes)
             if "split_feature" not in node:
-                rows.append((-1, -1, 0, 0.0, node["leaf_value"]))
+                nodes.append([-1, -1, 0, 0, node["leaf_value"]])
                 continue
             if node["decision_type"] != "<=":
                 raise CapabilityError("a tree asks for categories, which are no ranges of numbers")
-            waiting += [(node["left_child"], len(rows), 0), (node["right_child"], len(rows), 1)]
-            rows.append((-1, -1, node["split_feature"], node["threshold"], 0.0))
-        left, right, feature, threshold, value = (np.array(each) for each in zip(*rows, strict=True))
-        return _Tree(*(part.astype(np.int64) for part in (left, right, feature)), threshold, value, output)
+            nodes.append([-1, -1, node["split_feature"], node["threshold"], 0])
+            waiting += [(node["left_child"], nodes[-1], 0), (node["right_child"], nodes[-1], 1)]
+        left, right, feature, threshold, value = np.array(nodes, dtype=np.float64).T
+        return _Tree(left.astype(np.int64), right.astype(np.int64), feature.astype(np.int64), threshold, value, output)
 
     grown = booster.dump_model()["tree_info"]
     trees = (tree(one["tree_structure"], one["tree_index"] % columns if columns > 1 else 1) for one in grown)

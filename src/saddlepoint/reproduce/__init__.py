@@ -6,7 +6,15 @@
 (True, True)
 """
 
-from saddlepoint.reproduce import evaluation, goodfellow, least, masking, szegedy  # noqa: F401  # they register their entries
+from saddlepoint.reproduce import (  # noqa: F401  # they register their entries
+    evaluation,
+    goodfellow,
+    least,
+    liu,
+    masking,
+    papernot_blackbox,
+    szegedy,
+)
 from saddlepoint.reproduce.frame import ENTRIES, Context, Entry, Figure, Outcome, Recipe, find, find_data, run
 
 __all__ = ["ENTRIES", "Context", "Entry", "Figure", "Outcome", "Recipe", "find", "find_data", "run"]

@@ -110,7 +110,8 @@ class Recipe:
     net: a name of the zoo, or a function of input shape and number of classes. epochs, samples (None: all) and batch_size:
     of the training. adversary: None trains on clean inputs.
     optimizer: None is Adam with learning rate 1e-3. bounds: of the inputs; None is the papers' FGSM without clipping.
-    classes: keep these only, renumbered from 0.
+    classes: keep these only, renumbered from 0. merged: another task on the same inputs, by the new number of each class:
+    (0, 1) * 5 tells even digits from odd ones.
     """
 
     net: str | Build
@@ -121,6 +122,7 @@ class Recipe:
     samples: int | None = None
     batch_size: int = 128
     classes: tuple[int, ...] | None = None
+    merged: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,10 +202,12 @@ class Context:
         if recipe not in self.trained:
             assert self.data.train is not None  # __post_init__ saw to it
             part = self.data.train if recipe.classes is None else only(self.data.train, recipe.classes)
-            samples = min(recipe.samples or len(part), _QUICK_TRAIN if self.quick else len(part))
+            samples = self._at_most(recipe.samples or len(part), part)
             classes = self.data.num_classes if recipe.classes is None else len(recipe.classes)
+            if recipe.merged is not None:
+                part, classes = Split(part.x, torch.tensor(recipe.merged)[part.y]), max(recipe.merged) + 1
             training = train(
-                Model(self._network(recipe.net, tuple(part.x.shape[1:]), classes), bounds=recipe.bounds),
+                Model(self.network(recipe.net, tuple(part.x.shape[1:]), classes), bounds=recipe.bounds),
                 part.take(samples),
                 adversary=recipe.adversary,
                 epochs=recipe.epochs * self._more_epochs,
@@ -227,9 +231,17 @@ class Context:
         places = [place / "models" / file for place in (folder.parent, folder)]
         for path in places:
             if path.is_file():
-                built = self._network(net, tuple(self.data.test.x.shape[1:]), self.data.num_classes)
+                built = self.network(net, tuple(self.data.test.x.shape[1:]), self.data.num_classes)
                 return Model(zoo.load_weights(built, path), bounds=self.data.bounds)
         raise UnavailableError(f"no file {' or '.join(map(str, places))}; save there what is published as {address}")
+
+    def training(self, count: int) -> Split:
+        """The first `count` training samples, for what isn't trained by epochs."""
+        assert self.data.train is not None  # __post_init__ saw to it
+        return self.data.train.take(self._at_most(count, self.data.train))
+
+    def _at_most(self, count: int, part: Split) -> int:
+        return min(count, len(part), _QUICK_TRAIN if self.quick else len(part))
 
     @property
     def _more_epochs(self) -> int:
@@ -237,7 +249,8 @@ class Context:
             return 1
         return _STAND_IN_EPOCHS_QUICK if self.quick else _STAND_IN_EPOCHS
 
-    def _network(self, net: str | Build, shape: tuple[int, ...], classes: int) -> nn.Module:
+    def network(self, net: str | Build, shape: tuple[int, ...], classes: int) -> nn.Module:
+        """A network of the zoo, or a function's, untrained and by this context's seed."""
         if isinstance(net, str):
             return zoo.build(net, num_classes=classes, in_shape=shape, seed=self.seed)
         with global_random_state_kept():
@@ -291,12 +304,17 @@ def entry(id: str, title: str, reference: str, setting: str) -> Callable[[Figure
 
 
 def find(names: Iterable[str] = ()) -> tuple[Entry, ...]:
-    """The entries of these ids, in any case, each once; all of them by number without ids. Errors: `UnknownNameError`."""
+    """The entries of these ids, in any case, each once; all of them without ids, R1 first. Errors: `UnknownNameError`."""
     chosen = list(dict.fromkeys(name.upper() for name in names))
     for name in chosen:
         if name not in ENTRIES:
             raise UnknownNameError("entry", name, ENTRIES)
-    return tuple(ENTRIES[name] for name in chosen or sorted(ENTRIES, key=lambda id: int(id[1:])))
+    return tuple(ENTRIES[name] for name in chosen or sorted(ENTRIES, key=_order))
+
+
+def _order(id: str) -> tuple[bool, str, int]:
+    """R1, R2, ..., and then the other letters."""
+    return not id.startswith("R"), id[0], int(id[1:])
 
 
 def find_data(root: str | Path | None = None) -> tuple[Dataset, str]:
