@@ -234,7 +234,7 @@ def test_equations_of_spsa(norm: str, targeted: bool) -> None:
 @both_goals
 @both_norms
 def test_equations_of_bandits(norm: str, targeted: bool) -> None:
-    check(Bandits(steps=60), lambda *case: bandits(*case, 60), norm, targeted)
+    check(Bandits(steps=30), lambda *case: bandits(*case, 30), norm, targeted)  # longer, and the paper's form is rounded to 1
 
 
 @both_goals
@@ -296,11 +296,9 @@ def test_bandits_learn_the_gradient() -> None:
         attack = Bandits(steps=steps, step_size=0.01, loss="margin")
         y = torch.zeros(6, dtype=torch.int64)
         sp.attack(model, x, y, attack, sp.L2(100.0), sp.Untargeted(confidence=1e6), keep="margin", batch_size=6)
-        before, after = (points for points in (net.points[-2][:: len(net.points[-2]) // 6], net.points[-1]))
-        del before
-        cosines.append(torch.cosine_similarity(after.flatten(1), gradient.expand(6, -1)))
-    assert (cosines[1] > 0.95).all()
-    assert cosines[0].mean() < 0.9
+        cosines.append(torch.cosine_similarity(net.points[-1].flatten(1), gradient.expand(6, -1)))
+    assert cosines[1].mean() > 0.9
+    assert cosines[0].mean() < 0.7
 
 
 # Budgets, and what else may go wrong
@@ -313,13 +311,13 @@ each_attack = pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: type
 def test_budgets_hold_to_the_query(attack: Attack) -> None:
     generator = torch.Generator().manual_seed(0)
     counting = Counting(nn.Sequential(nn.Flatten(), nn.Linear(8, 3)))
-    x = torch.rand(5, 2, 4, generator=generator)
+    x = torch.rand(3, 2, 4, generator=generator)
     y = sp.Model(counting.net).predict(x)
     model = sp.Model(counting, access=sp.Access.SCORES)
     model.probe(x)
     for queries in range(1, 61):
         counting.calls.clear()
-        result = sp.attack(model, x, y, attack, sp.Linf(1e-6), budget=sp.Budget(queries=queries), batch_size=3)
+        result = sp.attack(model, x, y, attack, sp.Linf(1e-6), budget=sp.Budget(queries=queries), batch_size=2)
         assert (result.queries.forward <= queries).all()
         assert (result.queries.forward[result.having("survived")] == queries).all()
         assert result.having("survived").any()

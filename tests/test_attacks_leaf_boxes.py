@@ -358,6 +358,34 @@ def test_balls_and_confidence() -> None:
     assert (confident.distance >= smallest_ones.distance).all()
 
 
+# What a move does
+
+
+@pytest.mark.parametrize("family", ["forest", "boosting", "extra trees"])
+def test_all_moves_of_one_feature_at_once(family: str) -> None:
+    """As one by one."""
+    ensemble = tree_ensemble(grown(family, 3))
+    x = torch.from_numpy(np.random.default_rng(3).random((20, 3)).astype(np.float32))
+    cells = ensemble.cells(x)
+    boxes = ensemble.leaves(cells)
+    at_once = ensemble.outputs(boxes)[:, None] + leaf_boxes._changes(ensemble, cells, boxes)
+    moved = cells[:, None].repeat(1, len(ensemble.column), 1)
+    moved[:, torch.arange(len(ensemble.column)), ensemble.column] = torch.arange(len(ensemble.column))
+    torch.testing.assert_close(at_once, ensemble.outputs(ensemble.leaves(moved)), rtol=0, atol=1e-12)
+    for norm in NORMS:
+        threat = sp.Minimize(norm)
+        value, cost = leaf_boxes._choices(ensemble, threat.around(x), cells)
+        other = ensemble.cells(1 - x)  # from which features move on
+        spent = cost.gather(1, other)
+        totals = leaf_boxes._totals_after(ensemble, spent, cost, threat.norm)
+        for cell, feature in enumerate(ensemble.column.tolist()):
+            away = x.index_copy(1, ensemble.features, value.gather(1, other)).clone()
+            away[:, ensemble.features[feature]] = value[:, cell]
+            expected = threat.distance(away, x) ** (2 if norm == "l2" else 1)
+            possible = torch.isfinite(totals[:, cell])
+            torch.testing.assert_close(totals[possible, cell], expected[possible], rtol=1e-9, atol=1e-12)
+
+
 # As an attack
 
 
@@ -382,6 +410,23 @@ def test_queries_are_few_and_within_the_budget() -> None:
         assert (result.distance >= whole.distance).all()
     assert whole is not None
     assert whole.success.all()
+
+
+def test_a_query_for_each_nearer_success_and_no_other() -> None:
+    estimator = grown("forest", 2)
+    model, x, y = correct(estimator, 2, 12)
+    queries, distance = torch.ones(12, dtype=torch.int64), torch.full((12,), torch.inf, dtype=torch.float64)
+    met = 0
+
+    def watch(record: Any) -> None:
+        nonlocal met
+        asked, nearer = record.queries - queries[record.ids], record.distance < distance[record.ids]
+        assert torch.equal(asked, nearer.long())
+        queries[record.ids], distance[record.ids] = record.queries, record.distance
+        met += int(nearer.sum())
+
+    sp.attack(model, x, y, LeafBoxes(estimator, steps=60), sp.Minimize("l2"), callback=watch)
+    assert met > len(x)
 
 
 def test_labels_are_enough() -> None:
@@ -424,6 +469,7 @@ def test_how_it_is_made_and_written_down() -> None:
     settings = json.loads(json.dumps(attack.settings()))
     assert settings["trees"].startswith("RandomForestClassifier, 4 trees with ")
     assert settings["steps"] == attack.steps
+    assert settings["trees"] in repr(attack)
     with pytest.raises(InputError, match="normalises"):
         LeafBoxes(sp.Model(estimator, mean=0.5, std=0.2))
     with pytest.raises(CapabilityError, match="this is a Linear"):

@@ -24,7 +24,7 @@ from saddlepoint.evaluate import transfer as module
 from saddlepoint.evaluate.transfer import TransferMatrix, brought_to, transfer_matrix
 from saddlepoint.report.transfers import _verdict, transfer_results, write_transfers
 from saddlepoint.reproduce import ENTRIES, Context, papernot_blackbox
-from saddlepoint.reproduce.papernot_blackbox import SoftNearest, nearest_other_leaf
+from saddlepoint.reproduce.papernot_blackbox import SoftNearest
 
 SETTINGS: dict[str, Any] = {"title": "A try", "data_name": "made up", "config": {"eps": 0.1}}
 
@@ -552,27 +552,6 @@ def test_substitute_command(here: Path, capsys: pytest.CaptureFixture[str]) -> N
 # what the reproductions are made of
 
 
-def test_the_nearest_leaf_of_another_class() -> None:
-    """Another class, and no nearer point has one: against many random points closer by."""
-    from sklearn.tree import DecisionTreeClassifier
-
-    generator = torch.Generator().manual_seed(4)
-    x = torch.rand(300, 2, 2, generator=generator)
-    y = ((x[:, 0, 0] > 0.5).long() + (x[:, 1, 1] > 0.3 + 0.5 * x[:, 0, 1]).long()).numpy() + 5
-    tree = DecisionTreeClassifier(random_state=0).fit(x.flatten(1).numpy(), y)
-    some = x[:40]
-    found = nearest_other_leaf(tree, some)
-    mine = tree.predict(some.flatten(1).numpy())
-    assert bool((tree.predict(found.flatten(1).numpy()) != mine).all())
-    far = (found - some).flatten(1).norm(dim=1)
-    for row in range(len(some)):
-        way = torch.randn(2000, 4, generator=generator)
-        near = some[row].flatten() + 0.98 * far[row] * way / way.norm(dim=1, keepdim=True) * torch.rand(
-            2000, 1, generator=generator
-        )
-        assert bool((tree.predict(near.numpy()) == mine[row]).all())
-
-
 def test_smooth_neighbours_are_the_nearest_ones() -> None:
     points = torch.rand(30, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.arange(30) % 3
@@ -587,4 +566,5 @@ def test_smooth_neighbours_are_the_nearest_ones() -> None:
 def test_r17_notices_examples_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(papernot_blackbox, "fgsm", lambda model, x, y, eps, bounds: x)
     outcome = ENTRIES["R17"](Context(data=sp.data.load("digits"), quick=True))
-    assert [f.name for f in outcome.figures if f.inside is False] == ["oracle's error on the substitute's examples"]
+    outside = {figure.name for figure in outcome.figures if figure.inside is False}
+    assert outside == {"oracle's error on the substitute's examples", "less that after the first training"}

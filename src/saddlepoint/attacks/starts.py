@@ -58,7 +58,7 @@ def starting_points(
     wanted = goal.aim(labels, targets, classes).wanted
     found = x.clone()
     at_once = max(1, _BLOCK // max(1, pool.numel()))
-    for rows in ids.split(at_once):
+    for rows in torch.split(ids, at_once):
         away = distance(
             pool.repeat(len(rows), *([1] * (pool.dim() - 1))), x[rows].repeat_interleave(len(pool), 0), norm
         ).view(len(rows), len(pool))  # fmt: skip

@@ -28,7 +28,7 @@ _CHECKS = 64  # points on which boxes and estimator are compared
 _TOLERANCE = 1e-4  # of the outputs' size, for boosted trees are summed in float32
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TreeEnsemble:
     """T trees with M leaves in all. They ask about F of the D input features, which have U cells in all.
 
@@ -67,7 +67,7 @@ class TreeEnsemble:
         parts = (self.features, self.end, self.asked, self.lower, self.upper, self.value, self.base)
         return hashlib.sha256(b"".join(part.cpu().contiguous().numpy().tobytes() for part in parts)).hexdigest()[:16]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{self.name}, {self.trees} trees with {len(self.tree)} leaves, sha256 {self.digest}"
 
     def __eq__(self, other: object) -> bool:

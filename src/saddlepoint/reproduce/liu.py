@@ -63,7 +63,7 @@ def ensembles(context: Context) -> list[Figure]:
         paper, note = published.get(word, (None, ""))
         figures += [
             Figure(f"{word}: one network's examples, mean", mean, paper=paper, paper_note=note),
-            Figure(f"{word}: of the best one for each", best),
+            Figure(f"{word}: of the best one for each, by hindsight", best),
         ]
         for fuse in ("logits", "probabilities", "loss"):
             rate = sum(_left_out(context, models, name, few, fuse, goal) for name in models) / len(models)
@@ -71,7 +71,7 @@ def ensembles(context: Context) -> list[Figure]:
             figures += [
                 Figure(f"{word}: four networks', fused in {fuse}", rate),
                 Figure(f"{word}: {fuse} less one network's", rate - mean, more),
-                Figure(f"{word}: {fuse} less the best one's", rate - best),
+                Figure(f"{word}: {fuse} less the best one's, by hindsight", rate - best),
             ]
     fewer = context.few(context.test, 100)
     rates = {name: _single(context, models, fewer, attack, Untargeted())[0] for name, attack in ATTACKS.items()}
