@@ -267,9 +267,9 @@ def test_more_classes_targets_and_a_larger_forest(digits: tuple[Tensor, Tensor])
     x, y = digits
     forest = RandomForestClassifier(12, max_depth=6, random_state=0).fit(x[:400].flatten(1), y[:400])
     model = sp.Model(forest)
-    asked = x[400:412]
+    asked = x[400:408]
     labels = model.predict(asked)
-    attack = LeafBoxes(forest, steps=80)
+    attack = LeafBoxes(forest, steps=60)
     nearest = sp.attack(model, asked, labels, attack, sp.Minimize("l1"))
     assert nearest.success.all()
     for row in range(len(asked)):
@@ -279,7 +279,7 @@ def test_more_classes_targets_and_a_larger_forest(digits: tuple[Tensor, Tensor])
         logits = model.logits(back.view(-1, 1, 8, 8))
         rivals = logits.index_fill(1, labels[row], -torch.inf).amax(1)
         assert (rivals - logits[:, labels[row]] < nearest.tau).all()
-    square = sp.attack(model, asked, labels, sp.attacks.Square(steps=200), sp.L1(0.9 * nearest.distance))
+    square = sp.attack(model, asked, labels, sp.attacks.Square(steps=100), sp.L1(0.9 * nearest.distance))
     assert not square.success.any()
     targeted = sp.attack(model, asked, labels, attack, sp.Minimize("l1"), sp.Targeted("next"))
     assert targeted.success.all()
@@ -327,8 +327,8 @@ def test_inputs_in_double_precision(family: str) -> None:
     model, x, _ = correct(estimator, 2, 12)
     x = x.double() / 3 + 0.3
     y = model.predict(x)
-    result = sp.attack(model, x, y, LeafBoxes(estimator, steps=60), sp.Minimize("l2"))
-    single = sp.attack(model, x.float(), y, LeafBoxes(estimator, steps=60), sp.Minimize("l2"))
+    result = sp.attack(model, x, y, LeafBoxes(estimator, steps=25), sp.Minimize("l2"))
+    single = sp.attack(model, x.float(), y, LeafBoxes(estimator, steps=25), sp.Minimize("l2"))
     assert result.success.any()
     assert torch.equal(model.predict(result.adversarial) != y, result.success)
     torch.testing.assert_close(result.distance, single.distance, rtol=1e-4, atol=1e-6)
@@ -346,11 +346,11 @@ def test_points_on_thresholds() -> None:
 def test_balls_and_confidence() -> None:
     estimator = grown("boosting", 2)
     model, x, y = correct(estimator, 2, 12)
-    smallest_ones = sp.attack(model, x, y, LeafBoxes(estimator, steps=60), sp.Minimize("linf"))
+    smallest_ones = sp.attack(model, x, y, LeafBoxes(estimator, steps=25), sp.Minimize("linf"))
     eps = smallest_ones.distance.median().item()
-    inside = sp.attack(model, x, y, LeafBoxes(estimator, steps=60), sp.Linf(eps))
+    inside = sp.attack(model, x, y, LeafBoxes(estimator, steps=25), sp.Linf(eps))
     assert torch.equal(inside.success, smallest_ones.distance <= eps)
-    confident = sp.attack(model, x, y, LeafBoxes(estimator, steps=60), sp.Minimize("linf"), sp.Untargeted(confidence=0.2))
+    confident = sp.attack(model, x, y, LeafBoxes(estimator, steps=25), sp.Minimize("linf"), sp.Untargeted(confidence=0.2))
     logits = model.logits(confident.adversarial[confident.success])
     lead = logits.gather(1, 1 - y[confident.success, None]) - logits.gather(1, y[confident.success, None])
     assert confident.success.any()
@@ -402,7 +402,7 @@ def test_queries_are_few_and_within_the_budget() -> None:
     for queries in (None, 3, 2, 1):
         asked.clear()
         model = sp.Model(ask, gives="labels", inputs="numpy", num_classes=2)
-        attack = LeafBoxes(estimator, steps=60)
+        attack = LeafBoxes(estimator, steps=25)
         result = sp.attack(model, x, y, attack, sp.Minimize("l2"), budget=sp.Budget(queries=queries))
         assert sum(asked) == (result.queries.forward + result.queries.verify).sum() + result.queries.probe
         assert queries is None or (result.queries.forward <= queries).all()
@@ -425,15 +425,15 @@ def test_a_query_for_each_nearer_success_and_no_other() -> None:
         queries[record.ids], distance[record.ids] = record.queries, record.distance
         met += int(nearer.sum())
 
-    sp.attack(model, x, y, LeafBoxes(estimator, steps=60), sp.Minimize("l2"), callback=watch)
+    sp.attack(model, x, y, LeafBoxes(estimator, steps=25), sp.Minimize("l2"), callback=watch)
     assert met > len(x)
 
 
 def test_labels_are_enough() -> None:
     estimator = grown("forest", 2)
     model, x, y = correct(estimator, 2, 12)
-    known = sp.attack(model, x, y, LeafBoxes(estimator, steps=60), sp.Minimize("l2"))
-    hidden = sp.attack(sp.Model(estimator, access=sp.Access.LABELS), x, y, LeafBoxes(estimator, steps=60), sp.Minimize("l2"))
+    known = sp.attack(model, x, y, LeafBoxes(estimator, steps=25), sp.Minimize("l2"))
+    hidden = sp.attack(sp.Model(estimator, access=sp.Access.LABELS), x, y, LeafBoxes(estimator, steps=25), sp.Minimize("l2"))
     assert torch.equal(hidden.adversarial, known.adversarial)
 
 
@@ -453,8 +453,8 @@ def test_results_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> 
 def test_trees_of_another_model_make_it_a_transfer_attack() -> None:
     mine, theirs = grown("forest", 2), grown("boosting", 2)
     model, x, y = correct(theirs, 2, 40)
-    transferred = sp.attack(model, x, y, LeafBoxes(mine, steps=40), sp.Minimize("l2"))
-    direct = sp.attack(model, x, y, LeafBoxes(theirs, steps=40), sp.Minimize("l2"))
+    transferred = sp.attack(model, x, y, LeafBoxes(mine, steps=25), sp.Minimize("l2"))
+    direct = sp.attack(model, x, y, LeafBoxes(theirs, steps=25), sp.Minimize("l2"))
     assert 0 < transferred.success.sum() < direct.success.sum()
     assert torch.equal(model.predict(transferred.adversarial) != y, transferred.success)
 

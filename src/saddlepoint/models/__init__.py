@@ -8,8 +8,9 @@ from saddlepoint.models.onnx_graph import OnnxNetwork, read_graph
 from saddlepoint.models.onnx_model import OnnxSession
 from saddlepoint.models.torch_model import Model
 from saddlepoint.models.transforms import Transform, bit_depth, gaussian_noise
+from saddlepoint.models.trees_exact import TreeEnsemble, tree_ensemble
 
 __all__ = [
     "Borrowed", "Classifier", "Defended", "Ensemble", "HttpModel", "Model", "OnnxNetwork", "OnnxSession", "Probe", "Transform",
-    "bit_depth", "embed_tokens", "gaussian_noise", "hugging_face", "read_graph",
+    "TreeEnsemble", "bit_depth", "embed_tokens", "gaussian_noise", "hugging_face", "read_graph", "tree_ensemble",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
