@@ -1,8 +1,7 @@
 """Attacks that walk along the decision boundary by trial and error, with labels alone, in l2.
 
-From an adversarial point x_t at distance r_t from the input x, with u = (x_t - x) / r_t, they try directions orthogonal to u and
-keep what is adversarial and nearer. Of images (C, H, W) the directions are smooth at first: sums of the lowest `cosines`
-frequencies along H and along W, and of more and more of them as the search goes on.
+From an adversarial point x_t at distance r_t from the input x, with u = (x_t - x) / r_t, they try random directions orthogonal
+to u, and keep what is adversarial and nearer.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from saddlepoint.attacks.decision import Decision, Walk
 from saddlepoint.attacks.frequencies import from_frequencies
@@ -24,48 +24,59 @@ from saddlepoint.taxonomy import Access, Norm
 from saddlepoint.trees import rows
 
 _HALVINGS = 60  # rounds that the way from the start to the boundary may take
-_CONVERGED = 1e-7  # of the distance: steps below it lead nowhere
+_SMALLEST = 1e-7  # step towards the input, as a share of the distance: below it the walk has ended
+_STEEPEST = 1.5  # angle, nearly a right one, at which the circle has come back to the input
 
 
-def _lowest(problem: Problem, count: Tensor) -> Tensor:
-    """Which coefficients (B, ...) belong to the lowest `count` (B,) frequencies; of inputs without a plane, all features."""
-    origin = problem.origin
-    if origin.dim() < 4:
-        return torch.ones_like(origin, dtype=torch.bool)
-    low = [torch.arange(size, device=origin.device) < count[:, None] for size in origin.shape[-2:]]
-    plane = low[0][:, :, None] & low[1][:, None]
-    return plane.view(len(origin), *([1] * (origin.dim() - 3)), *plane.shape[1:]).expand_as(origin)
+def _small(shape: tuple[int, ...], share: float) -> tuple[int, ...]:
+    """The shape of the lowest `share` of the frequencies of images (C, H, W); other inputs keep their shape."""
+    return (*shape[:-2], *(math.ceil(share * size) for size in shape[-2:])) if share < 1 and len(shape) > 2 else shape
 
 
-def _drawn(problem: Problem, coefficients: Tensor) -> Tensor:
-    """The direction (B, ...) that has these coefficients, in the features that may move."""
-    direction = coefficients if problem.origin.dim() < 4 else from_frequencies(coefficients)
-    return direction * (problem.region.upper > problem.region.lower)
+def _image(coefficients: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Directions (B, *shape) of coefficients of `_small` shape."""
+    if coefficients.shape[1:] == shape:
+        return coefficients
+    missing = [whole - part for whole, part in zip(shape[-2:], coefficients.shape[-2:], strict=True)]
+    return from_frequencies(functional.pad(coefficients, (0, missing[1], 0, missing[0])))
+
+
+def _length(v: Tensor) -> Tensor:
+    """l2 norms (B,), and no zero."""
+    length: Tensor = v.flatten(1).norm(dim=1)
+    return length.clamp(min=torch.finfo(v.dtype).tiny)
 
 
 def _unit(v: Tensor) -> Tensor:
-    return v / rows(v.flatten(1).norm(dim=1).clamp(min=torch.finfo(v.dtype).tiny), v)
+    return v / rows(_length(v), v)
 
 
 def _across(v: Tensor, u: Tensor) -> Tensor:
-    """The part of v (B, ...) that is orthogonal to the unit vectors u (B, ...), of length one."""
+    """The part of v (B, ...) that is orthogonal to the unit vectors u (B, ...), with length one."""
     return _unit(v - rows((v * u).flatten(1).sum(1), u) * u)
+
+
+def _check_whole(attack: BoundaryAttack | SurFree, *names: str) -> None:
+    for name in names:
+        value = getattr(attack, name)
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} must be a whole number >= 1; got {value!r}")
 
 
 @dataclass(frozen=True)
 class Stride:
     """How far each sample goes, (B,) each.
 
-    turn: candidates so far. sphere, source: step sizes as shares of the distance, float64. around, kept: how many points on the
-    sphere were asked about since `sphere` was last judged, and how many of them were adversarial. offered, taken: the same of
-    candidates and `source`.
+    turn: candidates so far. sphere, source: the two step sizes as shares of the distance, float64. tried, hit: how many points
+    on the sphere were asked about since `sphere` was last judged, and how many of them were adversarial. offered, taken: the
+    same of candidates and `source`.
     """
 
     turn: Tensor
     sphere: Tensor
     source: Tensor
-    around: Tensor
-    kept: Tensor
+    tried: Tensor
+    hit: Tensor
     offered: Tensor
     taken: Tensor
 
@@ -77,113 +88,97 @@ class Stride:
         norms=frozenset({Norm.L2}),
         access=Access.LABELS,
         minimizes=True,
-        spatial=True,
-        no_oracle="a random walk comes close to the optimum only after many queries for each feature",
+        no_oracle="a random walk needs as many queries as there are features for each halving of what is too much",
     )
 )
 @final
 @dataclass(frozen=True, kw_only=True)
 class BoundaryAttack(Decision):
-    """Boundary attack: a random step on the sphere around x, then a step towards x; what is adversarial is kept.
+    """Boundary attack: a random step on the sphere around the input, then a step towards the input, taken if still adversarial.
 
-        s = x + r_t * (u + a * eta) / sqrt(1 + a^2),    x_(t+1) = x + (1 - b) * (s - x)
+        s = x + r_t * (u + sphere * eta) / ||u + sphere * eta||_2,    x_(t+1) = x + (1 - source) * r_t * (s - x) / ||s - x||_2
 
-    eta is a random unit vector orthogonal to u. The sphere step a and the source step b are multiplied by `adaptation` or divided
-    by it: both, where of the last memory[0] points s more than 50 % or less than 20 % were adversarial; b, where of the last
-    memory[1] candidates x_(t+1) more than 25 % or less than 10 % were. It ends where b is below 1e-7.
+    with a random unit eta orthogonal to u. Every `check` candidates s is asked about too: where more than half of them are
+    adversarial, both steps grow by the factor `adaptation`, where less than a fifth are, both shrink. `source` grows where more
+    than a quarter of the candidates are adversarial, and shrinks where less than a tenth are.
 
-    steps: candidates. sphere_step, source_step: the first a and b, both 0.01 in the paper. check: s is asked about at every so many
-    candidates, 10 in the authors' code. memory: (100, 30) there, which takes thousands of queries to find good steps.
-    cosines: frequencies of eta at first; after t candidates sqrt(1 + t / 150) times as many. None, as in the paper, for all.
+    steps: candidates. sphere_step, source_step: the first sizes. memory: answers after which `sphere` and `source` are judged.
+    All values are those of the authors' code. The way from the start to the boundary is bisected first, to `precision` of its
+    length.
 
-    Source: Brendel, Rauber & Bethge (2018), Decision-based adversarial attacks: reliable attacks against black-box machine learning
-    models, arXiv:1712.04248, algorithm 1.
-
-    >>> import torch, saddlepoint as sp
-    >>> oracle = sp.Model(torch.nn.Linear(4, 3), access=sp.Access.LABELS)
-    >>> x = torch.rand(2, 4)
-    >>> found = sp.attack(oracle, x, oracle.predict(x), "boundary_attack", sp.Minimize("l2"), budget=sp.Budget(queries=200))
-    >>> int(found.queries.forward.max()) <= 200
-    True
+    Source: Brendel, Rauber & Bethge (2018), Decision-based adversarial attacks, arXiv:1712.04248, algorithm 1 and section 2.
     """
 
     steps: int = 25_000
-    sphere_step: float = 0.3
-    source_step: float = 0.02
+    sphere_step: float = 0.01
+    source_step: float = 0.01
     adaptation: float = 1.5
-    check: int = 4
-    memory: tuple[int, int] = (5, 10)
-    cosines: float | None = 4
-    spread: float = 150.
+    check: int = 10
+    memory: tuple[int, int] = (10, 30)
     precision: float = 1e-2
     starts: int = 100
 
-    @property
-    def iterations(self) -> int:
-        return self.starts + _HALVINGS + self.steps
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_whole(self, "steps", "check")
+        if not 0 < self.sphere_step < math.inf or not 0 < self.source_step < 1 or not 1 < self.adaptation < math.inf:
+            raise InputError(
+                "sphere_step must be positive, source_step in (0, 1) and adaptation above 1; "
+                f"got {self.sphere_step}, {self.source_step} and {self.adaptation}"
+            )
 
     @property
-    def width(self) -> int:
-        return 2
+    def iterations(self) -> int:
+        return self.starts + 1 + _HALVINGS + self.steps
 
     def prepare(self, problem: Problem) -> Stride:
         none, one = torch.zeros_like(problem.labels), torch.ones_like(problem.eps)
         return Stride(none, one * self.sphere_step, one * self.source_step, none, none, none, none)
 
     def done(self, state: Walk) -> Tensor:
-        return super().done(state) | (state.own.turn >= self.steps) | (state.own.source < _CONVERGED)
+        own: Stride = state.own
+        return super().done(state) | (own.turn >= self.steps) | (own.source < _SMALLEST)
 
     def walk(self, problem: Problem, state: Walk) -> Walk:
         own, x, origin, region = state.own, state.x, problem.origin, problem.region
-        r = region.distance(x)
-        angle = own.sphere.atan()
-        eta = problem.random(1).normal(tuple(x.shape[1:]), x.dtype)
-        if self.cosines is not None:
-            eta = eta * _lowest(problem, self.cosines * (1 + own.turn / self.spread).sqrt())
-            eta = _drawn(problem, eta)
-        u = _unit(x - origin)
-        along, aside = (rows((r * part).to(x.dtype), x) for part in (angle.cos(), angle.sin()))
-        around = torch.clamp(origin + along * u + aside * _across(eta, u), region.lower, region.upper)
-        share = ((1 - own.source) * r / region.distance(around).clamp(min=1e-300)).clamp(max=1)
-        candidate = torch.clamp(origin + rows(share.to(x.dtype), x) * (around - origin), region.lower, region.upper)
+        r, u = region.distance(x), _unit(x - origin)
+        free = region.upper > region.lower
+        eta = _across(problem.random(1).normal(tuple(x.shape[1:]), x.dtype) * free, u)
+        cos = 1 / (1 + own.sphere**2).sqrt()
+        along, aside = (rows((r * part).to(x.dtype), x) for part in (cos, cos * own.sphere))
+        around = torch.clamp(origin + along * u + aside * eta, region.lower, region.upper)
+        nearer = ((1 - own.source) * r / region.distance(around).clamp(min=1e-300)).clamp(max=1)
+        candidate = torch.clamp(origin + rows(nearer.to(x.dtype), x) * (around - origin), region.lower, region.upper)
         check = (own.turn + 1) % self.check == 0
         said = problem.ask(torch.stack([candidate, around], 1), torch.stack([torch.ones_like(check), check], 1))
-        better = said.reached[:, 0] & (region.distance(candidate) < r)
-        return replace(state, x=torch.where(rows(better, x), candidate, x), own=self._judged(own, check, said.reached))
+        taken, on_sphere = said.reached[:, 0], said.reached[:, 1]
+        better = taken & (region.distance(candidate) < r)
+        both, tried, hit = self._judged(own.tried + check, own.hit + on_sphere, self.memory[0], 0.2, 0.5)
+        one, offered, took = self._judged(own.offered + 1, own.taken + taken, self.memory[1], 0.1, 0.25)
+        own = Stride(own.turn + 1, own.sphere * both, own.source * both * one, tried, hit, offered, took)
+        return replace(state, x=torch.where(rows(better, x), candidate, x), own=own)
 
-    def _judged(self, own: Stride, check: Tensor, reached: Tensor) -> Stride:
-        around, kept = own.around + check, own.kept + reached[:, 1]
-        offered, taken = own.offered + 1, own.taken + reached[:, 0]
-        both, over = self._factor(kept, around, self.memory[0], 0.2, 0.5)
-        towards, done = self._factor(taken, offered, self.memory[1], 0.1, 0.25)
-        return Stride(
-            own.turn + 1, own.sphere * both, own.source * both * towards,
-            around * ~over, kept * ~over, offered * ~done, taken * ~done,
-        )  # fmt: skip
-
-    def _factor(self, hits: Tensor, asked: Tensor, enough: int, low: float, high: float) -> tuple[Tensor, Tensor]:
-        """By how much a step changes (B,) float64, and where that was decided (B,)."""
-        judged, rate = asked >= enough, hits / asked.clamp(min=1)
-        power = (judged & (rate > high)).double() - (judged & (rate < low)).double()
-        return self.adaptation**power, judged
+    def _judged(self, tried: Tensor, hit: Tensor, enough: int, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
+        """By which factor (B,) float64 a step changes, and the counts, which begin anew where there were enough."""
+        rate, now = hit / tried.clamp(min=1), tried >= enough
+        factor = torch.where(rate > high, self.adaptation, torch.where(rate < low, 1 / self.adaptation, 1.0)).double()
+        return torch.where(now, factor, 1.0), tried * ~now, hit * ~now
 
 
 @dataclass(frozen=True)
 class Turn:
     """The circle on which each sample turns.
 
-    base: x_t, where the circle begins (B, ...). v: its direction (B, ...). order: coefficients in the order of their turns
-    (B, D) int64. cycle: which order it is (B,) int64, place: how many of it had their turn. drawn: directions so far. widest: the
-    first angle to ask about (B,) float64. trial: which question comes next (B,) int64, -1 before a direction is drawn. low: the
-    largest angle known to be adversarial, 0 while there is none; high: one beyond it that is not, infinite while there is none.
+    base: x_t, where the circle begins; v: its direction, orthogonal to u (B, ...). past: the coefficients of the directions
+    drawn last (B, n, ...). drawn: how many were drawn (B,) int64. widest: the largest angle of the first questions (B,)
+    float64. trial: how many of them were asked (B,) int64, -1 before a direction is drawn. low: the largest angle that is
+    adversarial, 0 while there is none; high: one beyond it that is not, infinite while there is none; (B,) float64, both of
+    one sign.
     """
 
     base: Tensor
     v: Tensor
-    order: Tensor
-    count: Tensor
-    cycle: Tensor
-    place: Tensor
+    past: Tensor
     drawn: Tensor
     widest: Tensor
     trial: Tensor
@@ -193,80 +188,110 @@ class Turn:
 
 @register(
     Declaration(
-        summary="turns the adversarial point around the input in one plane after another, and bisects the angle",
+        summary="turns the adversarial point around the input in random planes, and bisects the angle",
         reference="Maho, Furon & Le Merrer 2021, arXiv:2011.12807",
         norms=frozenset({Norm.L2}),
         access=Access.LABELS,
         minimizes=True,
         spatial=True,
-        no_oracle="each plane holds but a small part of the way to the nearest point",
+        no_oracle="each random plane holds but a small part of the way to the nearest point",
     )
 )
 @final
 @dataclass(frozen=True, kw_only=True)
 class SurFree(Decision):
-    """SurFree."""
+    """SurFree: from x_t along a circle to x, in a random plane, to the largest angle that is adversarial.
 
-    steps: int = 10000
-    theta_max: float = 20.0
-    rho: float = 0.9
-    trials: int = 1
-    cosines: float | None = 4
-    growth: float = 1.4
+        x(a) = x + r_t cos(a) (cos(a) u + sin(a) v),    v random, orthogonal to u and to the last directions
+
+    First angles of both signs are asked about, the widest first; the first success is widened until it fails, then bisected
+    until the distance is known to `gamma`. The widest angle grows and shrinks by 1 / rho and rho with success and failure.
+
+    steps: directions. theta_max: the first widest angle in degrees. trials: angles of each sign. num_directions: directions to
+    which a new one is orthogonal. share: directions are cosines of the lowest share of the frequencies along each of the last
+    two dimensions. gamma: precision of the distance, as a share. precision: share of the distance to which the way from the
+    start is bisected. theta_max, rho and num_directions are the paper's, which transforms blocks of 8 x 8 where this
+    transforms the whole.
+
+    Source: Maho, Furon & Le Merrer (2021), SurFree: a fast surrogate-free black-box attack, arXiv:2011.12807, algorithm 1.
+    """
+
+    steps: int = 1000
+    theta_max: float = 30.0
+    rho: float = 0.98
+    trials: int = 3
+    num_directions: int = 100
+    share: float = 0.5
     gamma: float = 0.01
     precision: float = 1e-2
     starts: int = 100
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_whole(self, "steps", "trials", "num_directions")
+        if not 0 < self.theta_max < 90:
+            raise InputError(f"theta_max must lie in (0, 90) degrees; got {self.theta_max}")
+        for name in ("rho", "share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise InputError(f"{name} must lie in (0, 1]; got {getattr(self, name)}")
+        if not 0 < self.gamma < 1:
+            raise InputError(f"gamma must lie in (0, 1); got {self.gamma}")
+
     @property
     def iterations(self) -> int:
-        return self.starts + _HALVINGS + self.steps * (2 * self.trials + 20)
+        return self.starts + 1 + _HALVINGS + self.steps * (2 * self.trials + 20)
+
+    @property
+    def width(self) -> int:
+        return self.num_directions
 
     def prepare(self, problem: Problem) -> Turn:
         origin, zero, none = problem.origin, torch.zeros_like(problem.eps), torch.zeros_like(problem.labels)
-        order = torch.zeros_like(origin.flatten(1), dtype=torch.int64)
-        return Turn(origin, origin, order, none, none - 1, none, none, zero + math.radians(self.theta_max), none - 1, zero, zero + math.inf)
+        past = origin.new_zeros(len(origin), self.num_directions, *_small(tuple(origin.shape[1:]), self.share))
+        return Turn(origin, origin, past, none, zero + math.radians(self.theta_max), none - 1, zero, zero + math.inf)
 
     def done(self, state: Walk) -> Tensor:
-        return super().done(state) | ((state.own.drawn >= self.steps) & (state.own.trial < 0))
+        own: Turn = state.own
+        return super().done(state) | ((own.drawn >= self.steps) & (own.trial < 0))
 
     def walk(self, problem: Problem, state: Walk) -> Walk:
         state = advance(state.own.trial < 0, self._draw, problem, state)
         own, origin, region = state.own, problem.origin, problem.region
-        single = own.widest / self.trials
+        found_one, single = own.low != 0, own.widest / self.trials
         side = 1.0 - 2.0 * (own.trial % 2)
         first = side * (self.trials - own.trial // 2) * single
-        beyond = own.low + own.low.sign() * single
-        middle = (own.low + own.high) / 2
-        angle = torch.where(own.low == 0, first, torch.where(torch.isinf(own.high), beyond, middle))
+        beyond, middle = own.low + own.low.sign() * single, (own.low + own.high) / 2
+        angle = torch.where(found_one, torch.where(torch.isinf(own.high), beyond, middle), first)
         way = own.base - origin
-        r = region.distance(own.base)
-        cos, sin = angle.cos(), angle.sin()
-        points = torch.clamp(origin + rows((cos * cos).to(way), way) * way + rows((r * cos * sin).to(way), way) * own.v, region.lower, region.upper)
+        cos, sin = (rows(part.to(way.dtype), way) for part in (angle.cos(), angle.sin()))
+        points = origin + cos * (cos * way + rows(_length(way), way) * sin * own.v)
+        points = torch.clamp(points, region.lower, region.upper)
         found = problem.reached(points)
         better = found & (region.distance(points) < region.distance(state.x))
-        missed = (own.low == 0) & ~found
-        hit = (own.low == 0) & found
         low = torch.where(found, angle, own.low)
-        high = torch.where(hit & (own.trial >= 2), angle + side * single, own.high)
-        high = torch.where(~found & (own.low != 0), angle, high)
-        trial = own.trial + missed.long()
+        narrower = ~found_one & found & (own.trial >= 2)  # the angle asked before it, on this side, has failed
+        high = torch.where(narrower, angle + side * single, torch.where(found_one & ~found, angle, own.high))
+        trial = own.trial + (~found_one & ~found).long()
         lost = trial >= 2 * self.trials
-        over = lost | ((low != 0) & (low.cos() - high.cos() <= self.gamma) & torch.isfinite(high)) | (low.abs() > 1.5)
-        widest = own.widest * torch.where(lost, self.rho, torch.where(hit, 1 / self.rho, 1.0))
-        return replace(state, x=torch.where(rows(better, points), points, state.x),
-            own=replace(own, widest=widest.clamp(max=1.5), trial=torch.where(over, -1, trial), low=low, high=high))
+        known = (low != 0) & torch.isfinite(high) & ((low.cos() - high.cos()).abs() <= self.gamma)
+        over = lost | known | (low.abs() > _STEEPEST)
+        won = ~found_one & found
+        widest = own.widest * torch.where(lost, self.rho, torch.where(won, 1 / self.rho, 1.0))
+        own = replace(own, widest=widest.clamp(max=_STEEPEST), trial=torch.where(over, -1, trial), low=low, high=high)
+        return replace(state, x=torch.where(rows(better, points), points, state.x), own=own)
 
     def _draw(self, problem: Problem, state: Walk) -> Walk:
-        state = advance(state.own.place >= state.own.count, self._shuffle, problem, state)
-        own, x = state.own, state.x
-        one = torch.zeros_like(own.order, dtype=x.dtype).scatter(1, own.order.gather(1, own.place[:, None]), 1.0)
-        v = _across(_drawn(problem, one.view_as(x)), _unit(x - problem.origin))
+        """The next plane."""
+        own, x, shape = state.own, state.x, tuple(state.x.shape[1:])
+        z = problem.random(1).normal(_small(shape, self.share), x.dtype)
+        past, flat = own.past.flatten(2), z.flatten(1)[..., None]
+        flat = (flat - past.mT @ (past @ flat))[..., 0]
+        flat = flat / flat.norm(dim=1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+        oldest = torch.arange(self.num_directions, device=x.device) == (own.drawn % self.num_directions)[:, None]
+        past = torch.where(oldest[..., None], flat[:, None], past).view_as(own.past)
+        free = problem.region.upper > problem.region.lower
+        v = _across(_image(flat.view_as(z), shape) * free, _unit(x - problem.origin))
         zero = torch.zeros_like(own.low)
-        return replace(state, own=replace(own, base=x, v=v, place=own.place + 1, drawn=own.drawn + 1, trial=torch.zeros_like(own.trial), low=zero, high=zero + math.inf))
-
-    def _shuffle(self, problem: Problem, state: Walk) -> Walk:
-        own = state.own
-        cycle = own.cycle + 1
-        low = _lowest(problem, (self.cosines or math.inf) * self.growth ** cycle.double()).flatten(1)
-        chance = problem.random(1).uniform((low.shape[1],)).masked_fill(~low, 2.0)
-        return replace(state, own=replace(own, order=chance.argsort(1), count=low.sum(1), cycle=cycle, place=torch.zeros_like(cycle)))
+        return replace(
+            state, own=Turn(x, v, past, own.drawn + 1, own.widest, torch.zeros_like(own.trial), zero, zero + math.inf)
+        )

@@ -183,9 +183,7 @@ class Run:
         needed = self.goal.confidence + self._recorder.tau
         access = self.attack.declaration.access
         kept_back = int(self.attack.looks_last or self.attack.judge)
-        return Problem(
-            slots.region, slots.labels, slots.k, slots.keys, judge, needed, access=access, kept_back=kept_back
-        )
+        return Problem(slots.region, slots.labels, slots.k, slots.keys, judge, needed, access=access, kept_back=kept_back)
 
     def _automatic(self, x: Tensor) -> int:
         bytes_each = max(1, x[:1].numel() * x.element_size())

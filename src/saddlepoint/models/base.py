@@ -235,7 +235,7 @@ class Classifier(ABC):
         if told and bool((first >= 0).all()) and bool(((first.sum(1) - 1).abs() < max(1e-4, precision)).all()):
             notes.append(
                 "the outputs look like probabilities (non-negative, sum 1); attacks need logits: return them before the "
-                "softmax, or say so: Model(gives=\"probabilities\")"
+                'softmax, or say so: Model(gives="probabilities")'
             )
         elif told and 0.5 < scale <= 1 and bool((first >= 0).all()) and float(torch.minimum(first, 1 - first).mean()) < 0.1:
             notes.append("all outputs are close to 0 or 1, as after a sigmoid; attacks need logits: return them before it")

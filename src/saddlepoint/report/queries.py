@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     pass
 
 
-
 def write_queries(
     curves: Mapping[str, QueryCurve],
     model: Classifier,
