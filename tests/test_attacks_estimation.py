@@ -317,7 +317,7 @@ def test_budgets_hold_to_the_query(attack: Attack) -> None:
     model.probe(x)
     for queries in range(1, 61):
         counting.calls.clear()
-        result = sp.attack(model, x, y, attack, sp.Linf(1e-6), budget=sp.Budget(queries=queries), batch_size=2)
+        result = sp.attack(model, x, y, attack, sp.Linf(1e-6), budget=sp.Budget(queries=queries))
         assert (result.queries.forward <= queries).all()
         assert (result.queries.forward[result.having("survived")] == queries).all()
         assert result.having("survived").any()

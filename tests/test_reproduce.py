@@ -24,8 +24,9 @@ from saddlepoint.reproduce.measures import right
 from saddlepoint.reproduce.szegedy import WeightDecay, sigmoid_network
 
 DIGITS = sp.data.load("digits")
-TRAINED = ["R1", "R2", "R3", "R4", "R5", "R6", "R7", "R8", "R9", "R10", "R12", "R13", "R15", "R34", "R35"]
-FIRST = [*TRAINED, "R53"]
+TRAINED = ["R1", "R2", "R3", "R4", "R5", "R6", "R7", "R8", "R9", "R10", "R12", "R13", "R15", "R17", "R18", "R34", "R35"]
+EXPERIMENTS = ["G3", "G4", "H13"]
+FIRST = [*TRAINED, "R53", *EXPERIMENTS]
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +169,7 @@ def test_find_takes_any_case_once_and_suggests():
         reproduce.find(["R1x"])
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [*TRAINED, *EXPERIMENTS])
 def test_entries_quickly_on_the_stand_in(name, quick):
     outcome = ENTRIES[name](quick)
     assert outcome.stand_in

@@ -233,6 +233,11 @@ ELSEWHERE = {
     "test_attacks_fab.py": {"FAB"},
     "test_attacks_brendel_bethge.py": {"BrendelBethge"},
     "test_attacks_lagrangian.py": {"ALMA", "PDGD", "PDPGD"},
+    "test_attacks_noise.py": {"SaltAndPepperNoise"},
+    "test_attacks_normals.py": {"HopSkipJump", "QEBA", "GeoDA", "CGBA", "SignOPT"},
+    "test_attacks_walks.py": {"BoundaryAttack", "SurFree"},
+    "test_attacks_rays.py": {"RayS"},
+    "test_attacks_transfer.py": {"DIFGSM", "TIFGSM", "SINIFGSM", "VMIFGSM", "VNIFGSM"},
 }
 
 

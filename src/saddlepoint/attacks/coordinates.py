@@ -137,23 +137,23 @@ class SimBA(Attack):
     def init(self, problem: Problem) -> Trial:
         origin, count = problem.origin, torch.zeros_like(problem.labels)
         channels, height, width = _planes(origin)
-        turn = problem.random().uniform((channels * height * width,))
+        turn = problem.random().uniform((channels * height * width,), torch.float64)
         if self.basis == "dct":
             ring = low_frequencies_first(height, width, self.share).to(turn.device)
-            turn, useful = turn + ring.flatten().repeat(channels), torch.ones_like(turn, dtype=torch.bool)
+            useful = torch.ones_like(turn, dtype=torch.bool)
+            turn = turn + ring.flatten().repeat(channels)
         else:
-            region = problem.region
-            useful = (region.upper > region.lower).flatten(1)
+            useful = (problem.region.upper > problem.region.lower).flatten(1)
             turn = turn + ~useful
         order = turn.argsort(1).to(torch.int32)
-        x, never = problem.begin(origin), torch.full_like(turn[:, 0], -torch.inf)
+        x, never = problem.begin(origin), torch.full_like(problem.eps, -torch.inf)
         change = wide(x) - wide(origin)
         return Trial(x, origin, never, change, change, order, useful.sum(1), count - 1, torch.isnan(never), count)
 
     def step(self, problem: Problem, state: Trial) -> Trial:
         new = (state.x != state.best).flatten(1).any(1) | torch.isinf(state.loss)
         answers = problem.ask(state.x[:, None], new[:, None])
-        loss = problem.losses(answers, self.loss)[:, 0].to(state.loss.dtype)
+        loss = problem.losses(answers, self.loss)[:, 0].double()
         better = loss > state.loss
         best, kept, loss = select(better, (state.x, state.change, loss), (state.best, state.kept, state.loss))
         onwards = better | state.backwards
@@ -279,6 +279,7 @@ class ZOO(Penalised):
 
     128 coordinates, h = 1e-4, rate 0.01, c from 0.01 on in 9 runs of 1,000 steps are the paper's for CIFAR-10, h and rate in
     widths of the input range. Where it has tanh for small images, the coordinates are clipped here, as it does with grids.
+    They need hundreds of thousands of queries. For a few thousand, take initial_c=10, samples=32 and a coarse grid, (8,).
 
     Source: Chen, Zhang, Sharma, Yi & Hsieh (2017), ZOO: zeroth order optimization based black-box attacks to deep neural
     networks without training substitute models, arXiv:1708.03999, algorithms 1 to 3 and sections 3.4 to 3.6.

@@ -295,10 +295,8 @@ class SPSA(_Around):
         mean = DECAY * state.mean + (1 - DECAY) * gradient
         square = DECAY_SQUARES * state.square + (1 - DECAY_SQUARES) * gradient**2
         age = (problem.k + 1).double().to(mean.device)
-        corrected = (
-            part / rows((1 - decay**age).to(mean.dtype), mean) for part, decay in ((mean, DECAY), (square, DECAY_SQUARES))
-        )
-        step = rows(self._rate(problem).to(mean.dtype), mean) * next(corrected) / (next(corrected).sqrt() + TINY)
+        first, second = (rows((1 - decay**age).to(mean.dtype), mean) for decay in (DECAY, DECAY_SQUARES))
+        step = rows(self._rate(problem).to(mean.dtype), mean) * (mean / first) / ((square / second).sqrt() + TINY)
         return Adapted(problem.project((state.x + step).to(state.x.dtype)), mean, square)
 
     def _rate(self, problem: Problem) -> Tensor:
