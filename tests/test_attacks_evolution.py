@@ -321,7 +321,7 @@ def test_samples_are_attacked_together(attack: object, threat: object, sizes: li
 def test_images_made_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     attack, threat = FewPixel(pixels=2, population=9, steps=3), sp.L0(2, per="pixel")
     whole = asked(attack, threat, 1)
-    monkeypatch.setattr(evolution, "_AT_ONCE", 2 * C * H * W)
+    monkeypatch.setitem(evolution._AT_ONCE, "cpu", 2 * C * H * W)
     parts = asked(attack, threat, 1)
     np.testing.assert_array_equal(whole, parts)
     cut = asked(attack, threat, 1, budget=sp.Budget(queries=14))

@@ -156,7 +156,7 @@ class Recorder:
         candidate = Candidate(points, margin, value, logits.argmax(1), success)
         if owner is not None:
             sound = torch.ones_like(slots.broken).index_put((owner[~sound],), torch.zeros_like(owner[~sound], dtype=torch.bool))
-            candidate = _best_of_each_owner(candidate, owner, slots.best)
+            candidate = _best_of_each_owner(candidate, owner, slots.best, earliest=self.keep == "first")
         better = self._better(candidate, slots.best)
         if bool(better.all()):
             slots.best = candidate
@@ -204,9 +204,13 @@ def beyond_confidence(aim: Aim, logits: Tensor) -> Tensor:
     return margin - aim.goal.confidence if aim.goal.confidence else margin
 
 
-def _best_of_each_owner(offered: Candidate, owner: Tensor, kept: Candidate) -> Candidate:
-    """The best of several points (Q, ...) for each sample (B,); samples without one get a point of value -inf."""
-    order = offered.value.argsort(stable=True)
+def _best_of_each_owner(offered: Candidate, owner: Tensor, kept: Candidate, *, earliest: bool = False) -> Candidate:
+    """The best of several points (Q, ...) for each sample (B,); samples without one get a point of value -inf.
+
+    earliest: the first success is the best one.
+    """
+    turn = -torch.arange(len(owner), dtype=offered.value.dtype, device=owner.device)
+    order = (torch.where(offered.success, turn, offered.value) if earliest else offered.value).argsort(stable=True)
     order = order[offered.success[order].to(torch.uint8).argsort(stable=True)]
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     top = torch.full_like(kept.prediction, -1).scatter_reduce(0, owner, rank, "amax")
