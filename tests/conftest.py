@@ -15,9 +15,6 @@ sys.path.insert(0, str(Path(__file__).parent / "contracts"))
 
 from contract_support import train
 
-# attacks that sp.attacks does not export yet: importing them would register them for all tests
-collect_ignore = [f"test_attacks_{name}.py" for name in ("coordinates", "estimation", "evolution", "rubbish")]
-
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
