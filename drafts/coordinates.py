@@ -13,11 +13,11 @@ from functools import lru_cache
 from typing import Literal, final
 
 import torch
+from saddlepoint.attacks.estimation import around, in_turn
 from torch import Tensor
 from torch.nn import functional
 
 from saddlepoint.attacks.carlini_wagner import DECAY, DECAY_SQUARES, TINY
-from saddlepoint.attacks.estimation import around, in_turn
 from saddlepoint.attacks.frequencies import cosines
 from saddlepoint.attacks.penalty import Penalised, Search, summed, unit, wide
 from saddlepoint.attacks.registry import register

@@ -12,9 +12,9 @@ from functools import lru_cache
 from typing import final
 
 import torch
+from saddlepoint.attacks.estimation import SLACK, columns, spread
 from torch import Tensor
 
-from saddlepoint.attacks.estimation import SLACK, columns, spread
 from saddlepoint.attacks.registry import register
 from saddlepoint.attacks.square import _planes
 from saddlepoint.engine import Attack, Declaration, Problem
