@@ -76,7 +76,9 @@ def differences(page: str) -> list[str]:
     """What is wrong with the page."""
     wrong = []
     if sorted(found[2] for found in TABLE.finditer(page)) != ["asked", "ball", "smallest"]:
-        wrong.append("it needs <!-- table: ball -->, smallest and asked once each, all closed by <!-- end -->")
+        wrong.append(
+            "it needs <!-- table: ball -->, <!-- table: smallest --> and <!-- table: asked -->, each with an <!-- end -->"
+        )
     if written(page) != page:
         wrong.append("a table is not what the attacks declare: run python scripts/attack_table.py")
     times = Counter(TEXT.findall(page))

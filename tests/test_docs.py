@@ -43,7 +43,7 @@ def test_some_docstrings_have_examples():
 
 
 def test_readme_example_runs_and_shows_what_it_says(capsys):
-    first, figure, gate, second = blocks("README.md", "python")
+    first, figure, gate, second, black = blocks("README.md", "python")
     names: dict[str, object] = {}
     exec(compile(first, "README.md", "exec"), names)  # the README's own example
     printed = capsys.readouterr().out
@@ -60,6 +60,9 @@ def test_readme_example_runs_and_shows_what_it_says(capsys):
     smallest = names["smallest"]
     assert smallest.success.all()
     assert bool((smallest.queries.total <= 200).all())
+    exec(compile(black, "README.md", "exec"), names)
+    assert int(names["near"].queries.forward.max()) <= 500
+    assert names["near"].success.all()
     assert "success" in capsys.readouterr().out
 
 

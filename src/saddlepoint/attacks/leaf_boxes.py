@@ -68,7 +68,7 @@ class LeafBoxes(Attack):
     >>> from sklearn.tree import DecisionTreeClassifier
     >>> tree = DecisionTreeClassifier().fit(np.array([[0.0, 0.1], [0.5, 0.9], [1.0, 0.3]]), [0, 1, 1])
     >>> x, y = torch.tensor([[0.1, 0.2]]), torch.tensor([0])
-    >>> found = sp.attack(sp.Model(tree), x, y, LeafBoxes(tree), sp.Minimize("linf"))
+    >>> found = sp.attack(sp.Model(tree), x, y, sp.attacks.LeafBoxes(tree), sp.Minimize("linf"))
     >>> round(found.distance.item(), 4), found.queries.forward.item()
     (0.15, 2)
     """
