@@ -66,7 +66,7 @@ class LeafBoxes(Attack):
 
     >>> import numpy as np, torch, saddlepoint as sp
     >>> from sklearn.tree import DecisionTreeClassifier
-    >>> tree = DecisionTreeClassifier().fit(np.array([[0.0, 0.1], [0.5, 0.9], [1.0, 0.3]]), [0, 1, 1])
+    >>> tree = DecisionTreeClassifier().fit(np.array([[0.0, 0.3], [0.5, 0.3], [1.0, 0.3]]), [0, 1, 1])
     >>> x, y = torch.tensor([[0.1, 0.2]]), torch.tensor([0])
     >>> found = sp.attack(sp.Model(tree), x, y, sp.attacks.LeafBoxes(tree), sp.Minimize("linf"))
     >>> round(found.distance.item(), 4), found.queries.forward.item()
