@@ -237,6 +237,9 @@ ELSEWHERE = {
     "test_attacks_normals.py": {"HopSkipJump", "QEBA", "GeoDA", "CGBA", "SignOPT"},
     "test_attacks_walks.py": {"BoundaryAttack", "SurFree"},
     "test_attacks_rays.py": {"RayS"},
+    "test_attacks_estimation.py": {"NES", "SPSA", "Bandits", "NAttack"},
+    "test_attacks_coordinates.py": {"ZOO", "SimBA"},
+    "test_attacks_evolution.py": {"FewPixel", "GenAttack", "CMAES"},
     "test_attacks_transfer.py": {"DIFGSM", "TIFGSM", "SINIFGSM", "VMIFGSM", "VNIFGSM"},
 }
 

@@ -8,8 +8,11 @@ from saddlepoint.attacks.ascent import BIM, FGM, FGSM, ILLC, MIFGSM, NIFGSM, OTC
 from saddlepoint.attacks.autoattack import AutoAttack
 from saddlepoint.attacks.brendel_bethge import BrendelBethge
 from saddlepoint.attacks.carlini_wagner import CarliniWagnerL0, CarliniWagnerL2, CarliniWagnerLinf
+from saddlepoint.attacks.coordinates import ZOO, SimBA
 from saddlepoint.attacks.deepfool import DeepFool, SparseFool, SuperDeepFool
 from saddlepoint.attacks.dual import DualAveraging
+from saddlepoint.attacks.estimation import NES, SPSA, Bandits, NAttack
+from saddlepoint.attacks.evolution import CMAES, FewPixel, GenAttack
 from saddlepoint.attacks.external import External
 from saddlepoint.attacks.fab import FAB
 from saddlepoint.attacks.fmn import DDN, FMN, SigmaZero
@@ -22,6 +25,7 @@ from saddlepoint.attacks.normals import CGBA, QEBA, GeoDA, HopSkipJump, SignOPT
 from saddlepoint.attacks.penalty import EAD, LBFGS
 from saddlepoint.attacks.rays import RayS
 from saddlepoint.attacks.registry import find, get, register
+from saddlepoint.attacks.rubbish import evolve_rubbish
 from saddlepoint.attacks.saliency import JSMA
 from saddlepoint.attacks.square import Square
 from saddlepoint.attacks.starts import starting_points
@@ -35,6 +39,7 @@ __all__ = [
     "APGDT",
     "BIM",
     "CGBA",
+    "CMAES",
     "DDN",
     "DIFGSM",
     "EAD",
@@ -46,6 +51,7 @@ __all__ = [
     "JSMA",
     "LBFGS",
     "MIFGSM",
+    "NES",
     "NIFGSM",
     "OTCM",
     "PDGD",
@@ -54,10 +60,13 @@ __all__ = [
     "QEBA",
     "RFGSM",
     "SINIFGSM",
+    "SPSA",
     "TIFGSM",
     "VMIFGSM",
     "VNIFGSM",
+    "ZOO",
     "AutoAttack",
+    "Bandits",
     "Bisect",
     "BoundaryAttack",
     "BrendelBethge",
@@ -68,13 +77,16 @@ __all__ = [
     "DualAveraging",
     "External",
     "FastGradientValue",
+    "FewPixel",
     "Fork",
     "GaussianNoise",
+    "GenAttack",
     "GeoDA",
     "HopSkipJump",
     "HotCold",
     "LeafBoxes",
     "LinearClosedForm",
+    "NAttack",
     "RayS",
     "Restarts",
     "SaltAndPepperNoise",
@@ -82,12 +94,14 @@ __all__ = [
     "SigmaZero",
     "SignNoise",
     "SignOPT",
+    "SimBA",
     "SparseFool",
     "Sprint",
     "Square",
     "SuperDeepFool",
     "SurFree",
     "UniformNoise",
+    "evolve_rubbish",
     "find",
     "get",
     "minimal",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from saddlepoint.attacks.planes import planes
 from saddlepoint.attacks.registry import register
 from saddlepoint.engine import Attack, Declaration, Problem
 from saddlepoint.errors import InputError
@@ -119,13 +120,13 @@ class Square(Attack):
     # l-infinity
 
     def _stripes(self, problem: Problem) -> Tensor:
-        channels, _, width = _planes(problem.origin)
+        channels, _, width = planes(problem.origin)
         sign = problem.random(5).sign((channels, 1, width), problem.origin.dtype)
         return _ends(problem, sign, torch.ones((), dtype=torch.bool, device=sign.device), problem.origin)
 
     def _corner(self, problem: Problem, best: Tensor) -> Tensor:
         """A window of every channel goes to one end of the ball: x_best +- 2 eps, projected."""
-        channels, height, width = _planes(best)
+        channels, height, width = planes(best)
         size = _schedule(self.steps, self.p_init, height, width, 0).sizes[problem.k].to(best.device)
         inside = _Window.drawn(problem.random(1), size, height, width).inside()
         return _ends(problem, problem.random(2).sign((channels, 1, 1), best.dtype), inside, best)
@@ -135,7 +136,7 @@ class Square(Attack):
     def _tiles(self, problem: Problem) -> Tensor:
         """A grid of tiles, each a pyramid with random signs, as large as the ball."""
         origin, power, norm = problem.origin, *_shape(problem)
-        channels, height, width = _planes(origin)
+        channels, height, width = planes(origin)
         side = torch.tensor([[max(height // 5, 1), max(width // 5, 1)]], device=origin.device)
         down, across = ((n - n // s * s) // 2 for n, s in zip((height, width), side[0].tolist(), strict=True))
         tiles = height // int(side[0, 0]), width // int(side[0, 1])
@@ -154,7 +155,7 @@ class Square(Attack):
     def _move(self, problem: Problem, best: Tensor) -> Tensor:
         """Algorithm 3: window 1 gets a pyramid and what window 2 and the unused part of eps had."""
         power, norm = _shape(problem)
-        channels, height, width = _planes(best)
+        channels, height, width = planes(best)
         schedule = _schedule(self.steps, self.p_init, height, width, power)
         size, which = (column[problem.k].to(best.device) for column in (schedule.sizes, schedule.which))
         table = schedule.pyramids.to(best.device)
@@ -204,15 +205,9 @@ class _Window:
         return self.i.clamp(0, table.shape[1] - 1)[:, :, None], self.j.clamp(0, table.shape[2] - 1)[:, None]
 
 
-def _planes(x: Tensor) -> tuple[int, int, int]:
-    """Channels, height and width of inputs (B, ...)."""
-    height, width = (1, *x.shape[1:])[-2:] if x.dim() > 1 else (1, 1)
-    return max(x[:1].numel(), 1) // max(height * width, 1), height, width
-
-
 def _ends(problem: Problem, sign: Tensor, inside: Tensor, rest: Tensor) -> Tensor:
     """The upper or the lower end of the ball by `sign` (B, C, ...) where `inside` (B, H, W); `rest` elsewhere."""
-    shape = (len(rest), *_planes(rest))
+    shape = (len(rest), *planes(rest))
     upper, lower, x = (part.reshape(shape) for part in (problem.region.upper, problem.region.lower, rest))
     inside = inside[:, None] if inside.dim() else inside
     return torch.where(inside, torch.where(sign > 0, upper, lower), x).reshape(rest.shape)

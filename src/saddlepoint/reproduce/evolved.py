@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from saddlepoint.attacks.evolution import FewPixel
-from saddlepoint.attacks.rubbish import evolve_rubbish
 from torch import Tensor, nn
 from torch.nn import functional
 
 from saddlepoint import data as datasets
+from saddlepoint.attacks.evolution import FewPixel
 from saddlepoint.attacks.facade import attack
+from saddlepoint.attacks.rubbish import evolve_rubbish
 from saddlepoint.data import Split
 from saddlepoint.defenses import train
 from saddlepoint.errors import DataError

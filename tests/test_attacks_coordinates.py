@@ -10,10 +10,10 @@ import pytest
 import scipy.fft
 import torch
 from contract_support import Counting, Recording, linear
-from saddlepoint.attacks.coordinates import ZOO, SimBA, hats, low_frequencies_first
 from torch import Tensor, nn
 
 import saddlepoint as sp
+from saddlepoint.attacks.coordinates import ZOO, SimBA, hats, low_frequencies_first
 from saddlepoint.engine import Attack
 from saddlepoint.rng import Keys
 

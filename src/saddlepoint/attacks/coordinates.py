@@ -13,15 +13,15 @@ from functools import lru_cache
 from typing import Literal, final
 
 import torch
-from saddlepoint.attacks.estimation import around, in_turn
 from torch import Tensor
 from torch.nn import functional
 
 from saddlepoint.attacks.carlini_wagner import DECAY, DECAY_SQUARES, TINY
+from saddlepoint.attacks.estimation import around, in_turn
 from saddlepoint.attacks.frequencies import cosines
 from saddlepoint.attacks.penalty import Penalised, Search, summed, unit, wide
+from saddlepoint.attacks.planes import planes
 from saddlepoint.attacks.registry import register
-from saddlepoint.attacks.square import _planes
 from saddlepoint.engine import Attack, Declaration, Problem
 from saddlepoint.errors import InputError
 from saddlepoint.goals import Loss, loss_named
@@ -136,7 +136,7 @@ class SimBA(Attack):
 
     def init(self, problem: Problem) -> Trial:
         origin, count = problem.origin, torch.zeros_like(problem.labels)
-        channels, height, width = _planes(origin)
+        channels, height, width = planes(origin)
         turn = problem.random().uniform((channels * height * width,), torch.float64)
         if self.basis == "dct":
             ring = low_frequencies_first(height, width, self.share).to(turn.device)
@@ -167,7 +167,7 @@ class SimBA(Attack):
     def _step(self, problem: Problem, index: Tensor) -> Tensor:
         """a q for the directions `index` (B,): (B, ...)."""
         origin, linf = problem.origin, problem.region.threat.norm is Norm.LINF
-        channels, height, width = _planes(origin)
+        channels, height, width = planes(origin)
         channel, place = index // (height * width), index % (height * width)
         dtype = wide(origin).dtype
         sides = ((height, place // width), (width, place % width))
@@ -329,12 +329,12 @@ class ZOO(Penalised):
         return (1, 0)
 
     def _hats(self, problem: Problem) -> Hats:
-        height, width = _planes(problem.origin)[1:]
+        height, width = planes(problem.origin)[1:]
         return Hats.of(self.grids or (max(height, width),), height, width).to(wide(problem.origin[:0]))
 
     def init(self, problem: Problem) -> Coordinates:
         x, hats = problem.origin, self._hats(problem)
-        shape = (len(x), _planes(x)[0], hats.down.shape[1], hats.across.shape[1])
+        shape = (len(x), planes(x)[0], hats.down.shape[1], hats.across.shape[1])
         zero = torch.zeros(shape, dtype=wide(x).dtype, device=x.device)
         return Coordinates(
             x, zero, zero, zero, torch.zeros_like(zero, dtype=torch.int32), Search.start(problem.eps, self.initial_c)
@@ -437,7 +437,7 @@ class ZOO(Penalised):
 
 def directions(hats: Hats, level: Tensor, index: Tensor, like: Tensor) -> Tensor:
     """The hats of coordinates index (B, m) on the grids `level` (B,), of inputs like (B, ...): (B, m, ...)."""
-    channels, (height, width) = _planes(like)[0], hats.sides[-1].tolist()
+    channels, (height, width) = planes(like)[0], hats.sides[-1].tolist()
     channel, row, column = index // (height * width), index // width % height, index % width
     plane = hats.down[level[:, None], row][..., :, None] * hats.across[level[:, None], column][..., None, :]
     chosen = functional.one_hot(channel, channels).to(plane.dtype)[..., None, None]

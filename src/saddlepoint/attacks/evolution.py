@@ -12,11 +12,11 @@ from functools import lru_cache
 from typing import final
 
 import torch
-from saddlepoint.attacks.estimation import SLACK, columns, spread
 from torch import Tensor
 
+from saddlepoint.attacks.estimation import SLACK, columns
+from saddlepoint.attacks.planes import enlarged, planes
 from saddlepoint.attacks.registry import register
-from saddlepoint.attacks.square import _planes
 from saddlepoint.engine import Attack, Declaration, Problem
 from saddlepoint.errors import CapabilityError, InputError
 from saddlepoint.goals import Aim, Loss, loss_named
@@ -131,6 +131,10 @@ class FewPixel(Evolution):
         return self.steps + 1
 
     @property
+    def width(self) -> int:
+        return self.population
+
+    @property
     def objective(self) -> str | Loss:
         return "cross_entropy" if self.loss is None else self.loss
 
@@ -138,7 +142,7 @@ class FewPixel(Evolution):
         low, high = problem.region.bounds
         if not math.isfinite(high - low):
             raise CapabilityError("FewPixel draws colours from the input range: give the model finite bounds")
-        channels = _planes(problem.origin)[0]
+        channels = planes(problem.origin)[0]
         shape, dtype = (self.population, self.pixels), torch.promote_types(problem.origin.dtype, torch.float32)
         colour = low + (high - low) * (128 + 127 * problem.random(2).normal((*shape, channels), dtype)) / 255
         genes = torch.cat([_places(problem, problem.random(1), shape, dtype), colour.clamp(low, high)], 3)
@@ -168,7 +172,7 @@ class FewPixel(Evolution):
         children = (a + self.scale * (b - c)).view_as(genes)
         place, colour = children[..., :2], children[..., 2:]
         drawn = _places(problem, problem.random(2), tuple(place.shape[1:3]), place.dtype)
-        size = place.new_tensor(_planes(problem.origin)[1:])
+        size = place.new_tensor(planes(problem.origin)[1:])
         place = torch.where((place >= 0) & (place < size), place, drawn)
         return torch.cat([place, colour.clamp(*problem.region.bounds)], 3)
 
@@ -176,7 +180,7 @@ class FewPixel(Evolution):
 def _places(problem: Problem, keys: Keys, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Places drawn uniformly from the plane, (B, *shape, 2)."""
     uniform = keys.uniform((*shape, 2), dtype)
-    return uniform * uniform.new_tensor(_planes(problem.origin)[1:])
+    return uniform * uniform.new_tensor(planes(problem.origin)[1:])
 
 
 def _three_others(keys: Keys, count: int) -> list[Tensor]:
@@ -193,10 +197,10 @@ def _three_others(keys: Keys, count: int) -> list[Tensor]:
 
 def _painted(problem: Problem, genes: Tensor) -> Tensor:
     """The images (B, m, ...) of individuals (B, m, pixels, 2 + C): feasible, for no more pixels change than the ball allows."""
-    region, (channels, height, width) = problem.region, _planes(problem.origin)
-    count, pixels, planes = genes.shape[1], genes.shape[2], (len(genes), 1, channels, height * width)
+    region, (channels, height, width) = problem.region, planes(problem.origin)
+    count, pixels, shape = genes.shape[1], genes.shape[2], (len(genes), 1, channels, height * width)
     whole_pixels = isinstance(region.threat, L0) and region.threat.per == "pixel"
-    lower, upper, origin = (part.view(planes).expand(-1, count, -1, -1) for part in (region.lower, region.upper, region.origin))
+    lower, upper, origin = (part.view(shape).expand(-1, count, -1, -1) for part in (region.lower, region.upper, region.origin))
     image = origin.clone()
     limit = (height, width)
     row, column = (genes[..., axis].long().clamp(0, limit[axis] - 1) for axis in (0, 1))
@@ -499,7 +503,7 @@ def strategy(n: int, count: int) -> Rates:
 
 def _small(x: Tensor, size: int | None) -> tuple[int, int, int]:
     """Channels, height and width of the plane in which to search."""
-    channels, height, width = _planes(x)
+    channels, height, width = planes(x)
     return (channels, height, width) if size is None else (channels, min(size, height), min(size, width))
 
 
@@ -514,7 +518,7 @@ def _perturbed(problem: Problem, noise: Tensor, scale: Tensor) -> Tensor:
     They are clipped, and in l2 then shortened where that is not enough: the nearest feasible ones would take much longer.
     """
     region, origin = problem.region, problem.origin
-    moves = spread(noise, origin, "bilinear")
+    moves = enlarged(noise, origin, "bilinear")
     points = (origin[:, None] + rows(scale.to(moves.dtype), moves) * moves).to(origin.dtype)
     points = torch.clamp(points, region.lower[:, None], region.upper[:, None])
     if region.threat.norm is Norm.LINF:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from contract_support import Counting, Recording, linear
-from saddlepoint.attacks.estimation import NES, SPSA, Bandits, NAttack
 from torch import Tensor, nn
 
 import saddlepoint as sp
+from saddlepoint.attacks.estimation import NES, SPSA, Bandits, NAttack
 from saddlepoint.engine import Attack
 from saddlepoint.rng import Keys
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from contract_support import Counting, Recording, linear
-from saddlepoint.attacks.evolution import CMAES, FewPixel, GenAttack, Normal, log_odds, strategy, updated
 from torch import Tensor, nn
 
 import saddlepoint as sp
 from saddlepoint.attacks import evolution
+from saddlepoint.attacks.evolution import CMAES, FewPixel, GenAttack, Normal, log_odds, strategy, updated
 from saddlepoint.rng import Keys
 
 SEED, C, H, W = 3, 2, 5, 6

@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 from contract_support import Counting, Recording, random_states
-from saddlepoint.attacks.rubbish import CPPN, Direct, Encoding, Networks, evolve_rubbish, polynomial
 from torch import Tensor, nn
 
 import saddlepoint as sp
+from saddlepoint.attacks.rubbish import CPPN, Direct, Encoding, Networks, evolve_rubbish, polynomial
 from saddlepoint.rng import Keys
 
 SHAPE = (1, 8, 8)

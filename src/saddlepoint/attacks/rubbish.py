@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar, final
 import torch
 from torch import Tensor
 
-from saddlepoint.attacks.square import _planes
+from saddlepoint.attacks.planes import planes
 from saddlepoint.errors import CapabilityError, InputError, UnknownNameError
 from saddlepoint.models.base import Classifier
 from saddlepoint.rng import Keys
@@ -204,7 +204,7 @@ def _rgb(hsb: Tensor) -> Tensor:
 
 def _sides(shape: Shape) -> tuple[int, int, int]:
     """Channels, height and width of such an image."""
-    return _planes(torch.empty(1, *shape, device="meta"))
+    return planes(torch.empty(1, *shape, device="meta"))
 
 
 ENCODINGS: dict[str, type[Encoding[Any]]] = {"direct": Direct, "cppn": CPPN}  # Any: each has its own genomes

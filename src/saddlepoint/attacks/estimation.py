@@ -14,12 +14,11 @@ from typing import final
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from saddlepoint.attacks.carlini_wagner import DECAY, DECAY_SQUARES, TINY, Range
 from saddlepoint.attacks.penalty import unit, wide
+from saddlepoint.attacks.planes import enlarged, planes
 from saddlepoint.attacks.registry import register
-from saddlepoint.attacks.square import _planes
 from saddlepoint.engine import Answers, Attack, Declaration, Problem
 from saddlepoint.errors import InputError
 from saddlepoint.goals import Loss, loss_named
@@ -371,7 +370,7 @@ class Bandits(_Estimating):
 
     def init(self, problem: Problem) -> Guess:
         x = problem.begin(problem.origin)
-        channels, *sides = _planes(x)
+        channels, *sides = planes(x)
         if x.dim() > 2:
             sides = [min(self.tiles or LARGEST_TILES, side if self.tiles else max(side // 2, 1)) for side in sides]
         guess = torch.zeros(len(x), channels, *sides, dtype=wide(x).dtype, device=x.device)
@@ -386,7 +385,7 @@ class Bandits(_Estimating):
         shape = tuple(state.guess.shape[1:])
         noise = problem.random().normal(shape, state.guess.dtype) * (delta / math.sqrt(math.prod(shape)))
         guess = torch.tanh(state.guess) if linf else state.guess
-        tried = spread(torch.stack([guess + noise, guess - noise], 1), state.x, "nearest")
+        tried = enlarged(torch.stack([guess + noise, guess - noise], 1), state.x, "nearest")
         length = torch.linalg.vector_norm(tried.flatten(2), dim=2).clamp(min=torch.finfo(tried.dtype).tiny)
         moves = tried / columns(length, state.x) * (eta * range_width(problem))[:, None]
         answers = ask_near(problem, state.x, moves, state.look)
@@ -394,19 +393,9 @@ class Bandits(_Estimating):
         difference = differences(values, answered)[0][:, 0].to(noise.dtype)
 
         guess = state.guess + noise * rows(rate * difference / (eta * delta), noise)
-        ahead = spread((torch.tanh(guess) if linf else guess)[:, None], state.x, "nearest")[:, 0]
+        ahead = enlarged((torch.tanh(guess) if linf else guess)[:, None], state.x, "nearest")[:, 0]
         x = problem.project((state.x + problem.steepest(ahead, size, state.x)).to(state.x.dtype))
         return Guess(x, guess, answers.reached[:, 1:].any(1))
-
-
-def spread(values: Tensor, like: Tensor, mode: str) -> Tensor:
-    """Planes (B, m, C, h, w) enlarged to the inputs' size: (B, m, ...)."""
-    shape = (*values.shape[:2], *like.shape[1:])
-    channels, height, width = _planes(like)
-    if values.shape[-2:] == (height, width):
-        return values.reshape(shape)
-    flat = values.reshape(-1, channels, *values.shape[-2:])
-    return functional.interpolate(flat, (height, width), mode=mode).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -464,7 +453,7 @@ class NAttack(_Estimating):
 
     def init(self, problem: Problem) -> Distribution:
         x = problem.origin
-        channels, *sides = _planes(x)
+        channels, *sides = planes(x)
         if x.dim() > 2:
             sides = [min(side, self.grid) for side in sides]
         mean = 0.001 * problem.random(1).normal((channels, *sides), wide(x).dtype)
@@ -485,7 +474,7 @@ class NAttack(_Estimating):
         """x(z) of z (B, m, C, h, w): (B, m, ...)."""
         ball, box, origin = problem.region, problem.without_ball().region, problem.origin
         curve = Range.of(box)
-        place = spread(z, origin, "bilinear") + curve.back(origin)[:, None]
+        place = enlarged(z, origin, "bilinear") + curve.back(origin)[:, None]
         if bool(curve.bounded.all()):
             points = place.tanh_().mul_(curve.half[:, None]).add_(curve.middle[:, None])
         else:
