@@ -24,7 +24,8 @@ from saddlepoint.reproduce.measures import right
 from saddlepoint.reproduce.szegedy import WeightDecay, sigmoid_network
 
 DIGITS = sp.data.load("digits")
-TRAINED = ["R1", "R2", "R3", "R4", "R5", "R6", "R7", "R8", "R9", "R10", "R12", "R13", "R15", "R17", "R18", "R34", "R35"]
+NUMBERS = [*range(1, 11), 12, 13, 15, 17, 18, *range(34, 39)]
+TRAINED = [f"R{number}" for number in NUMBERS]
 EXPERIMENTS = ["G3", "G4", "H13"]
 FIRST = [*TRAINED, "R53", *EXPERIMENTS]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from http_server import Server, row_by_row
 from scipy import stats
 from test_report import HOSTILE, Tags, assert_needs_nothing
 from torch import Tensor, nn
@@ -547,6 +548,43 @@ def test_substitute_command(here: Path, capsys: pytest.CaptureFixture[str]) -> N
         status, _, err = call(capsys, *asked, *wrong)
         assert status == 2
         assert told in err
+
+
+def endpoint() -> Server:
+    torch.manual_seed(5)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    return Server(lambda rows: {"predictions": row_by_row(net)(rows).argmax(1).tolist()})
+
+
+def test_a_target_behind_a_url(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["transfer", "--models", "nets.py:one,nets.py:two", "--samples", "20", "--json", "m.json"]
+    with endpoint() as server:
+        status, out, err = call(capsys, *asked, "--url", server.url, "--gives", "labels", "--out", "out")
+        assert status == 0, err
+        assert f"{server.computed:,} rows answered" in out
+        assert server.computed <= 21 + 20 * 3  # the samples, and the examples of two models and of noise
+    document = json.loads((here / "m.json").read_text())
+    assert [model["name"] for model in document["models"]] == ["one", "two", "127.0.0.1"]
+    assert {cell["source"] for cell in document["cells"]} == {"one", "two", "noise"}
+    assert "127.0.0.1" in {cell["target"] for cell in document["cells"]}
+    status, _, err = call(capsys, *asked, "--gives", "labels")
+    assert status == 2
+    assert "--gives is for models behind --url" in err
+
+
+def test_a_substitute_of_what_is_behind_a_url(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["substitute", "--network", "nets.py:raw", "--seeds", "20", "--epochs", "2", "--samples", "30", "--queries", "70"]
+    with endpoint() as server:
+        status, out, err = call(capsys, *asked, "--url", server.url, "--gives", "labels", "--out", "out", "--json", "m.json")
+        assert status == 0, err
+        assert "70 queries" in out
+        assert f"{server.computed:,} rows answered" in out
+    found = json.loads((here / "m.json").read_text())
+    assert ("substitute", "127.0.0.1") in {(cell["source"], cell["target"]) for cell in found["cells"]}
+    for more in ([], ["--model", "nets.py:labels", "--url", "http://127.0.0.1:1"]):
+        status, _, err = call(capsys, *asked, *more)
+        assert status == 2
+        assert "either --model or --url" in err
 
 
 # what the reproductions are made of

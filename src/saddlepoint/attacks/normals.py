@@ -352,7 +352,7 @@ class GeoDA(_Normal):
         if not self.growth >= 1 or not 0 < self.share <= 1:
             raise InputError(f"growth must be >= 1 and share in (0, 1]; got {self.growth} and {self.share}")
         if (self.steps - 1) * math.log(self.growth) + math.log(self.queries) > math.log(1e9):
-            raise InputError(f"with growth {self.growth:g}, the last of {self.steps} steps would ask more than a billion questions")
+            raise InputError(f"with growth {self.growth:g}, the last of {self.steps} steps would ask a billion times or more")
 
     def count(self, n: int) -> int:
         return math.ceil(self.queries * self.growth**n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from rich.table import Table
 from saddlepoint import data as data_module
 from saddlepoint import zoo
 from saddlepoint.cli import config as configuration
-from saddlepoint.cli import inputs
+from saddlepoint.cli import inputs, remote
 from saddlepoint.cli.config import ConfigFile
 from saddlepoint.cli.options import (
     BatchSize,
@@ -20,8 +21,8 @@ from saddlepoint.cli.options import (
     Device,
     JsonFile,
     Mean,
-    ModelText,
     NormText,
+    OptionalModelText,
     Passes,
     Root,
     Samples,
@@ -61,6 +62,18 @@ def transfer(
     samples: Samples = None,
     batch_size: BatchSize = None,
     passes: Passes = None,
+    url: Annotated[
+        str | None, typer.Option(help="One more target, an endpoint as in saddlepoint attack, which only sees the examples.")
+    ] = None,
+    classes: remote.Classes = None,
+    gives: remote.GivesText = None,
+    labels: remote.Labels = None,
+    header: remote.Header = None,
+    batch_rows: remote.BatchRows = None,
+    concurrency: remote.Concurrency = None,
+    rate: remote.Rate = None,
+    limit: remote.Limit = None,
+    cache: remote.Cache = False,
     seed: Seed = 0,
     mean: Mean = None,
     std: Std = None,
@@ -71,24 +84,38 @@ def transfer(
     config: ConfigFile = None,
 ) -> None:
     """Make examples on each model, show them to all, and write a report: who fools whom, as a heat map."""
+    remote.one_of(
+        None if url else "the ones of --models", url, classes=classes, gives=gives, labels=labels, header=header,
+        batch_rows=batch_rows, concurrency=concurrency, rate=rate, limit=limit, cache=cache,
+    )  # fmt: skip
     texts = [text.strip() for part in models for text in part.split(",") if text.strip()]
     found = inputs.dataset(data, root)
     threat, chosen = _one(norm, eps), inputs.attack(attack, norm, passes)
     named = inputs.models(texts, found, mean=mean, std=std, device=device)
     warn_of_random_weights(texts)
-    split = inputs.samples(found, samples)
+    split, sources = inputs.samples(found, samples), list(named)
+    if url is not None:
+        name, endpoint = remote.model(
+            url, found, classes=classes, gives=gives, labels=labels, header=header, batch_rows=batch_rows,
+            concurrency=concurrency, rate=rate, limit=limit, cache=cache,
+        )  # fmt: skip
+        named[f"{name} (url)" if name in named else name] = endpoint
     make_way(json)
-    matrix = transfer_matrix(
-        named, split.x, split.y, chosen, threat, instead=None if instead is None else inputs.attack(instead, norm, passes),
-        equal_distance=equal_distance, budget=Budget(passes=passes), batch_size=batch_size, seed=seed, progress=True,
-    )  # fmt: skip
+    with ExitStack() as open_endpoints:
+        for model in named.values():
+            open_endpoints.enter_context(remote.closing(model))
+        matrix = transfer_matrix(
+            named, split.x, split.y, chosen, threat, instead=None if instead is None else inputs.attack(instead, norm, passes),
+            sources=sources, equal_distance=equal_distance, budget=Budget(passes=passes), batch_size=batch_size, seed=seed,
+            progress=True,
+        )  # fmt: skip
     _finish(context, matrix, found, out, f"Who fools whom: {', '.join(named)}", json)
 
 
 def substitute(
     context: typer.Context,
-    model: ModelText,
     network: Annotated[str, typer.Option(help="What is trained: FILE.py:NAME or zoo:NAME.")],
+    model: OptionalModelText = None,
     data: DataText = "digits",
     seeds: Annotated[int, typer.Option(min=1, help="Begin with the first N test samples, which are not attacked.")] = 150,
     rounds: Annotated[int, typer.Option(min=0, help="How often the inputs to ask about grow.")] = 6,
@@ -105,6 +132,16 @@ def substitute(
     attack: Annotated[str, typer.Option(help="By what the substitute is attacked.")] = "fgsm",
     samples: Annotated[int | None, typer.Option(min=1, help="Attack the next N test samples; default all others.")] = None,
     batch_size: BatchSize = None,
+    url: remote.Url = None,
+    classes: remote.Classes = None,
+    gives: remote.GivesText = None,
+    labels: remote.Labels = None,
+    header: remote.Header = None,
+    batch_rows: remote.BatchRows = None,
+    concurrency: remote.Concurrency = None,
+    rate: remote.Rate = None,
+    limit: remote.Limit = None,
+    cache: remote.Cache = False,
     seed: Seed = 0,
     mean: Mean = None,
     std: Std = None,
@@ -119,8 +156,21 @@ def substitute(
     """Train a substitute on a model's labels for inputs of its own choice, and fool the model with examples made on that."""
     found = inputs.dataset(data, root)
     threat, chosen = _one(norm, eps), inputs.attack(attack, norm)
-    name, oracle = inputs.model(model, found, mean=mean, std=std, device=device)
-    warn_of_random_weights([model])
+    remote.one_of(
+        model, url, {"mean": mean, "std": std, "device": device},
+        classes=classes, gives=gives, labels=labels, header=header, batch_rows=batch_rows, concurrency=concurrency, rate=rate,
+        limit=limit, cache=cache,
+    )  # fmt: skip
+    oracle: Classifier
+    if url is not None:
+        name, oracle = remote.model(
+            url, found, classes=classes, gives=gives, labels=labels, header=header, batch_rows=batch_rows,
+            concurrency=concurrency, rate=rate, limit=limit, cache=cache,
+        )  # fmt: skip
+    else:
+        assert model is not None
+        name, oracle = inputs.model(model, found, mean=mean, std=std, device=device)
+        warn_of_random_weights([model])
     _, net = inputs.network(network, found, seed=seed)
     if isinstance(net, Classifier):
         raise InputError("--network must be an nn.Module to train, not an sp.Model")
@@ -130,22 +180,23 @@ def substitute(
     rest = data_module.Split(found.test.x[seeds:], found.test.y[seeds:])
     rest = rest if samples is None else rest.take(samples)
     make_way(json)
-    learnt = learn(
-        oracle, first.x, net, rounds=rounds, step=step, alternate=alternate, full=full, fresh=fresh, queries=queries,
-        epochs=epochs, test=rest, seed=seed, progress=True, on_round=_show_round,
-    )  # fmt: skip
-    configuration.write(context, out)
-    zoo.save_weights(net, out / "weights.safetensors")
-    write_json(out / "substitute.json", learnt.to_dict())
-    console.print(f"{learnt.queries} queries; weights: [bold]{escape(str(out / 'weights.safetensors'))}[/]")
-    if not learnt.complete:
-        console.print("interrupted: the substitute is as far as it was trained, and nothing was attacked")
-        raise typer.Exit(130)
-    name = "oracle" if name == "substitute" else name
-    matrix = transfer_matrix(
-        {"substitute": learnt.model, name: oracle}, rest.x, rest.y, chosen, threat, sources=["substitute"],
-        batch_size=batch_size, seed=seed, progress=True,
-    )  # fmt: skip
+    with remote.closing(oracle):
+        learnt = learn(
+            oracle, first.x, net, rounds=rounds, step=step, alternate=alternate, full=full, fresh=fresh, queries=queries,
+            epochs=epochs, test=rest, seed=seed, progress=True, on_round=_show_round,
+        )  # fmt: skip
+        configuration.write(context, out)
+        zoo.save_weights(net, out / "weights.safetensors")
+        write_json(out / "substitute.json", learnt.to_dict())
+        console.print(f"{learnt.queries} queries; weights: [bold]{escape(str(out / 'weights.safetensors'))}[/]")
+        if not learnt.complete:
+            console.print("interrupted: the substitute is as far as it was trained, and nothing was attacked")
+            raise typer.Exit(130)
+        name = "oracle" if name == "substitute" else name
+        matrix = transfer_matrix(
+            {"substitute": learnt.model, name: oracle}, rest.x, rest.y, chosen, threat, sources=["substitute"],
+            batch_size=batch_size, seed=seed, progress=True,
+        )  # fmt: skip
     _finish(context, matrix, found, out, f"A substitute of {name}, learnt from {learnt.queries} labels", json)
 
 

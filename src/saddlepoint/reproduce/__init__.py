@@ -7,7 +7,9 @@
 """
 
 from saddlepoint.reproduce import (  # noqa: F401  # they register their entries
+    boundary,
     evaluation,
+    evolved,
     goodfellow,
     least,
     liu,
