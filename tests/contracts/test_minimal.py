@@ -28,7 +28,7 @@ def patient(case: Case) -> dict[str, object]:
     """The attack with time to converge."""
     if case.asks_for_labels:  # whose steps cost more and more
         return {"attack": type(case.attack)(), "budget": sp.Budget(queries=300)}
-    return {"attack": small(type(case.attack), steps=100)}
+    return {"attack": small(type(case.attack), steps=100, searches=9)}
 
 
 def test_there_are_attacks_for_every_norm() -> None:
