@@ -178,7 +178,7 @@ def test_equations(norm: str, targeted: bool) -> None:
         target = int(np.argsort(logits(X[sample]))[0]) if targeted else None
         expected, improved = search(norm, sample, steps, target)
         goal = sp.Targeted(target) if targeted else None
-        found = asked(Square(steps=steps), sp.threats.ball(norm, EPS[norm]), sample, goal)
+        found = asked(Square(steps=steps, p_init=0.8), sp.threats.ball(norm, EPS[norm]), sample, goal)
         np.testing.assert_allclose(found, expected, atol=5e-4)  # a window's faint rest is scaled up, its roundings too
         kept += improved
     assert 3 * steps > kept > 20
@@ -239,7 +239,7 @@ def test_windows_run_through_all_channels(norm: str, shape: tuple[int, ...]) -> 
     model = sp.Model(net)
     model.probe(x[:1])
     net.points.clear()
-    sp.attack(model, x, y, Square(steps=steps), sp.threats.ball(norm, 0.1), seed=SEED)
+    sp.attack(model, x, y, Square(steps=steps, p_init=0.8), sp.threats.ball(norm, 0.1), seed=SEED)
     _, first, *later = (point[0].reshape(-1, shape[-2] if len(shape) > 1 else 1, shape[-1]) for point in net.points)
     assert len(later) == steps
     height, width = first.shape[1:]
@@ -315,3 +315,14 @@ def test_cost(mlp: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
 def test_bad_hyperparameters(settings: dict[str, object]) -> None:
     with pytest.raises((sp.errors.InputError, sp.errors.UnknownNameError)):
         Square(**settings)
+
+
+@pytest.mark.parametrize(("norm", "share"), [("linf", 0.3), ("l2", 0.1), ("l1", 0.8)])
+def test_the_first_share_is_the_papers(norm: str, share: float, samples: tuple[Tensor, Tensor], mlp: nn.Module) -> None:
+    x, y = samples[0][:4], samples[1][:4]
+    default, stated, other = (
+        sp.attack(sp.Model(mlp), x, y, Square(steps=300, p_init=p), sp.threats.ball(norm, 0.05), keep="last").adversarial
+        for p in (None, share, 1.0 if norm != "l1" else 0.05)
+    )
+    assert torch.equal(default, stated)
+    assert not torch.equal(default, other)

@@ -28,7 +28,7 @@ def _stages(version: Version, steps: int, queries: int, l1: bool) -> Sequence:
     def apgd(loss: str, runs: int) -> Restarts:  # in l1 only the standard version has the larger balls
         return Restarts(APGD(steps=steps, loss=loss, multi_eps=version == "standard"), runs)
 
-    square, fab_t = Square(steps=queries), FAB(steps=steps, targets=9, search=0)
+    square, fab_t = Square(steps=queries, p_init=0.8), FAB(steps=steps, targets=9, search=0)
     match version:
         case "standard":
             return Sequence(apgd("cross_entropy", 5 if l1 else 1), APGDT(steps=steps, targets=5 if l1 else 9), fab_t, square)
