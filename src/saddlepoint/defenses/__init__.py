@@ -1,9 +1,11 @@
 """The outer minimum: training that makes models robust."""
 
 from saddlepoint.defenses.hardening import Hardening, harden
+from saddlepoint.defenses.loop import EpochRecord, Fit, Sample, fit
 from saddlepoint.defenses.objectives import Adversarial, Batch, Objective, Standard
-from saddlepoint.defenses.training import EpochRecord, Training, train
+from saddlepoint.defenses.training import Training, train
 
 __all__ = [
-    "Adversarial", "Batch", "EpochRecord", "Hardening", "Objective", "Standard", "Training", "harden", "train",
+    "Adversarial", "Batch", "EpochRecord", "Fit", "Hardening", "Objective", "Sample", "Standard", "Training", "fit", "harden",
+    "train",
 ]  # fmt: skip
