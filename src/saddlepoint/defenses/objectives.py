@@ -70,18 +70,18 @@ class Objective(ABC):
 
     def settings(self) -> dict[str, object]:
         """What defines this objective, ready for JSON: its name and fields."""
-        own = {each.name: plain(getattr(self, each.name)) for each in fields(self)} if is_dataclass(self) else {}
-        return {"name": type(self).__name__, **own}
+        names: list[str] = [each.name for each in fields(self)] if is_dataclass(self) else []
+        return {"name": type(self).__name__, **{name: plain(getattr(self, name)) for name in names}}
 
     @property
     def replays(self) -> int:
         """How many steps are made with each batch."""
         return 1
 
-    def after_backward(self, batch: Batch) -> None:
+    def after_backward(self, batch: Batch) -> None:  # noqa: B027  # nothing is to be done, as a rule
         """The parameters' gradients are there; or there was an error, or no step was wanted, and there are none."""
 
-    def after_step(self, batch: Batch) -> None:
+    def after_step(self, batch: Batch) -> None:  # noqa: B027
         """The optimiser has moved the weights."""
 
     def after_epoch(self, model: Classifier, epoch: int, memory: dict[str, Any]) -> bool:

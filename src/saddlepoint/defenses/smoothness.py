@@ -27,6 +27,9 @@ from saddlepoint.errors import InputError
 from saddlepoint.models.base import Classifier
 from saddlepoint.threats import Threat
 
+_PGD = PGD(steps=10)
+_NOISE = 0x401E  # purpose of random numbers
+
 
 def divergence(clean: Tensor, moved: Tensor) -> Tensor:
     """KL(p || q) of each sample (B,), where p and q are the softmaxes of the logits `clean` and `moved` (B, C)."""
@@ -38,7 +41,7 @@ class _Pulled(MinMax):
     """What the following share: an attack, a threat, and eps growing over the first `warmup` epochs."""
 
     threat: Threat
-    attack: Attack | str = PGD(steps=10)
+    attack: Attack | str = _PGD
     warmup: float = 0.0
     mode: Mode = "eval"
 
@@ -115,11 +118,11 @@ class MART(_Pulled):
     def loss_at(self, batch: Batch, examples: Tensor) -> Tensor:
         if batch.y.is_floating_point():
             raise InputError("MART asks which class is right: it can't be combined with soft labels")
-        clean, moved = batch.model.forward(batch.x).float(), batch.model.forward(examples).float()
+        wide = torch.promote_types(batch.x.dtype, torch.float32)
+        clean, moved = (batch.model.forward(x).to(wide) for x in (batch.x, examples))
         y = batch.y[:, None]
-        others = moved.scatter(1, y, -torch.inf)
-        rival = others.amax(1)
-        rest = torch.where(others == rival[:, None], -torch.inf, moved).logsumexp(1)  # 1 - p_k is all but k, so no rounding
+        rival = moved.scatter(1, y, -torch.inf).argmax(1, keepdim=True)
+        rest = moved.scatter(1, rival, -torch.inf).logsumexp(1)  # 1 - p_k as the sum of the others, so that nothing cancels
         boosted = cross_entropy(moved, batch.y, reduction="none") + moved.logsumexp(1) - rest
         doubt = 1 - clean.softmax(1).gather(1, y)[:, 0]
         return (boosted + self.strength * divergence(clean, moved) * doubt).mean()
@@ -220,10 +223,8 @@ class CleanLogitPairing(Objective):
         logits = batch.model.forward(noisy if batch.model.bounds is None else noisy.clamp(*batch.model.bounds))
         half = len(logits) // 2
         if self.partner == "zero":
-            pairing = torch.linalg.vector_norm(logits, dim=1).mean()
+            pairing: Tensor = torch.linalg.vector_norm(logits, dim=1).mean()
         else:
             pairing = (logits[:half] - logits[half : 2 * half]).square().sum() / max(half, 1)
-        return cross_entropy(logits, batch.y) + self.strength * pairing
-
-
-_NOISE = 0x401E
+        loss: Tensor = cross_entropy(logits, batch.y) + self.strength * pairing
+        return loss

@@ -116,7 +116,7 @@ def train(
     if objective.adversary is not None:
         check_scale(objective.adversary[1], model, pairs[0])
     work = _Training(model, objective, held_out, augment, seed)
-    settings = {"objective": objective.settings(), "model": model.describe()}
+    settings: dict[str, object] = {"objective": objective.settings(), "model": model.describe()}
     done = Loop(model.net, pairs, work, plan, f"training ({type(objective).__name__.lower()})", settings).run()
     return Training(model, done.epochs, done.complete, done.config)
 
