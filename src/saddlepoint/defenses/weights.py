@@ -74,7 +74,8 @@ class Parseval(Around):
 
     which descends beta / 4 * ||W_S W_S^T - I||_F^2. The matrix of a convolution is sqrt(k) times its kernel, k the pixels of a
     patch that overlap; see `matrix`. A layer with more outputs than inputs becomes W^T W = I in the same way.
-    beta: 0.0003 in the paper, 0.001 for its smaller networks; share: of the rows S, drawn at each step, 0.3 for its
+    beta: 0.0003 in the paper, 0.001 for its smaller networks; where ||W_S||_F^2 > 1 / beta, its inverse takes beta's place, so that
+    large weights shrink and don't diverge. share: of the rows S, drawn at each step, 0.3 for its
     fully connected networks. The paper's convex combinations of residual branches are not part of this.
 
     Source: Cisse, Bojanowski, Grave, Dauphin & Usunier (2017), Parseval networks: improving robustness to adversarial examples,
@@ -100,7 +101,8 @@ class Parseval(Around):
                 w = flat * stretch
                 rows = slice(None) if self.share == 1 else self._rows(batch, number, len(w))
                 part = w[rows]
-                w[rows] = (1 + self.beta) * part - self.beta * (part @ part.T @ part)
+                beta = (1 / part.square().sum().clamp(min=1e-12)).clamp(max=self.beta)
+                w[rows] = (1 + beta) * part - beta * (part @ part.T @ part)
                 layer.weight.copy_((w / stretch).view_as(layer.weight))
 
     def _rows(self, batch: Batch, number: int, count: int) -> Tensor:
