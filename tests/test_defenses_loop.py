@@ -120,7 +120,7 @@ def test_samples_are_rows_of_all_tensors_with_their_positions():
 
     fit(net, (x, 2 * x), loss, epochs=2, batch_size=4)
     assert [len(ids) for ids, _, _ in seen] == [4, 4, 2] * 2
-    assert sorted(sum((ids for ids, _, _ in seen[:3]), [])) == list(range(10))
+    assert sorted(itertools.chain(*(ids for ids, _, _ in seen[:3]))) == list(range(10))
     assert [progress for _, progress, _ in seen] == pytest.approx([0, 1 / 3, 2 / 3, 1, 4 / 3, 5 / 3])
     assert seen[0][0] != seen[3][0]
     assert len({seed for _, _, seed in seen}) == 2

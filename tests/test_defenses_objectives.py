@@ -471,6 +471,15 @@ def test_awp_is_algorithm_1(norm):
     torch.testing.assert_close(defenses.AWP(inner, warmup=1.0).loss(early), inner.loss(early))
 
 
+def test_awp_perturbs_in_mixed_precision_too():
+    net = make_net().float()
+    batch = make_batch(net)
+    batch = Batch(batch.model, batch.x.float(), batch.y, batch.ids, 0, 0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        near, far = (defenses.AWP(Given(), gamma=gamma).loss(batch).item() for gamma in (0.0, 0.5))
+    assert far > near + 0.1
+
+
 # ---- contracts for all of them
 
 

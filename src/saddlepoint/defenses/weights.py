@@ -74,9 +74,9 @@ class Parseval(Around):
 
     which descends beta / 4 * ||W_S W_S^T - I||_F^2. The matrix of a convolution is sqrt(k) times its kernel, k the pixels of a
     patch that overlap; see `matrix`. A layer with more outputs than inputs becomes W^T W = I in the same way.
-    beta: 0.0003 in the paper, 0.001 for its smaller networks; where ||W_S||_F^2 > 1 / beta, its inverse takes beta's place, so that
-    large weights shrink and don't diverge. share: of the rows S, drawn at each step, 0.3 for its
-    fully connected networks. The paper's convex combinations of residual branches are not part of this.
+    beta: 0.0003 in the paper, 0.001 for its smaller networks; where ||W_S||_F^2 > 1 / beta, its inverse takes beta's place, so
+    that large weights shrink and don't diverge. share: of the rows S, drawn at each step, 0.3 for its fully connected networks.
+    The paper's convex combinations of residual branches are not part of this.
 
     Source: Cisse, Bojanowski, Grave, Dauphin & Usunier (2017), Parseval networks: improving robustness to adversarial examples,
     arXiv:1704.08847, eq. 9 and algorithm 1.
@@ -234,6 +234,7 @@ class AWP(MinMax):
             for w, g in zip(weights, gradients, strict=True):
                 if g is not None:
                     w.add_(g * (self.gamma * w.norm() / g.norm().clamp(min=1e-20)))
+        torch.clear_autocast_cache()  # mixed precision keeps rounded copies of the weights
         return self.inner.loss_at(batch, examples)
 
     def after_backward(self, batch: Batch) -> None:
