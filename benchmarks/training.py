@@ -61,10 +61,11 @@ def ours(net: nn.Module, x: Tensor, y: Tensor, batch: int, objective: defenses.O
     sp.train(net, (x, y), adversary=objective, epochs=1, batch_size=batch, **settings)
 
 
-def timed(run: Callable[[], None]) -> float:
-    began = time.perf_counter()
+def timed(run: Callable[[], None]) -> tuple[float, float]:
+    """Seconds, and seconds of the processor, which other work on the machine changes less."""
+    wall, cpu = time.perf_counter(), time.process_time()
     run()
-    return time.perf_counter() - began
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def images(count: int, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
@@ -106,11 +107,12 @@ def loop_table(cases: dict[str, Case], count: int, repeats: int) -> list[dict[st
         hand = lambda net: by_hand(net, x, y, batch, steps, eps)  # noqa: B023, E731  # called at once
         mine = lambda net: ours(net, x, y, batch, objective)  # noqa: B023, E731
         turns = [(timed(lambda: hand(nets[0])), timed(lambda: mine(nets[1]))) for _ in range(repeats + 1)][1:]  # noqa: B023
-        step = statistics.median(first for first, _ in turns) / count
+        step = statistics.median(first[0] for first, _ in turns) / count
         rows.append({
             "case": name, "steps": steps, "batch": batch, "by_hand_ms": 1000 * step,
-            "ours_ms": 1000 * statistics.median(second for _, second in turns) / count,
-            "ratio": statistics.median(second / first for first, second in turns),
+            "ours_ms": 1000 * statistics.median(second[0] for _, second in turns) / count,
+            "ratio": statistics.median(second[0] / first[0] for first, second in turns),
+            "cpu_ratio": statistics.median(second[1] / first[1] for first, second in turns),
             "limit": DEEP if step >= LONG_STEP else SHALLOW,
             "passes_by_hand": passes(hand, nets[0]), "passes_ours": passes(mine, nets[1]),
         })  # fmt: skip
@@ -127,7 +129,7 @@ def recipe_table(names: list[str], count: int, repeats: int) -> list[dict[str, A
         recipe = defenses.recipe(name, sp.Linf(eps), **given.get(name, {}))
         net = sp.zoo.build(network, in_shape=shape)
         run = lambda net: ours(net, x, y, batch, recipe.objective)  # noqa: B023, E731
-        seconds = statistics.median([timed(lambda: run(net)) for _ in range(repeats + 1)][1:])  # noqa: B023
+        seconds = statistics.median([timed(lambda: run(net))[0] for _ in range(repeats + 1)][1:])  # noqa: B023
         forward, backward = passes(run, net)
         updates = recipe.objective.replays * count
         rows.append({
