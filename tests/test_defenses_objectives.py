@@ -433,6 +433,9 @@ def test_soft_labels_pass_through_the_attack():
     (gradient,) = torch.autograd.grad(-(labels * log_softmax(net(x), 1)).sum(), x)
     moved = (batch.x + 0.1 * gradient.sign()).clamp(0, 1)
     same_gradients(ours, -(labels * log_softmax(net(moved), 1)).sum(1).mean(), net)
+    targeted = defenses.LabelSmoothing(sp.Adversarial(attack=FGSM(), threat=LINF, labels="least_likely"), 0.2)
+    moved = sp.Adversarial(attack=FGSM(), threat=LINF, labels="least_likely").examples(batch)
+    same_gradients(targeted.loss(batch), -(labels * log_softmax(net(moved), 1)).sum(1).mean(), net)
     with pytest.raises(sp.InputError, match="soft labels"):
         defenses.LabelSmoothing(defenses.MART(threat=LINF)).loss(batch)
 

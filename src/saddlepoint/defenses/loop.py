@@ -260,7 +260,8 @@ class Loop:
         optimizer["lr"] = self.base_rates[0]
         mean = {"ema": plan.decay, "swa": plan.average_from, None: None}[plan.average]
         config = {
-            **self.settings, "parameters": sum(p.numel() for p in self.net.parameters()), "data": [fingerprint(column, None) for column in self.data], "epochs": plan.epochs,
+            **self.settings, "parameters": sum(p.numel() for p in self.net.parameters()),
+            "data": [fingerprint(column, None) for column in self.data], "epochs": plan.epochs,
             "batch_size": plan.batch_size, "optimizer": {"name": type(self.optimizer).__name__, **optimizer},
             "schedule": plan.schedule, "average": [plan.average, mean], "precision": self.precision,
             "patience": plan.patience, "restore_best": plan.restore_best, "seed": plan.seed,

@@ -197,10 +197,16 @@ def craft(
     mode: Mode = "eval",
     source: Classifier | None = None,
 ) -> Tensor:
-    """`sp.perturb` for a batch. Soft labels are attacked through their cross-entropy. source: where the gradients come from."""
+    """`sp.perturb` for a batch. Soft labels are attacked through their cross-entropy; a target is one whatever the label is.
+
+    source: where the gradients come from.
+    """
     y = batch.y if labels is None else labels
     if loss is None and y.is_floating_point():
-        loss = each_loss
+        if (goal if goal is not None else as_attack(attack).default_goal()).targeted:
+            y = y.argmax(1)
+        else:
+            loss = each_loss
     model = batch.model if source is None else source
     return perturb(model, batch.x, y, attack, threat, loss, goal=goal, seed=batch.seed, ids=batch.ids, mode=mode)
 
