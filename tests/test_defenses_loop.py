@@ -216,6 +216,14 @@ def test_bfloat16_learns_and_keeps_float32_weights():
     assert not same(weights(net), weights(exact))
 
 
+def test_channels_last_is_for_images():
+    net = nn.Sequential(nn.Conv3d(1, 2, 3), nn.Flatten(), nn.Linear(16, 2))
+    x = torch.rand(6, 1, 4, 4, 4)
+    with pytest.raises(sp.InputError, match="images"):
+        fit(net, (x,), lambda sample: net(sample.tensors[0]).square().mean(), channels_last=True)
+    assert fit(net, (x,), lambda sample: net(sample.tensors[0]).square().mean(), epochs=1).complete
+
+
 # ---- exact resume of whatever keeps something between batches
 
 
@@ -275,7 +283,25 @@ def test_an_interrupted_awp_step_leaves_the_weights_of_the_step_before():
     assert same(before, weights(net))
 
 
-def test_an_interrupted_write_loses_no_checkpoint(tmp_path, monkeypatch):
+def test_ctrl_c_while_writing_loses_no_checkpoint(tmp_path, monkeypatch):
+    path, written = tmp_path / "run.pt", torch.save
+
+    def interrupted(document, target):
+        written(document, target)
+        if path.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    assert not sp.train(make_net(), SMALL, epochs=3, checkpoint=path).complete
+    monkeypatch.undo()
+    net, whole = make_net(3), make_net()
+    sp.train(whole, SMALL, epochs=3)
+    sp.train(net, SMALL, epochs=3, checkpoint=path)
+    assert same(weights(net), weights(whole))
+    assert [file.name for file in tmp_path.iterdir()] == ["run.pt"]
+
+
+def test_a_full_disk_loses_no_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "run.pt"
     settings = {"epochs": 2, "checkpoint": path}
     net = make_net()

@@ -516,6 +516,28 @@ def test_every_objective(name, objective):
         assert objective.adversary[1] == LINF
 
 
+@pytest.mark.parametrize(("name", "objective"), [pytest.param(n, o, id=n) for n, o in every_objective()])
+def test_every_objective_in_mixed_precision(name, objective):
+    """What lies outside of a loss runs without it, and meets what the loss has kept."""
+    net = make_net(norm=True).float().train()
+    batch = make_batch(net)
+    batch = Batch(batch.model, batch.x.float(), batch.y, batch.ids, 0, 0.0)
+    for source in [getattr(objective, "helper", None), *getattr(objective, "sources", ())]:
+        if source is not None:
+            source.networks()[0].float()
+    for _ in range(2):
+        with torch.random.fork_rng(), torch.autocast("cpu", torch.bfloat16):
+            loss = objective.loss(batch)
+        loss.backward()
+        objective.after_backward(batch)
+        objective.after_step(batch)
+    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in net.parameters())
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    nested = [list(value.values()) if isinstance(value, dict) else [value] for value in batch.memory.values()]
+    kept = {t.dtype for values in nested for t in values if isinstance(t, torch.Tensor)}
+    assert kept <= {torch.float32, torch.int64}
+
+
 @pytest.mark.parametrize(
     ("build", "text"),
     [

@@ -241,7 +241,10 @@ class Loop:
         self.device = parameters[0].device
         on_gpu = self.device.type == "cuda"
         self.precision: Precision = plan.precision or ("bfloat16" if on_gpu else "float32")
-        self.channels_last = plan.channels_last if plan.channels_last is not None else on_gpu
+        volumes = any(p.dim() == 5 for p in net.parameters())
+        self.channels_last = plan.channels_last if plan.channels_last is not None else on_gpu and not volumes
+        if self.channels_last and volumes:
+            raise InputError("channels_last is for images; this network has three-dimensional convolutions")
         if self.channels_last:
             net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         if plan.optimizer is None:
@@ -454,9 +457,11 @@ class Loop:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(document, draft)
             os.replace(draft, path)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        except BaseException as error:  # Ctrl-C too must leave no half a file
             draft.unlink(missing_ok=True)
-            raise DataError(f"cannot write the checkpoint {path}: {error}") from error
+            if isinstance(error, OSError | RuntimeError):  # the latter is torch's word for a full disk
+                raise DataError(f"cannot write the checkpoint {path}: {error}") from error
+            raise
         self._last_saved = time.monotonic()
 
     def _resume(self, config: dict[str, Any]) -> None:

@@ -113,16 +113,17 @@ class Parseval(Around):
 def spectral_norm(batch: Batch, name: str, w: Tensor, iterations: int) -> Tensor:
     """||W||_2 by power iteration from the last batch's singular vector; differentiable with respect to W."""
     memory = batch.memory.setdefault("spectral", {})
-    with torch.no_grad():
-        if name not in memory:
-            ids = torch.zeros(1, dtype=torch.int64, device=w.device)
-            memory[name] = Keys.of(0, ids).normal((w.shape[1],), w.dtype)[0]
-        v = memory[name]
-        for _ in range(iterations):
-            u = nn.functional.normalize(w @ v, dim=0)
-            v = nn.functional.normalize(w.T @ u, dim=0)
-        memory[name] = v
-    norm: Tensor = u @ (w @ v)
+    with torch.autocast(w.device.type, enabled=False):
+        with torch.no_grad():
+            if name not in memory:
+                ids = torch.zeros(1, dtype=torch.int64, device=w.device)
+                memory[name] = Keys.of(0, ids).normal((w.shape[1],), w.dtype)[0]
+            v = memory[name]
+            for _ in range(iterations):
+                u = nn.functional.normalize(w @ v, dim=0)
+                v = nn.functional.normalize(w.T @ u, dim=0)
+            memory[name] = v
+        norm: Tensor = u @ (w @ v)
     return norm
 
 
