@@ -468,7 +468,7 @@ def test_distillation_trains_both_at_the_temperature(tmp_path):
     assert same(weights(again.model.net), weights(student))
 
 
-def test_the_tempered_loss_is_equation_9():
+def test_the_tempered_loss_is_the_papers_equation():
     net, teacher = make_net(), make_net(1)
     batch = defenses.Batch(sp.Model(net), SMALL.x, SMALL.y, torch.arange(220), 0, 0.0)
     target = (teacher(SMALL.x) / 5).softmax(1)

@@ -110,7 +110,7 @@ def test_min_max_in_any_norm(threat):
 # ---- TRADES and its relatives
 
 
-def test_trades_is_equation_5():
+def test_trades_is_the_papers_equation():
     net = make_net()
     batch = make_batch(net)
     objective = defenses.TRADES(threat=LINF, beta=2.5)
@@ -134,7 +134,7 @@ def test_trades_examples_ascend_the_divergence():
     assert int((ours > loss).sum()) >= 5
 
 
-def test_mart_is_equation_11():
+def test_mart_is_the_papers_equation():
     net = make_net()
     batch = make_batch(net)
     objective = defenses.MART(threat=LINF, strength=5.0)
@@ -160,7 +160,7 @@ def test_marts_loss_is_finite_where_the_network_is_sure_and_wrong():
     assert ours.item() == pytest.approx(600 - torch.tensor(3.0).log().item(), rel=1e-5)  # -log p_y - log(3 e^-300)
 
 
-def test_hat_is_equation_5():
+def test_hat_is_the_papers_equation():
     net, helper = make_net(), sp.Model(make_net(7))
     batch = make_batch(net)
     objective = defenses.HAT(threat=LINF, helper=helper, beta=2.5, gamma=0.5, stretch=2.0)
@@ -192,7 +192,7 @@ def test_logit_pairing():
 # ---- one step
 
 
-def test_fast_is_algorithm_3():
+def test_fast_is_the_papers_algorithm():
     net = make_net()
     batch = make_batch(net)
     examples = defenses.Fast(threat=LINF).examples(batch)
@@ -202,7 +202,7 @@ def test_fast_is_algorithm_3():
     assert not torch.equal(examples, sp.perturb(net, batch.x, batch.y, PGD(steps=1, step_size=0.125, random_start=False), LINF))
 
 
-def test_n_fgsm_is_equation_5_and_leaves_the_ball():
+def test_n_fgsm_is_the_papers_equation_and_leaves_the_ball():
     net = make_net()
     batch = make_batch(net, bounds=None)
     without = defenses.NFGSM(threat=LINF, noise=0.0, step=1.0).examples(batch)
@@ -217,7 +217,7 @@ def test_n_fgsm_is_equation_5_and_leaves_the_ball():
     torch.testing.assert_close(sizes, torch.full_like(sizes, 0.3))
 
 
-def test_grad_align_is_equation_5():
+def test_grad_align_is_the_papers_equation():
     net = make_net()
     batch = make_batch(net)
     objective = defenses.GradAlign(Standard(), LINF, 0.2)
@@ -246,7 +246,7 @@ def test_grad_align_vanishes_for_two_linear_classes():
     torch.testing.assert_close(ours, Standard().loss(batch))
 
 
-def test_free_is_algorithm_1():
+def test_free_is_the_papers_algorithm():
     """Three replays of two batches, by hand: the weights' gradients at x + d, and d's own steps with the same pass."""
     net = make_net()
     objective = defenses.Free(threat=LINF, repeats=3)
@@ -292,7 +292,7 @@ def test_ensemble_examples_come_from_every_source_and_the_network():
 # ---- derivatives
 
 
-def test_input_gradient_penalty_is_equation_4():
+def test_input_gradient_penalty_is_the_papers_equation():
     net = make_net()
     batch = make_batch(net)
     x = batch.x.clone().requires_grad_()
@@ -316,7 +316,7 @@ def test_jacobian_penalty_exactly_and_by_projections():
     torch.testing.assert_close(penalty, linear.weight.pow(2).sum())
 
 
-def test_cure_is_equation_6():
+def test_cure_is_the_papers_equation():
     net = make_net()
     batch = make_batch(net)
 
@@ -342,7 +342,7 @@ def test_label_smoothing_is_torchs():
     same_gradients(defenses.LabelSmoothing(Standard(), 0.2).loss(batch), written_out, net)
 
 
-def test_mixup_is_equation_2():
+def test_mixup_is_the_papers_equation():
     net = make_net()
     batch = make_batch(net)
     seen = []
@@ -444,7 +444,7 @@ def test_soft_labels_pass_through_the_attack():
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_awp_is_algorithm_1(norm):
+def test_awp_is_the_papers_algorithm(norm):
     net = make_net(norm=norm).train()
     batch = make_batch(net)
     inner = Given()

@@ -25,7 +25,7 @@ class Tempered(Objective):
     network's logits are about T times as large as usual, so that softmax rounds to 0 and 1 and its gradient to 0.
 
     Source: Papernot, McDaniel, Wu, Jha & Swami (2016), Distillation as a defense to adversarial perturbations against deep
-    neural networks, arXiv:1511.04508, eq. 5 to 9.
+    neural networks, arXiv:1511.04508, sections III and IV.
     """
 
     temperature: float = 20.0

@@ -97,7 +97,7 @@ class CURE(Around):
     inputs in [0, 1]. Meant for a few epochs on top of a network that was trained before.
 
     Source: Moosavi-Dezfooli, Fawzi, Uesato & Frossard (2019), Robustness via curvature regularization, and vice versa,
-    arXiv:1811.09716, eq. 6.
+    arXiv:1811.09716, section 4.
     """
 
     strength: float = 4.0

@@ -102,7 +102,7 @@ class NFGSM(_OneStep):
     noise: k = 2, step: alpha = 1 in the paper for CIFAR-10 and 8/255 (k = 3 for SVHN).
 
     Source: de Jorge, Bibi, Volpi, Sanyal, Torr, Rogez & Dokania (2022), Make some noise: reliable and efficient single-step
-    adversarial training, arXiv:2202.01181, eq. 5 and algorithm 1.
+    adversarial training, arXiv:2202.01181, algorithm 1.
     """
 
     noise: float = 2.0
@@ -142,7 +142,7 @@ class GradAlign(Around):
     Where gradients are aligned one step is as good as many, so `Fast` doesn't collapse. It costs a second derivative, about
     three times the time. strength: lambda, 0.2 for CIFAR-10 at 8/255, where it grows as 0.02 * 10^(255 eps / 8).
 
-    Source: Andriushchenko & Flammarion (2020), Understanding and improving fast adversarial training, arXiv:2007.02617, eq. 5.
+    Source: Andriushchenko & Flammarion (2020), Understanding and improving fast adversarial training, arXiv:2007.02617.
     """
 
     threat: Threat
@@ -252,9 +252,6 @@ class StopAtCollapse(Around):
         accuracy = float((model.predict(moved) == y).double().mean())
         before = memory.get("collapse.accuracy", 0.0)
         if accuracy < before - self.drop:
-            text = (
-                f"catastrophic overfitting in epoch {epoch}: robust training accuracy fell from {before:.0%} to {accuracy:.0%}"
-            )
             if self.action == "stop":
                 net.load_state_dict(memory["collapse.weights"])
                 return True

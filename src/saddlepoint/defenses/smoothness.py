@@ -140,7 +140,7 @@ class HAT(_Pulled):
     CIFAR-10. x' ascends the divergence, as in `TRADES`. x + h (x' - x) is not clipped.
 
     Source: Rade & Moosavi-Dezfooli (2022), Reducing excessive margin to achieve a better accuracy vs. robustness trade-off,
-    ICLR, eq. 5 and algorithm 1.
+    ICLR, algorithm 1.
     """
 
     helper: Classifier
