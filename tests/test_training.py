@@ -121,7 +121,7 @@ def test_warmup_scales_eps():
 @pytest.mark.parametrize("stop_at", [1, 4, 7, 11])
 def test_resume_is_exact(tmp_path, monkeypatch, stop_at):
     """Interrupted in the middle of an epoch and continued: the same weights, bit by bit, and the same history."""
-    monkeypatch.setattr("saddlepoint.defenses.training._CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("saddlepoint.defenses.loop._CHECKPOINT_SECONDS", 0.0)
     settings = {
         "adversary": sp.Adversarial(attack=sp.attacks.PGD(steps=2), threat=sp.Linf(0.1), warmup=1.5),
         "validation": DIGITS.test.take(50),

@@ -8,7 +8,7 @@
 8
 """
 
-from saddlepoint import attacks, data, models, zoo
+from saddlepoint import attacks, data, defenses, models, zoo
 from saddlepoint.attacks.facade import attack, perturb
 from saddlepoint.defenses import Adversarial, Hardening, Standard, Training, harden, train
 from saddlepoint.engine import AttackResult, Budget, Interrupted
@@ -107,6 +107,7 @@ __all__ = [
     "compare",
     "compare_campaigns",
     "data",
+    "defenses",
     "diagnose",
     "distance",
     "estimate",

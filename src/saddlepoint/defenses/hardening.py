@@ -6,10 +6,8 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from saddlepoint.attacks.facade import attack as run_attack
+from saddlepoint.defenses.augmentation import static_augmentation
 from saddlepoint.defenses.training import Training, train
 from saddlepoint.engine import Attack, AttackResult
 from saddlepoint.errors import InputError
@@ -49,12 +47,11 @@ def harden(
     if not isinstance(model, Model):
         raise InputError(f"harden retrains a network: give an sp.Model; got {type(model).__name__}")
     before = run_attack(model, test.x, test.y, attack, threat, seed=seed)
-    crafted = run_attack(model, train_data.x, train_data.y, attack, threat, seed=seed)
+    augmented = static_augmentation(model, train_data, attack, threat, seed=seed)
     new = copy.deepcopy(model)
-    both: tuple[Tensor, Tensor] = (torch.cat([train_data.x, crafted.adversarial]), torch.cat([train_data.y, train_data.y]))
-    training = train(new, both, seed=seed, **settings)
+    training = train(new, augmented, seed=seed, **settings)
     if not training.complete:
         raise KeyboardInterrupt  # figures of a half-trained network would mislead
     after = run_attack(new, test.x, test.y, attack, threat, seed=seed)
     on_old = float((new.predict(before.adversarial).to(test.y.device) == test.y).double().mean())
-    return Hardening(model, new, training, before, after, on_old, int(crafted.having("fooled").sum()))
+    return Hardening(model, new, training, before, after, on_old, int(augmented.crafted.having("fooled").sum()))

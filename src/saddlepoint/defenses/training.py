@@ -1,42 +1,39 @@
-"""One training loop for every objective: schedule, validation, early stopping, checkpoints with exact resume."""
+"""`train`: a classifier, clean or against an adversary, in the loop of `loop.py`."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from saddlepoint.attacks.facade import attack as run_attack
+from saddlepoint.defenses.loop import (
+    Average,
+    EpochRecord,
+    Fit,
+    LearningRateSchedule,
+    Loop,
+    OptimizerFactory,
+    Plan,
+    Precision,
+    Sample,
+    Work,
+    fit,
+)
 from saddlepoint.defenses.objectives import Batch, Objective, Standard
-from saddlepoint.engine.source import check_labels, fingerprint
-from saddlepoint.errors import DataError, InputError, ModelError
-from saddlepoint.models.freeze import global_random_state_kept
+from saddlepoint.engine.source import check_labels
+from saddlepoint.errors import InputError, ModelError, SaddlepointWarning
+from saddlepoint.models.base import Classifier
 from saddlepoint.models.torch_model import Labelled, Model
-from saddlepoint.progress import bar
+from saddlepoint.taxonomy import Norm
+from saddlepoint.threats import Threat
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-LearningRateSchedule = Literal["constant", "linear", "cosine", "cyclic"]
-_CHECKPOINT_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """How an epoch went: mean loss, accuracies on the validation samples (None if there are none), its learning rate."""
-
-    epoch: int
-    loss: float
-    clean_accuracy: float | None
-    robust_accuracy: float | None
-    learning_rate: float
-    seconds: float
+__all__ = ["EpochRecord", "Fit", "LearningRateSchedule", "OptimizerFactory", "Sample", "Training", "fit", "train"]
 
 
 @dataclass(frozen=True)
@@ -47,20 +44,6 @@ class Training:
     epochs: tuple[EpochRecord, ...]
     complete: bool
     config: dict[str, Any]
-
-
-@dataclass
-class _Progress:
-    """Where the loop stands; with weights, optimiser and random state, all that a checkpoint needs."""
-
-    epoch: int = 0
-    batch: int = 0
-    loss_sum: float = 0.0
-    seconds: float = 0.0
-    history: list[EpochRecord] = field(default_factory=list)
-    best_score: float = -math.inf
-    best_epoch: int = -1
-    best_weights: dict[str, Tensor] | None = None
 
 
 def train(
@@ -75,6 +58,12 @@ def train(
     optimizer: OptimizerFactory | None = None,
     schedule: LearningRateSchedule = "constant",
     patience: int | None = None,
+    restore_best: bool | None = None,
+    average: Average | None = None,
+    decay: float = 0.999,
+    average_from: float = 0.75,
+    precision: Precision | None = None,
+    channels_last: bool | None = None,
     bounds: tuple[float, float] | None = (0.0, 1.0),
     augment: Callable[[Tensor], Tensor] | None = None,
     checkpoint: str | Path | None = None,
@@ -89,14 +78,17 @@ def train(
     validation: samples for the accuracies after each epoch; robust accuracy is under the adversary's own attack.
     optimizer: from parameters, default Adam with `learning_rate`. schedule: of the learning rate, "constant", "linear" or
     "cosine" decay to 0, or "cyclic" (up for 40% of the run, then down; Wong et al. 2020, arXiv:2001.03994).
-    patience: stop when the robust (clean, without an adversary) validation accuracy has not risen for so many epochs, and
-    restore the best weights. augment: changes a batch of inputs, drawing from torch's global random numbers.
+    restore_best: hand back the weights of the epoch with the best robust (clean, without an adversary) validation accuracy:
+    adversarial training overfits long after clean training would (Rice et al. 2020, arXiv:2002.11569). patience: also stop
+    when that accuracy has not risen for so many epochs. restore_best None: if there is a patience.
+    average, decay, average_from: hand back averaged weights; precision, channels_last: speed on GPUs; see `fit`.
+    augment: changes a batch of inputs, drawing from torch's global random numbers.
     checkpoint: file that is written every minute and after each epoch; if it exists, training goes on from there, to
     exactly the weights that an uninterrupted run gives. seed: of order, attacks, augmentation and dropout; the global random
     state is restored.
 
-    Ctrl-C returns what was trained so far (`complete` False). Errors: `InputError`; `ModelError` when the loss becomes NaN;
-    `DataError` for a checkpoint of another run or a damaged one.
+    Ctrl-C returns what was trained so far (`complete` False). Errors: `InputError`; `ModelError` when the loss becomes NaN,
+    or the network gives probabilities; `DataError` for a checkpoint of another run or a damaged one.
 
     >>> import saddlepoint as sp
     >>> digits, net = sp.data.load("digits"), sp.zoo.build("digits-cnn")
@@ -109,16 +101,74 @@ def train(
         raise InputError("train needs a network with parameters, an nn.Module")
     if adversary is not None and not isinstance(adversary, Objective):
         raise InputError(f"adversary must be such as sp.Adversarial(attack=..., threat=...); got {adversary!r}")
-    loop = _Loop(
-        model, _pairs(data, model, "data"), adversary or Standard(),
-        _pairs(validation, model, "validation") if validation is not None else None,
-        epochs, batch_size, learning_rate, optimizer, schedule, patience, augment,
-        Path(checkpoint) if checkpoint is not None else None, seed, progress, on_epoch,
+    keep = restore_best if restore_best is not None else patience is not None
+    if (keep or patience is not None) and validation is None:
+        raise InputError("patience and restore_best go by the accuracy on validation samples: give validation=")
+    objective = adversary or Standard()
+    plan = Plan(
+        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, optimizer=optimizer, schedule=schedule,
+        average=average, decay=decay, average_from=average_from, precision=precision, channels_last=channels_last,
+        patience=patience, restore_best=keep or patience is not None,
+        checkpoint=Path(checkpoint) if checkpoint is not None else None, seed=seed, progress=progress, on_epoch=on_epoch,
     )  # fmt: skip
-    return loop.run()
+    pairs = labelled(data, model, "data")
+    held_out = labelled(validation, model, "validation") if validation is not None else None
+    if objective.adversary is not None:
+        check_scale(objective.adversary[1], model, pairs[0])
+    work = _Training(model, objective, held_out, augment, seed)
+    settings: dict[str, object] = {"objective": objective.settings(), "model": model.describe()}
+    done = Loop(model.net, pairs, work, plan, f"training ({type(objective).__name__.lower()})", settings).run()
+    return Training(model, done.epochs, done.complete, done.config)
 
 
-def _pairs(data: Labelled | tuple[Tensor, Tensor], model: Model, name: str) -> tuple[Tensor, Tensor]:
+class _Training(Work):
+    """An objective as the loop's work."""
+
+    def __init__(
+        self,
+        model: Model,
+        objective: Objective,
+        validation: tuple[Tensor, Tensor] | None,
+        augment: Callable[[Tensor], Tensor] | None,
+        seed: int,
+    ) -> None:
+        super().__init__(self._loss)
+        self.model, self.objective, self.validation, self.augment, self.seed = model, objective, validation, augment, seed
+        self.replays = objective.replays
+
+    def prepare(self, sample: Sample) -> Sample:
+        x, y = sample.tensors
+        return sample if self.augment is None else replace(sample, tensors=(self.augment(x), y))
+
+    def _batch(self, sample: Sample) -> Batch:
+        x, y = sample.tensors
+        return Batch(self.model, x, y, sample.ids, sample.seed, sample.progress, sample.memory)
+
+    def _loss(self, sample: Sample) -> Tensor:
+        return self.objective.loss(self._batch(sample))
+
+    def after_backward(self, sample: Sample) -> None:
+        self.objective.after_backward(self._batch(sample))
+
+    def after_step(self, sample: Sample) -> None:
+        self.objective.after_step(self._batch(sample))
+
+    def after_epoch(self, epoch: int, memory: dict[str, Any]) -> bool:
+        return self.objective.after_epoch(self.model, epoch, memory)
+
+    def validate(self) -> tuple[float | None, float | None]:
+        if self.validation is None:
+            return None, None
+        x, y = self.validation
+        clean = float((self.model.predict(x).to(y.device) == y).double().mean())
+        if self.objective.adversary is None:
+            return clean, None
+        attack, threat = self.objective.adversary
+        return clean, run_attack(self.model, x, y, attack, threat, seed=self.seed).robust_accuracy
+
+
+def labelled(data: Labelled | tuple[Tensor, Tensor], model: Classifier, name: str) -> tuple[Tensor, Tensor]:
+    """Inputs and classes that fit the model. `InputError` where they don't; `ModelError` where it gives probabilities."""
     if isinstance(data, tuple):
         x, y = data
     elif hasattr(data, "x") and hasattr(data, "y"):
@@ -132,202 +182,28 @@ def _pairs(data: Labelled | tuple[Tensor, Tensor], model: Model, name: str) -> t
         model.check_inputs(x)
         if not len(x):
             raise InputError("there are no samples")
-        return x, check_labels(y, len(x), model.probe(x).num_classes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SaddlepointWarning)
+            probe = model.probe(x)
+        for note in probe.notes:
+            if note.startswith("the outputs look like probabilities"):
+                raise ModelError(f"{note}. The softmax is part of the loss")
+            warnings.warn(note, SaddlepointWarning, stacklevel=3)
+        return x, check_labels(y, len(x), probe.num_classes)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
 
 
-@dataclass
-class _Loop:
-    model: Model
-    data: tuple[Tensor, Tensor]
-    objective: Objective
-    validation: tuple[Tensor, Tensor] | None
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    optimizer_factory: OptimizerFactory | None
-    schedule: LearningRateSchedule
-    patience: int | None
-    augment: Callable[[Tensor], Tensor] | None
-    checkpoint: Path | None
-    seed: int
-    progress: bool
-    on_epoch: Callable[[EpochRecord], None] | None
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise InputError(f"learning_rate must be positive; got {self.learning_rate}")
-        if self.schedule not in ("constant", "linear", "cosine", "cyclic"):
-            raise InputError(f'schedule must be "constant", "linear", "cosine" or "cyclic"; got {self.schedule!r}')
-        if self.patience is not None and (self.patience < 1 or self.validation is None):
-            raise InputError("patience must be at least 1 epoch, and needs validation samples")
-        assert isinstance(self.model.net, nn.Module)
-        self.net = self.model.net
-        parameters = [p for p in self.net.parameters() if p.requires_grad]
-        if not parameters:
-            raise InputError("the network has no parameters that require gradients: there is nothing to train")
-        if self.optimizer_factory is None:
-            self.optimizer: torch.optim.Optimizer = torch.optim.Adam(parameters, lr=self.learning_rate)
-        else:
-            self.optimizer = self.optimizer_factory(parameters)
-        self.base_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.batches = math.ceil(len(self.data[0]) / self.batch_size)
-        self.at = _Progress()
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """What the run is, as JSON values; a checkpoint of another run is refused by it."""
-        optimizer = {k: v for k, v in self.optimizer.state_dict()["param_groups"][0].items() if k != "params"}
-        optimizer["lr"] = self.base_rates[0]
-        config = {
-            "objective": self.objective.settings(), "data": fingerprint(*self.data), "epochs": self.epochs,
-            "batch_size": self.batch_size, "optimizer": {"name": type(self.optimizer).__name__, **optimizer},
-            "schedule": self.schedule, "patience": self.patience, "seed": self.seed, "model": self.model.describe(),
-        }  # fmt: skip
-        plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
-        return plain
-
-    def run(self) -> Training:
-        config = self.config  # before training: the optimiser's settings change with the schedule
-        complete = True
-        name = f"training ({type(self.objective).__name__.lower()})"
-        with global_random_state_kept(), bar(name, self.epochs * self.batches, show=self.progress) as report:
-            torch.manual_seed(self.seed)
-            self._resume(config)
-            self._last_saved = time.monotonic()
-            try:
-                while self.at.epoch < self.epochs and not self._out_of_patience():
-                    self._epoch(config, report)
-            except KeyboardInterrupt:
-                complete = False
-            if self.patience is not None and self.at.best_weights is not None:
-                self.net.load_state_dict(self.at.best_weights)
-        self.net.eval()
-        self.net.zero_grad(set_to_none=True)
-        return Training(self.model, tuple(self.at.history), complete, config)
-
-    def _epoch(self, config: dict[str, Any], report: Callable[[int], None]) -> None:
-        started = time.monotonic() - self.at.seconds
-        order = torch.randperm(len(self.data[0]), generator=torch.Generator().manual_seed(self._epoch_seed()))
-        self.net.train()
-        for number, index in enumerate(torch.split(order, self.batch_size)):
-            if number < self.at.batch:
-                continue  # done before the checkpoint
-            self.at.loss_sum += self._batch(number, index) * len(index)
-            self.at.batch = number + 1
-            self.at.seconds = time.monotonic() - started
-            report(self.at.epoch * self.batches + self.at.batch)
-            if self.checkpoint is not None and time.monotonic() - self._last_saved > _CHECKPOINT_SECONDS:
-                self._save(config)
-        clean, robust = self._validate()
-        record = EpochRecord(
-            self.at.epoch, self.at.loss_sum / len(order), clean, robust,
-            self.base_rates[0] * self._factor(self.batches - 1), time.monotonic() - started,
-        )  # fmt: skip
-        self._finish_epoch(record)
-        if self.checkpoint is not None:
-            self._save(config)
-        if self.on_epoch is not None:
-            self.on_epoch(record)
-
-    def _batch(self, number: int, index: Tensor) -> float:
-        device = self.model.device
-        x, y = (column[index.to(column.device)].to(device) for column in self.data)
-        if self.augment is not None:
-            x = self.augment(x)
-        for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            group["lr"] = base * self._factor(number)
-        progress = self.at.epoch + number / self.batches
-        loss = self.objective.loss(Batch(self.model, x, y, index.to(device), self._epoch_seed(), progress))
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise ModelError(
-                f"the training loss is {value} in epoch {self.at.epoch}, batch {number}: try a smaller learning rate"
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
-        self.optimizer.step()
-        return value
-
-    def _epoch_seed(self) -> int:
-        return self.seed * 1_000_003 + self.at.epoch
-
-    def _factor(self, batch: int) -> float:
-        """The schedule's factor for the learning rate."""
-        done = (self.at.epoch * self.batches + batch) / (self.epochs * self.batches)
-        match self.schedule:
-            case "linear":
-                return 1 - done
-            case "cosine":
-                return (1 + math.cos(math.pi * done)) / 2
-            case "cyclic":
-                return max(done / 0.4, 1e-3) if done < 0.4 else (1 - done) / 0.6
-            case _:
-                return 1.0
-
-    def _validate(self) -> tuple[float | None, float | None]:
-        if self.validation is None:
-            return None, None
-        x, y = self.validation
-        clean = float((self.model.predict(x).to(y.device) == y).double().mean())
-        if self.objective.adversary is None:
-            return clean, None
-        attack, threat = self.objective.adversary
-        return clean, run_attack(self.model, x, y, attack, threat, seed=self.seed).robust_accuracy
-
-    def _finish_epoch(self, record: EpochRecord) -> None:
-        at = self.at
-        at.history.append(record)
-        score = record.robust_accuracy if record.robust_accuracy is not None else record.clean_accuracy
-        if self.patience is not None and score is not None and score > at.best_score:
-            at.best_score, at.best_epoch = score, record.epoch
-            at.best_weights = {name: value.detach().clone() for name, value in self.net.state_dict().items()}
-        at.epoch, at.batch, at.loss_sum, at.seconds = at.epoch + 1, 0, 0.0, 0.0
-
-    def _out_of_patience(self) -> bool:
-        return self.patience is not None and bool(self.at.history) and self.at.epoch - 1 - self.at.best_epoch >= self.patience
-
-    def _save(self, config: dict[str, Any]) -> None:
-        assert self.checkpoint is not None
-        document = {
-            "config": config,
-            "net": self.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "random": torch.get_rng_state(),
-            "progress": {**vars(self.at), "history": [asdict(record) for record in self.at.history]},
-        }
-        draft = self.checkpoint.with_name(f".{self.checkpoint.name}.part")
-        try:
-            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(document, draft)
-            os.replace(draft, self.checkpoint)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            draft.unlink(missing_ok=True)
-            raise DataError(f"cannot write the checkpoint {self.checkpoint}: {error}") from error
-        self._last_saved = time.monotonic()
-
-    def _resume(self, config: dict[str, Any]) -> None:
-        if self.checkpoint is None or not self.checkpoint.exists():
-            return
-        try:
-            found = torch.load(self.checkpoint, map_location=self.model.device, weights_only=True)
-            differing = [key for key in config if found["config"].get(key) != config[key]]
-            if differing:
-                raise DataError(
-                    f"the checkpoint {self.checkpoint} belongs to another run, which differs in: {', '.join(differing)}. "
-                    "Remove it to start anew"
-                )
-            state = found["progress"]
-            state["history"] = [EpochRecord(**record) for record in state["history"]]
-            self.at = _Progress(**state)
-            self.net.load_state_dict(found["net"])
-            self.optimizer.load_state_dict(found["optimizer"])
-            torch.set_rng_state(found["random"].cpu())
-        except DataError:
-            raise
-        except Exception as error:  # on damaged bytes torch raises a dozen kinds
-            raise DataError(f"the checkpoint {self.checkpoint} is damaged or none of Saddlepoint's: {error}") from error
+def check_scale(threat: Threat, model: Classifier, x: Tensor) -> None:
+    """Raise `InputError` where eps would reach from any input to any other, since then it was meant in other units."""
+    if model.bounds is None:
+        return
+    low, high = model.bounds
+    features = x[0].numel()
+    order = {Norm.LINF: 0.0, Norm.L2: 0.5, Norm.L1: 1.0}.get(threat.norm)
+    diameter = features if order is None else (high - low) * features**order
+    if math.isfinite(threat.largest_eps) and threat.largest_eps >= diameter:
+        raise InputError(
+            f"eps = {threat.largest_eps:g} reaches across the whole input range {model.bounds}: it is in the inputs' own "
+            "units, such as 8 / 255 for images in [0, 1]"
+        )
