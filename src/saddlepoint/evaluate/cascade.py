@@ -419,7 +419,7 @@ class _Cascade:
             self.campaign.record("diagnosis", self.diagnosis.to_dict())
 
     def unaware(self) -> None:
-        """Of a model behind transformations: attacks by the gradients of the model inside, without its answers and with them."""
+        """Of a model behind transformations: attacks by the gradients of the model inside, blind to the answers, then not."""
         model = self.model
         if not isinstance(model, Defended) or not model.transforms:
             return

@@ -321,12 +321,12 @@ class Evaluation:
         """The figures, ready for JSON. Shares are between 0 and 1.
 
         samples, clean_accuracy, robust_accuracy, naive_accuracy (or None); per_class: {class: [samples, clean, robust
-        accuracy]}; threat: its settings; interval: {certified, attacked, low, high}, see `Interval`; passes: {forward, backward} of a sample, on average;
-        seconds, complete, notes: as the attributes; curve: [[eps, robust accuracy], ...] or None; diagnosis:
-        `Diagnosis.to_dict()` or None; stages: a list of {name, why, heavy, attacked, broke, fell, alone, after, passes,
-        seconds}, where attacked and broke count samples, fell those that it was the first to break, alone such that others had
-        tried in vain and no other broke; after is the share left, counted down the list (see `cumulative`), passes those of all
-        samples.
+        accuracy]}; threat: its settings; interval: {certified, attacked, low, high}, see `Interval`; passes: {forward,
+        backward} of a sample, on average; seconds, complete, notes: as the attributes; curve: [[eps, robust accuracy], ...] or
+        None; diagnosis: `Diagnosis.to_dict()` or None; stages: a list of {name, why, heavy, attacked, broke, fell, alone,
+        after, passes, seconds}, where attacked and broke count samples, fell those that it was the first to break, alone such
+        that others had tried in vain and no other broke; after is the share left, counted down the list (see `cumulative`),
+        passes those of all samples.
         """
         between, queries, each = self.interval, self.queries, max(len(self), 1)
         one_size, alone = not isinstance(self.threat.eps, tuple), self.alone
