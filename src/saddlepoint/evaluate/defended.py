@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from saddlepoint.errors import InputError
@@ -29,14 +28,14 @@ class DefendedComparison:
     that of the defended one, attacked as its transformations declare and with the undefended one's gradients. naive (N,) bool:
     samples that the defended model gets right where the examples were made against the undefended one; None as before.
     attacked: how each transformation was attacked, by name. cost: seconds of a forward pass of the defended model by those of
-    the model inside it, or of the source.
+    the model inside it, or of the source; None as before.
     """
 
     undefended: Evaluation | None
     adaptive: Evaluation
     naive: Tensor | None
     attacked: dict[str, str]
-    cost: float
+    cost: float | None
 
     def __repr__(self) -> str:
         naive = "" if self.naive_accuracy is None else f"naive {self.naive_accuracy:.2%}, "
@@ -71,7 +70,7 @@ class DefendedComparison:
             shown = "-" if unaware is None else f"{unaware:.2%}"
             passes = float(found.queries.total.double().mean())
             lines.append(f"  {name:<11} {found.clean_accuracy:>7.2%}  {shown:>12}  {adaptive:>15.2%}  {passes:>15.1f}")
-        lines.append(f"  a prediction costs {self.cost:.1f} times as much")
+        lines += [] if self.cost is None else [f"  a prediction costs {self.cost:.1f} times as much"]
         return "\n".join([*lines, *(f"  {name}: {how}" for name, how in self.attacked.items())])
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,7 +116,7 @@ def compare_defended(
     if takes(bare, x):
         undefended = evaluate(bare, x, y, threat, effort, seed=seed, batch_size=batch_size, progress=progress)
     attacked = {transform.name: transform.attacked for transform in model.transforms}
-    cost = _seconds(model, x) / _seconds(bare, x) if undefended is not None else float("nan")
+    cost = _seconds(model, x) / _seconds(bare, x) if undefended is not None else None
     return DefendedComparison(undefended, adaptive, naive, attacked, cost)
 
 
@@ -126,8 +125,6 @@ def _seconds(model: Classifier, x: Tensor) -> float:
     fastest = float("inf")
     for _ in range(_TIMED):
         started = time.perf_counter()
-        model.predict(x[:_SAMPLES])  # .predict brings its result back to the CPU's view: an accelerator has finished
-        if x.device.type != "cpu" or model.device.type != "cpu":
-            torch.accelerator.synchronize()
+        model.predict(x[:_SAMPLES]).cpu()  # until an accelerator has finished
         fastest = min(fastest, time.perf_counter() - started)
     return fastest
