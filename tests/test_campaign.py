@@ -23,11 +23,11 @@ from torch.utils.data import DataLoader
 
 import saddlepoint as sp
 from saddlepoint.data.formats import read_npz_splits
+from saddlepoint.defenses.transforms import BitDepth
 from saddlepoint.engine.result import STATUSES, AttackResult, Queries, measure
 from saddlepoint.errors import DataError, InputError, MissingExtraError, SaddlepointWarning, UnknownNameError
 from saddlepoint.evaluate.campaign import Campaign, fingerprint, manifest
 from saddlepoint.evaluate.export import AdversarialSet, export
-from saddlepoint.models.transforms import bit_depth
 
 MANIFEST: dict[str, Any] = {
     "model": {"fingerprint": "m"},
@@ -433,7 +433,7 @@ def test_fingerprint_tells_models_apart() -> None:
     models = [
         sp.Model(net()), sp.Model(changed), sp.Model(moved), sp.Model(net(nn.Tanh())), sp.Model(net().double()),
         sp.Model(net(), bounds=(-1, 1)), sp.Model(net(), mean=0.5), sp.Model(net(), std=0.5),
-        sp.Defended(sp.Model(net()), [bit_depth(4)]), sp.Defended(sp.Model(net()), [bit_depth(5)]),
+        sp.Defended(sp.Model(net()), [BitDepth(4)]), sp.Defended(sp.Model(net()), [BitDepth(5)]),
         sp.Ensemble([sp.Model(net()), sp.Model(net(nn.Tanh()))]), sp.Ensemble([sp.Model(net())]),
     ]  # fmt: skip
     prints = [fingerprint(model) for model in models]
@@ -451,7 +451,7 @@ def test_fingerprint_survives_use() -> None:
         def extra_repr(self) -> str:
             return str(self.held)  # with its address
 
-    for model in (sp.Model(net()), sp.Defended(sp.Model(net()), [bit_depth(4)]), sp.Ensemble([sp.Model(net())])):
+    for model in (sp.Model(net()), sp.Defended(sp.Model(net()), [BitDepth(4)]), sp.Ensemble([sp.Model(net())])):
         before = fingerprint(model)
         model.probe(torch.rand(4, 1, 8, 8))
         assert fingerprint(model) == before

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import saddlepoint as sp
+from saddlepoint.defenses.transforms import BitDepth, GaussianNoise
 
 DIGITS = sp.data.load("digits")
 X, Y = DIGITS.test.take(200).x, DIGITS.test.take(200).y
@@ -155,16 +156,16 @@ def test_class_groups_ask_for_more(model):
 
 def test_a_randomised_defense_falls_to_the_average_over_draws(model):
     """Expectation over transformation: gradients over draws break what single draws don't average out."""
-    noisy = sp.Defended(model, [sp.models.gaussian_noise(0.3)], draws=16)
+    noisy = sp.Defended(model, [GaussianNoise(0.3)], draws=16)
     result = sp.attack(noisy, X[:60], Y[:60], sp.attacks.PGD(steps=20), sp.Linf(0.25))
     assert result.success_rate > 0.5
 
 
 def test_masked_gradients_still_have_adversarial_examples(model):
     """Bit-depth reduction has a zero gradient: exact differentiation finds nothing, BPDA does, and the result says why."""
-    exact = sp.Transform(name="rounding", apply=sp.models.bit_depth(3).apply)
+    exact = sp.Transform(name="rounding", apply=BitDepth(3).transform((0, 1)).apply)
     naive = sp.attack(sp.Defended(model, [exact]), X, Y, sp.attacks.BIM(), sp.Linf(0.15))
-    adaptive = sp.attack(sp.Defended(model, [sp.models.bit_depth(3)]), X, Y, sp.attacks.BIM(), sp.Linf(0.15))
+    adaptive = sp.attack(sp.Defended(model, [BitDepth(3)]), X, Y, sp.attacks.BIM(), sp.Linf(0.15))
     assert naive.success_rate == 0
     assert any("zero" in note for note in naive.notes)
     assert adaptive.success_rate > 0.5

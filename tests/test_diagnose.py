@@ -16,6 +16,7 @@ from contract_support import Counting, random_states, snapshot
 from torch import Tensor, nn
 
 import saddlepoint as sp
+from saddlepoint.defenses.transforms import GaussianNoise
 from saddlepoint.evaluate import evidence
 from saddlepoint.evaluate.diagnose import Diagnosis, diagnose
 
@@ -253,7 +254,7 @@ def test_leaves_nothing_behind_and_counts_what_it_does(mlp: nn.Module, cnn: nn.M
 
 
 def test_a_declared_random_defense_needs_no_more_averaging(mlp: nn.Module, clean: Samples) -> None:
-    defended = sp.Defended(sp.Model(mlp), [sp.models.gaussian_noise(0.2)], draws=4)
+    defended = sp.Defended(sp.Model(mlp), [GaussianNoise(0.2)], draws=4)
     (first, *_) = diagnose(defended, clean[0][:6], clean[1][:6], THREAT).suspicious
     assert first.name == "randomness"
     assert "averaged over 4 draws" in first.next

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import saddlepoint as sp
+from saddlepoint.defenses.transforms import BitDepth, GaussianNoise
 from saddlepoint.errors import CapabilityError, InputError, ModelError, SaddlepointWarning, UnknownNameError
-from saddlepoint.models import Borrowed, Defended, Ensemble, Model, Transform, bit_depth, gaussian_noise
+from saddlepoint.models import Borrowed, Defended, Ensemble, Model, Transform
 from saddlepoint.models.freeze import frozen, global_random_state_kept
 from saddlepoint.taxonomy import Access
 
@@ -135,7 +136,7 @@ USES: dict[str, Callable[[Model, Tensor], object]] = {
     "features": lambda model, x: model.features(x, "linear"),
     "probe": quiet_probe,
     "frozen": lambda model, x: frozen_forward(model, x),
-    "noisy features": lambda model, x: Defended(model, [gaussian_noise(0.1)]).features(x, "linear"),
+    "noisy features": lambda model, x: Defended(model, [GaussianNoise(0.1)]).features(x, "linear"),
     "ensemble": lambda model, x: Ensemble([model, model]).logits(x),
 }
 
@@ -187,7 +188,7 @@ class TestSideEffects:
         assert all(p.grad is None for p in net.parameters())
 
     def test_random_models_draw_afresh_within_one_hold(self) -> None:
-        model = Defended(Model(linear()), [gaussian_noise(0.5)])
+        model = Defended(Model(linear()), [GaussianNoise(0.5)])
         with model.frozen():
             assert not torch.equal(model.logits(tables()), model.logits(tables()))
 
@@ -378,7 +379,7 @@ class TestProbe:
             assert model.probe(tables()).stochastic
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert Defended(Model(linear()), [gaussian_noise(0.1)]).probe(tables()).stochastic
+            assert Defended(Model(linear()), [GaussianNoise(0.1)]).probe(tables()).stochastic
             assert Defended(Model(lambda x: x[:, :3] + 0.1 * torch.randn(len(x), 3)), draws=5).probe(tables()).stochastic
 
     def test_rounding_in_another_order_is_no_randomness(self) -> None:
@@ -633,31 +634,31 @@ class TestDefended:
             assert torch.equal(numpy(self.x), self.x)
 
     def test_bit_depth(self) -> None:
-        reduced = bit_depth(2)(self.x)
+        reduced = BitDepth(2)(self.x)
         torch.testing.assert_close(reduced, (self.x * 3).round() / 3)
-        assert len(bit_depth(1)(self.x).unique()) == 2
-        torch.testing.assert_close(bit_depth(3, low=-1.0)(2 * self.x - 1), ((self.x * 7).round() / 7) * 2 - 1)
-        self.check([bit_depth(2)], reduced, torch.ones_like(self.x))
+        assert len(BitDepth(1)(self.x).unique()) == 2
+        torch.testing.assert_close(BitDepth(3)(2 * self.x - 1, (-1, 1)), ((self.x * 7).round() / 7) * 2 - 1)
+        self.check([BitDepth(2)], reduced, torch.ones_like(self.x))
         for bits in (0, 17):
             with pytest.raises(InputError, match="bits"):
-                bit_depth(bits)
+                BitDepth(bits)
 
     def test_gaussian_noise(self) -> None:
         torch.manual_seed(0)
-        noisy = gaussian_noise(0.25)(torch.zeros(200, 200))
+        noisy = GaussianNoise(0.25)(torch.zeros(200, 200))
         assert abs(float(noisy.std()) - 0.25) < 0.005
         assert abs(float(noisy.mean())) < 0.01
         for sigma in (0.0, -1.0, float("nan")):
             with pytest.raises(InputError, match="sigma"):
-                gaussian_noise(sigma)
+                GaussianNoise(sigma)
 
     def test_draws(self) -> None:
         model = Model(self.net)
         assert Defended(model).draws == 1
-        assert Defended(model, [bit_depth(3)]).draws == 1
-        assert Defended(model, [bit_depth(3), gaussian_noise(0.1)]).draws == 10
-        assert Defended(model, [gaussian_noise(0.1)], draws=3).draws == 3
-        assert Defended(Defended(model, draws=30), [gaussian_noise(0.1)]).draws == 30
+        assert Defended(model, [BitDepth(3)]).draws == 1
+        assert Defended(model, [BitDepth(3), GaussianNoise(0.1)]).draws == 10
+        assert Defended(model, [GaussianNoise(0.1)], draws=3).draws == 3
+        assert Defended(Defended(model, draws=30), [GaussianNoise(0.1)]).draws == 30
         assert Defended(Defended(model, draws=30)).draws == 30
         assert Ensemble([model, Defended(model, draws=7)]).draws == 7
         with pytest.raises(InputError, match="draws"):
@@ -683,7 +684,7 @@ class TestDefended:
             shrink(self.x.clone().requires_grad_())
 
     def test_is_a_model_again(self) -> None:
-        model = Defended(Model(self.net, bounds=(-1, 1), num_classes=3), [bit_depth(4)])
+        model = Defended(Model(self.net, bounds=(-1, 1), num_classes=3), [BitDepth(4)])
         assert model.bounds == (-1.0, 1.0)
         assert model.num_classes == 3
         assert model.device.type == "cpu"
@@ -697,10 +698,10 @@ def test_descriptions_are_json() -> None:
     assert described["parameters"] == 18
     assert described["mean"] == [0.1] * 5
     assert described["access"] == "gradients"
-    whole = Ensemble([Defended(model, [bit_depth(3), gaussian_noise(0.1)]), Model(lambda x: x)], weights=[1, 3])
+    whole = Ensemble([Defended(model, [BitDepth(3), GaussianNoise(0.1)]), Model(lambda x: x)], weights=[1, 3])
     nested = json.loads(json.dumps(whole.describe()))
     assert nested["weights"] == [0.25, 0.75]
-    assert nested["models"][0]["transforms"] == ["bit_depth(3)", "gaussian_noise(0.1)"]
+    assert nested["models"][0]["transforms"] == ["BitDepth(bits=3)", "GaussianNoise(sigma=0.1)"]
     assert nested["models"][0]["draws"] == 10
 
 

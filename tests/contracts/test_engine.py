@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import saddlepoint as sp
+from saddlepoint.defenses.transforms import GaussianNoise
 from saddlepoint.engine import Attack, Declaration, Problem
-from saddlepoint.models import gaussian_noise
 from saddlepoint.trees import rows
 
 A = sp.attacks
@@ -271,7 +271,7 @@ def test_input_changed_in_place(mlp: nn.Module, samples: Samples) -> None:
 
 
 def test_stochastic_model(mlp: nn.Module, samples: Samples) -> None:
-    model = sp.Defended(sp.Model(mlp), [gaussian_noise(0.05)], draws=4)
+    model = sp.Defended(sp.Model(mlp), [GaussianNoise(0.05)], draws=4)
     result = sp.attack(model, *samples, A.PGD(steps=4), sp.Linf(0.2))
     assert result.having("fooled").sum() >= 10
     votes = torch.zeros(24, dtype=torch.int64)

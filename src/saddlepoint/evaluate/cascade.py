@@ -43,6 +43,7 @@ from saddlepoint.errors import InputError, UnknownNameError
 from saddlepoint.evaluate.campaign import Campaign, fingerprint, manifest
 from saddlepoint.evaluate.diagnose import Diagnosis, diagnose
 from saddlepoint.evaluate.evaluation import FAILED, STANDS, WRONG, Evaluation, Stage, WorstCase
+from saddlepoint.evaluate.naive import stands_naive
 from saddlepoint.goals import Untargeted
 from saddlepoint.models.base import Classifier, Probe
 from saddlepoint.models.compose import Borrowed, Defended
@@ -226,6 +227,7 @@ class _Cascade:
     notes: list[str] = field(default_factory=list)
     diagnosis: Diagnosis | None = None
     nearest: Tensor | None = None
+    naive: Tensor | None = None
 
     def __post_init__(self) -> None:
         count = len(self.y)
@@ -416,6 +418,24 @@ class _Cascade:
         if self.campaign is not None:
             self.campaign.record("diagnosis", self.diagnosis.to_dict())
 
+    def unaware(self) -> None:
+        """Of a model behind transformations: attacks by the gradients of the model inside, blind to the answers, then not."""
+        model = self.model
+        if not isinstance(model, Defended) or not model.transforms:
+            return
+        kept = self.campaign.document("naive") if self.campaign is not None else None
+        before = model.queries.forward
+        if kept is not None:
+            self.naive = torch.tensor(kept["stands"]) if kept["stands"] is not None else None
+        else:
+            self.naive = stands_naive(model, self.x, self.y, self.threat, seed=self.seed, batch_size=self.batch_size)
+        self.probe += model.queries.forward - before
+        if self.campaign is not None and kept is None:
+            self.campaign.record("naive", {"stands": self.naive.tolist() if self.naive is not None else None})
+        if self.naive is not None:
+            borrower = Borrowed(model, model.model)
+            self.run([Plan("inside", "gradients of the model inside", _follow(self.threat.norm), model=borrower)])
+
     def evaluation(self, complete: bool) -> Evaluation:
         for stage in self.stages.values():
             if count := int((stage.result.having(Status.ERROR) & (stage.result.predicted == NO_CLASS)).sum()):
@@ -423,7 +443,7 @@ class _Cascade:
         return Evaluation(
             self.x, self.y, self.threat, self.clean_predicted, tuple(self.stages.values()), self.broken_by, self.adversarial,
             self.margin, torch.zeros_like(self.looked), self.looked, self.diagnosis, tuple(self.notes), self.nearest,
-            self.probe, complete,
+            self.probe, complete, self.naive,
         )  # fmt: skip
 
 
@@ -642,6 +662,7 @@ def _through(run: _Cascade, effort: Effort, sources: Sequence[Classifier], curve
                 run.run([*borrowing(model, sources, norm), *escalation(norm, effort)])
                 for plan in groping(norm, effort):
                     run.search(plan)
+        run.unaware()
         if curve:
             run.measure()
     except KeyboardInterrupt:

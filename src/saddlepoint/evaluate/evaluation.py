@@ -72,7 +72,8 @@ class Evaluation:
     gradient at the input was looked at for signs of masking, one forward and one backward pass each.
     notes: what to know about the figure. nearest (N,) float64: distance of the nearest adversarial input in the ball or beyond,
     where they were looked for (`curve=True`). probe: rows spent on looking at the model before. complete: False after Ctrl-C:
-    later stages are missing.
+    later stages are missing. naive (N,) bool: of a model behind transformations, the samples that stand an attack on the model
+    inside, which doesn't know of them; None where there is no such attack.
     """
 
     x: Tensor
@@ -90,6 +91,7 @@ class Evaluation:
     nearest: Tensor | None = None
     probe: int = 0
     complete: bool = True
+    naive: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -121,6 +123,11 @@ class Evaluation:
     def robust_accuracy(self) -> float:
         """Share of samples that the model gets right and nothing broke: an upper bound of what the model is worth."""
         return _mean(self.stands)
+
+    @property
+    def naive_accuracy(self) -> float | None:
+        """Share of samples that are right, and stay so under an attack which doesn't know the transformations; None without."""
+        return None if self.naive is None else _mean(self.naive & self.right)
 
     @property
     def interval(self) -> Interval:
@@ -270,7 +277,7 @@ class Evaluation:
             stages.append(replace(stage, rows=place[stage.rows[kept]], result=stage.result.select(kept)))
         names = ("x", "y", "clean_predicted", "broken_by", "adversarial", "margin", "certified", "looked")
         own = {name: getattr(self, name)[rows] for name in names}
-        own["nearest"] = self.nearest[rows] if self.nearest is not None else None
+        own |= {name: value[rows] for name in ("nearest", "naive") if (value := getattr(self, name)) is not None}
         return replace(self, threat=self.threat.only(rows, self.x), stages=tuple(stages), **own)
 
     def groups(self, values: Tensor | Iterable[Hashable]) -> dict[Any, Evaluation]:  # Any: of the values' own type
@@ -283,12 +290,13 @@ class Evaluation:
 
     def summary(self) -> str:
         """The figure, how it came about, and what it cost, in plain text."""
-        between, each = self.interval, max(len(self), 1)
+        between, naive, each = self.interval, self.naive_accuracy, max(len(self), 1)
         proven = f"{between.certified:.2%}" if bool(self.certified.any()) else "nothing: no proof was looked for"
         lines = [
             f"Evaluation of {len(self)} samples within {self.threat}",
             f"  clean accuracy   {self.clean_accuracy:.2%}",
             f"  robust accuracy  {self.robust_accuracy:.2%} at most; {between.high:.2%} for all such inputs (97.5 % sure)",
+            *([] if naive is None else [f"  naive attack     {naive:.2%}: by one that doesn't know the transformations"]),
             f"  proven           {proven}",
             f"  passes a sample  {float(self.queries.total.sum()) / each:.1f}, {self.seconds:.1f} s",
             *([f"  heavy attacks    each tried on {self.reached}"] if self.reached else []),
@@ -312,20 +320,20 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """The figures, ready for JSON. Shares are between 0 and 1.
 
-        samples, clean_accuracy, robust_accuracy, per_class ({class: [samples, clean, robust accuracy]}); threat: its settings;
-        interval: {certified, attacked, low, high}, see `Interval`; passes: {forward, backward} of a sample, on average;
-        seconds, complete, notes: as the attributes; curve: [[eps, robust accuracy], ...] or None; diagnosis:
-        `Diagnosis.to_dict()` or None; stages: a list of {name, why, heavy, attacked, broke, fell, alone, after, passes,
-        seconds}, where attacked and broke count samples, fell those that it was the first to break, alone such that others had
-        tried in vain and no other broke; after is the share left, counted down the list (see `cumulative`), passes those of all
-        samples.
+        samples, clean_accuracy, robust_accuracy, naive_accuracy (or None); per_class: {class: [samples, clean, robust
+        accuracy]}; threat: its settings; interval: {certified, attacked, low, high}, see `Interval`; passes: {forward,
+        backward} of a sample, on average; seconds, complete, notes: as the attributes; curve: [[eps, robust accuracy], ...] or
+        None; diagnosis: `Diagnosis.to_dict()` or None; stages: a list of {name, why, heavy, attacked, broke, fell, alone,
+        after, passes, seconds}, where attacked and broke count samples, fell those that it was the first to break, alone such
+        that others had tried in vain and no other broke; after is the share left, counted down the list (see `cumulative`),
+        passes those of all samples.
         """
         between, queries, each = self.interval, self.queries, max(len(self), 1)
         one_size, alone = not isinstance(self.threat.eps, tuple), self.alone
         return {
             "samples": len(self), "threat": self.threat.settings(),
             "clean_accuracy": self.clean_accuracy, "robust_accuracy": self.robust_accuracy,
-            "interval": asdict(between),
+            "naive_accuracy": self.naive_accuracy, "interval": asdict(between),
             "passes": {"forward": float(queries.forward.sum()) / each, "backward": float(queries.backward.sum()) / each},
             "seconds": self.seconds, "complete": self.complete, "notes": list(self.notes),
             "stages": [

@@ -7,10 +7,10 @@ from saddlepoint.models.huggingface_model import embed_tokens, hugging_face
 from saddlepoint.models.onnx_graph import OnnxNetwork, read_graph
 from saddlepoint.models.onnx_model import OnnxSession
 from saddlepoint.models.torch_model import Model
-from saddlepoint.models.transforms import Transform, bit_depth, gaussian_noise
+from saddlepoint.models.transforms import InputTransform, Transform, TransformLayer
 from saddlepoint.models.trees_exact import TreeEnsemble, tree_ensemble
 
 __all__ = [
-    "Borrowed", "Classifier", "Defended", "Ensemble", "HttpModel", "Model", "OnnxNetwork", "OnnxSession", "Probe", "Transform",
-    "TreeEnsemble", "bit_depth", "embed_tokens", "gaussian_noise", "hugging_face", "read_graph", "tree_ensemble",
+    "Borrowed", "Classifier", "Defended", "Ensemble", "HttpModel", "InputTransform", "Model", "OnnxNetwork", "OnnxSession",
+    "Probe", "Transform", "TransformLayer", "TreeEnsemble", "embed_tokens", "hugging_face", "read_graph", "tree_ensemble",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from saddlepoint.errors import InputError
 from saddlepoint.models.base import Classifier
-from saddlepoint.models.transforms import Transform
+from saddlepoint.models.transforms import InputTransform, Transform, bound
 
 _DRAWS = 10  # of a randomised defense, unless stated: Athalye et al. (2018) used 10 to 30
 
@@ -76,19 +76,22 @@ class Ensemble(Classifier):
 class Defended(Classifier):
     """A model behind input transformations, which is a model again and is attacked as its transformations declare.
 
+    transforms: applied from the first to the last: settings such as `sp.transforms.BitDepth(4)`, which take on the model's
+        bounds, and functions in `sp.Transform(name=..., apply=...)`.
     draws: how many draws each gradient and judgement averages over; by default 10 if a transformation is random, else 1.
         State it where the model itself is random: `Defended(model, [], draws=10)`.
     """
 
-    def __init__(self, model: Classifier, transforms: Sequence[Transform] = (), draws: int | None = None) -> None:
+    def __init__(
+        self, model: Classifier, transforms: Sequence[Transform | InputTransform] = (), draws: int | None = None
+    ) -> None:
+        self.model, self.transforms = model, tuple(bound(t, model.bounds) for t in transforms)
         if draws is None:
-            draws = max(model.draws, _DRAWS if any(t.random for t in transforms) else 1)
+            draws = max(model.draws, _DRAWS if any(t.random for t in self.transforms) else 1)
         super().__init__(model.bounds, model.access, model.num_classes, draws, model.device)
-        self.model, self.transforms = model, tuple(transforms)
 
     def networks(self) -> tuple[nn.Module, ...]:
-        functions = [function for t in self.transforms for function in (t.apply, t.backward)]
-        return self.model.networks() + tuple(function for function in functions if isinstance(function, nn.Module))
+        return self.model.networks() + tuple(net for transform in self.transforms for net in transform.networks)
 
     def _transformed(self, x: Tensor) -> Tensor:
         for transform in self.transforms:

@@ -241,6 +241,7 @@ def evaluation_results(
     | last_to_break | number of the stage furthest down the list that broke something, from 0; null if none did |
     | closest | [[number of the sample, class, margin, distance of the best attempt], ...], the closest call first |
     | samples, threat, clean_accuracy, robust_accuracy | robust accuracy is an upper bound |
+    | naive_accuracy | under an attack that doesn't know the transformations of a defended model; null without any |
     | interval | {certified, attacked, low, high}: see `Interval` |
     | passes | {forward, backward} of a sample, on average |
     | totals | passes of all samples: {forward, backward, verify, probe, looked, diagnosis}; verify confirmed successes; looked, a part of forward and backward: at gradients, for signs of masking |

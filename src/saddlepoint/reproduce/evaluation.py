@@ -13,11 +13,11 @@ from saddlepoint.attacks import FGSM, PGD, AutoAttack, Square
 from saddlepoint.attacks.facade import attack, perturb
 from saddlepoint.defenses import Adversarial
 from saddlepoint.defenses.objectives import Batch, Objective
+from saddlepoint.defenses.transforms import BitDepth
 from saddlepoint.engine import Attack
 from saddlepoint.evaluate import Evaluation, diagnose, evaluate
 from saddlepoint.evaluate.evidence import passes
 from saddlepoint.models import Classifier, Defended, Model
-from saddlepoint.models.transforms import bit_depth
 from saddlepoint.reproduce.frame import Context, Figure, Recipe, entry
 from saddlepoint.reproduce.masking import CNN, EPS, UNIT, undefended_network
 from saddlepoint.threats import Linf
@@ -184,7 +184,7 @@ class _Saturated(torch.nn.Module):
 def masked(plain: Model) -> dict[str, Classifier]:
     """Two defenses that only hide the gradient."""
     assert isinstance(plain.net, torch.nn.Module)
-    levels = replace(bit_depth(3), backward="exact")  # rounding's own gradient, zero, where bit_depth declares BPDA
+    levels = replace(BitDepth(3).transform(plain.bounds), backward="exact")  # rounding's own gradient, zero, not BPDA
     return {"8 levels": Defended(plain, [levels]), "logits x 1000": Model(_Saturated(plain.net), bounds=plain.bounds)}
 
 
