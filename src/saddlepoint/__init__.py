@@ -10,7 +10,7 @@
 
 from saddlepoint import attacks, data, defenses, models, zoo
 from saddlepoint.attacks.facade import attack, perturb
-from saddlepoint.defenses import Adversarial, Hardening, Standard, Training, harden, train
+from saddlepoint.defenses import Adversarial, Hardening, Standard, Training, harden, train, transforms
 from saddlepoint.engine import AttackResult, Budget, Interrupted
 from saddlepoint.errors import (
     CapabilityError,
@@ -38,6 +38,7 @@ from saddlepoint.evaluate import (
     WorstCase,
     compare,
     compare_campaigns,
+    compare_defended,
     diagnose,
     distance,
     estimate,
@@ -106,6 +107,7 @@ __all__ = [
     "attacks",
     "compare",
     "compare_campaigns",
+    "compare_defended",
     "data",
     "defenses",
     "diagnose",
@@ -121,5 +123,6 @@ __all__ = [
     "substitute",
     "train",
     "transfer_matrix",
+    "transforms",
     "zoo",
 ]  # fmt: skip

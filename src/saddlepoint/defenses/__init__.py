@@ -1,5 +1,9 @@
-"""The outer minimum: training that makes models robust."""
+"""The outer minimum: training that makes models robust, and what stands before or in place of a classifier.
 
+Input transformations are in `saddlepoint.defenses.transforms`, which is `sp.transforms`.
+"""
+
+from saddlepoint.defenses import transforms
 from saddlepoint.defenses.augmentation import (
     Augmented,
     Cutout,
@@ -8,6 +12,15 @@ from saddlepoint.defenses.augmentation import (
     LabelSmoothing,
     Mixup,
     static_augmentation,
+)
+from saddlepoint.defenses.classifiers import (
+    RBF,
+    GaussianProcessHead,
+    GradientMasked,
+    NearestNeighbours,
+    PrototypeLoss,
+    Prototypes,
+    Smoothed,
 )
 from saddlepoint.defenses.distillation import Tempered, distill
 from saddlepoint.defenses.ensemble import EnsembleAdversarial
@@ -22,10 +35,57 @@ from saddlepoint.defenses.training import Training, train
 from saddlepoint.defenses.weights import AWP, LipschitzPenalty, LipschitzProjection, Parseval, WeightPenalty
 
 __all__ = [
-    "AWP", "CURE", "HAT", "MART", "NFGSM", "RECIPES", "TRADES", "Adversarial", "AdversarialLogitPairing", "Around", "Augmented",
-    "Batch", "CleanLogitPairing", "Cutout", "Dropout", "EnsembleAdversarial", "EpochRecord", "Fast", "Fit", "Free",
-    "GaussianAugmentation", "GradAlign", "Hardening", "InputGradientPenalty", "JacobianPenalty", "LabelSmoothing",
-    "LipschitzPenalty", "LipschitzProjection", "MinMax", "Mixup", "Objective", "Parseval", "Recipe", "Sample", "Standard",
-    "StopAtCollapse", "Tempered", "Training", "WeightPenalty", "distill", "fit", "harden", "recipe", "static_augmentation",
+    "AWP",
+    "CURE",
+    "HAT",
+    "MART",
+    "NFGSM",
+    "RBF",
+    "RECIPES",
+    "TRADES",
+    "Adversarial",
+    "AdversarialLogitPairing",
+    "Around",
+    "Augmented",
+    "Batch",
+    "CleanLogitPairing",
+    "Cutout",
+    "Dropout",
+    "EnsembleAdversarial",
+    "EpochRecord",
+    "Fast",
+    "Fit",
+    "Free",
+    "GaussianAugmentation",
+    "GaussianProcessHead",
+    "GradAlign",
+    "GradientMasked",
+    "Hardening",
+    "InputGradientPenalty",
+    "JacobianPenalty",
+    "LabelSmoothing",
+    "LipschitzPenalty",
+    "LipschitzProjection",
+    "MinMax",
+    "Mixup",
+    "NearestNeighbours",
+    "Objective",
+    "Parseval",
+    "PrototypeLoss",
+    "Prototypes",
+    "Recipe",
+    "Sample",
+    "Smoothed",
+    "Standard",
+    "StopAtCollapse",
+    "Tempered",
+    "Training",
+    "WeightPenalty",
+    "distill",
+    "fit",
+    "harden",
+    "recipe",
+    "static_augmentation",
     "train",
+    "transforms",
 ]  # fmt: skip

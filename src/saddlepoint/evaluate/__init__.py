@@ -3,6 +3,7 @@
 from saddlepoint.evaluate.campaign import Campaign
 from saddlepoint.evaluate.cascade import Effort, evaluate
 from saddlepoint.evaluate.compare import Cell, Comparison, compare
+from saddlepoint.evaluate.defended import DefendedComparison, compare_defended
 from saddlepoint.evaluate.diagnose import Diagnosis, Finding, diagnose
 from saddlepoint.evaluate.distances import Distances, Quantile, distance
 from saddlepoint.evaluate.estimate import Estimate, estimate
@@ -14,8 +15,8 @@ from saddlepoint.evaluate.substitute import Round, Substitute, substitute
 from saddlepoint.evaluate.transfer import Transfer, TransferMatrix, transfer_matrix
 
 __all__ = [
-    "AdversarialSet", "Campaign", "Case", "Cell", "Comparison", "Diagnosis", "Distances", "Effort", "Estimate", "Evaluation",
+    "AdversarialSet", "Campaign", "Case", "Cell", "Comparison", "DefendedComparison", "Diagnosis", "Distances", "Effort", "Estimate", "Evaluation",
     "Finding", "Interval", "Paired", "Quantile", "QueryCurve", "Round", "Stage", "Substitute", "Trace", "Transfer",
-    "TransferMatrix", "WorstCase", "compare", "compare_campaigns", "diagnose", "distance", "estimate", "evaluate", "export",
+    "TransferMatrix", "WorstCase", "compare", "compare_campaigns", "compare_defended", "diagnose", "distance", "estimate", "evaluate", "export",
     "query_curve", "replay", "substitute", "transfer_matrix",
 ]  # fmt: skip
