@@ -15,8 +15,8 @@ from saddlepoint.evaluate.substitute import Round, Substitute, substitute
 from saddlepoint.evaluate.transfer import Transfer, TransferMatrix, transfer_matrix
 
 __all__ = [
-    "AdversarialSet", "Campaign", "Case", "Cell", "Comparison", "DefendedComparison", "Diagnosis", "Distances", "Effort", "Estimate", "Evaluation",
-    "Finding", "Interval", "Paired", "Quantile", "QueryCurve", "Round", "Stage", "Substitute", "Trace", "Transfer",
-    "TransferMatrix", "WorstCase", "compare", "compare_campaigns", "compare_defended", "diagnose", "distance", "estimate", "evaluate", "export",
-    "query_curve", "replay", "substitute", "transfer_matrix",
+    "AdversarialSet", "Campaign", "Case", "Cell", "Comparison", "DefendedComparison", "Diagnosis", "Distances", "Effort",
+    "Estimate", "Evaluation", "Finding", "Interval", "Paired", "Quantile", "QueryCurve", "Round", "Stage", "Substitute",
+    "Trace", "Transfer", "TransferMatrix", "WorstCase", "compare", "compare_campaigns", "compare_defended", "diagnose",
+    "distance", "estimate", "evaluate", "export", "query_curve", "replay", "substitute", "transfer_matrix",
 ]  # fmt: skip
