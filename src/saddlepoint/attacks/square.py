@@ -26,7 +26,7 @@ from saddlepoint.taxonomy import Access, Norm
 from saddlepoint.trees import rows
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # after so many of 10,000 queries the share is halved
-_FIRST_SHARES = {Norm.LINF: 0.3, Norm.L2: 0.1, Norm.L1: 0.8}
+_FIRST_SHARES = {Norm.LINF: 0.3, Norm.L2: 0.8, Norm.L1: 0.8}
 _TINY = 1e-12
 _SLACK = 1 - 2**-20  # of eps: rounding does not lead out of the ball, and the projection has nothing to do
 
@@ -64,10 +64,11 @@ class Square(Attack):
     it starts with a grid of 5 x 5 pyramids, adds a pyramid to one window, and pays with the perturbation of another.
 
     steps: queries after the first one; the paper has 10,000 in l-infinity and l2, AutoAttack 5,000. p_init: share of the plane
-    that the first windows cover; None for the paper's on MNIST and CIFAR-10, 0.3, in l2 0.1 (AutoAttack has 0.8 for all),
-    halved at 0.1, 0.5, 2, 5, 10, 20, 40, 60 and 80 % of the steps. loss: None is the paper's (`published`). Windows are square
-    where the plane is large enough, otherwise as wide as their area asks. Positions, signs and directions are each sample's
-    own. Where the paper scales to the l2 ball and clips, the projection here is the one on ball and range together.
+    that the first windows cover; None for 0.3 in l-infinity, the authors' for MNIST and CIFAR-10, and AutoAttack's 0.8 in l2 and
+    l1 (the authors have 0.1 in l2). It is halved at 0.1, 0.5, 2, 5, 10, 20, 40, 60 and 80 % of the steps. loss: None is the
+    paper's (`published`). Windows are square where the plane is large enough, otherwise as wide as their area asks. Positions,
+    signs and directions are each sample's own. Where the paper scales to the l2 ball and clips, the projection here is the one
+    on ball and range together.
 
     Source: Andriushchenko, Croce, Flammarion & Hein (2020), Square attack: a query-efficient black-box adversarial attack via
     random search, arXiv:1912.00049, algorithms 1 to 3; l1: Croce & Hein (2021), Mind the box, arXiv:2103.01208, section 4.
