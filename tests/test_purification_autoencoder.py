@@ -50,7 +50,9 @@ def test_the_layers_are_those_of_the_papers_table_for_mnist():
     torch.testing.assert_close(net(x), functional.conv2d(h, w[8], w[9], padding=1).sigmoid())
 
 
-@pytest.mark.parametrize(("channels", "structure", "convolutions"), [(1, MNIST_DETECTOR, 3), (3, CIFAR, 3), (3, (4, "pool"), 3)])
+@pytest.mark.parametrize(
+    ("channels", "structure", "convolutions"), [(1, MNIST_DETECTOR, 3), (3, CIFAR, 3), (3, (4, "pool"), 3)]
+)
 def test_any_structure_keeps_the_shape_and_range(channels, structure, convolutions):
     net = built(channels, structure)
     x = torch.rand(2, channels, 6, 4, generator=torch.Generator().manual_seed(0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +49,7 @@ def fit(
     progress: bool = False,
     on_epoch: Callable[[Any], None] | None = None,
     name: str = "training",
+    settings: Mapping[str, object] | None = None,
 ) -> Fit:
     """Minimise `loss` over batches of `data`; returns the mean loss of each epoch."""
     if epochs < 1 or batch_size < 1:
@@ -61,7 +62,7 @@ def fit(
         for epoch in range(epochs):
             net.train()
             total = 0.0
-            for number, ids in enumerate(torch.randperm(len(data[0])).split(batch_size)):
+            for number, ids in enumerate(torch.split(torch.randperm(len(data[0])), batch_size)):
                 done = (epoch + number / batches) / epochs
                 factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[schedule]
                 for group, rate in zip(optimiser.param_groups, rates, strict=True):
@@ -78,4 +79,4 @@ def fit(
                 on_epoch(losses[-1])
     net.eval()
     net.zero_grad(set_to_none=True)
-    return Fit(tuple(losses), True, {})
+    return Fit(tuple(losses), True, dict(settings or {}))

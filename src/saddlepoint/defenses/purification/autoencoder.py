@@ -67,14 +67,16 @@ class Autoencoder(Purifier):
     def forward(self, x: Tensor) -> Tensor:
         """ae(x)."""
         if any(size % self.pools for size in x.shape[2:]):
-            raise InputError(f"this autoencoder halves images: height and width must be multiples of {self.pools}; got {x.shape}")
+            raise InputError(
+                f"this autoencoder halves images: height and width must be multiples of {self.pools}; got {x.shape}"
+            )
         reconstructed: Tensor = self.layers(x)
         return reconstructed
 
     def loss(self, x: Tensor, noise: float) -> Tensor:
         """Mean of (ae(x + noise N(0, 1), clipped to [0, 1]) - x)^2 (section 3.2; noise drawn from torch's global state)."""
         corrupted = (x + noise * torch.randn_like(x)).clamp(0, 1)
-        return functional.mse_loss(self(corrupted), x)
+        return functional.mse_loss(self.forward(corrupted), x)
 
     def reconstruction_error(self, x: Tensor, p: int = 1) -> Tensor:
         """A detector's scores (N,): the mean of |x - ae(x)|^p over the features (eq. 5); the higher, the more suspect.
@@ -83,7 +85,7 @@ class Autoencoder(Purifier):
         """
         if p < 1:
             raise InputError(f"p must be at least 1; got {p}")
-        return (x - self(x)).abs().pow(p).flatten(1).mean(1)
+        return (x - self.forward(x)).abs().pow(p).flatten(1).mean(1)
 
     def divergence(self, model: Classifier, x: Tensor, temperature: float = 10.0) -> Tensor:
         """A detector's scores (N,): how differently x and ae(x) are classified, by Jensen and Shannon (section 4.4).
@@ -107,12 +109,12 @@ def train_autoencoder(
     epochs: int = 100,
     batch_size: int = 256,
     learning_rate: float = 1e-3,
-    **settings: Any,
+    **loop: Any,
 ) -> Fit:
     """Train a reformer on clean images x (N, C, H, W) in [0, 1]: no attack is needed.
 
     noise: standard deviation of the corruption, 0.1 for MNIST and 0.025 for CIFAR-10. weight_penalty: times the sum of
-    squared weights. settings: of the training loop, such as checkpoint, seed and progress (Any since they are passed on).
+    squared weights. loop: settings of the training loop, such as checkpoint, seed and progress (Any since they are passed on).
     """
     check_images(x)
     if not noise >= 0 or not weight_penalty >= 0:
@@ -124,5 +126,6 @@ def train_autoencoder(
         return net.loss(sample.tensors[0], noise) + weight_penalty * penalty
 
     return fit(
-        net, (x,), loss, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, name="autoencoder", **settings
+        net, (x,), loss, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, name="autoencoder",
+        settings={"noise": noise, "weight_penalty": weight_penalty}, **loop,
     )  # fmt: skip

@@ -56,7 +56,8 @@ class Denoiser(Purifier):
 
     def forward(self, x: Tensor) -> Tensor:
         """x - dx(x)."""
-        return (x - self.noise(x)).clamp(0, 1)
+        noise: Tensor = self.noise(x)
+        return (x - noise).clamp(0, 1)
 
 
 def guided_loss(
@@ -117,13 +118,14 @@ def train_denoiser(
     epochs: int = 20,
     batch_size: int = 64,
     learning_rate: float = 1e-3,
-    **settings: Any,
+    **loop: Any,
 ) -> Fit:
     """Train a denoiser on pairs of adversarial and clean images, each (N, C, H, W) in [0, 1]; clean ones stay as they are.
 
     Each batch holds the adversarial images and their clean ones in equal parts (our choice), so that the denoiser learns to
-    leave clean images alone. model: the classifier to protect, not needed for guide="pixel". layer: of its features. y: labels (N,), for
-    guide="class". settings: of the training loop, such as checkpoint, seed and progress (Any since they are passed on).
+    leave clean images alone. model: the classifier to protect, not needed for guide="pixel". layer: of its features. y: labels
+    (N,), for guide="class". loop: settings of the training loop, such as checkpoint, seed and progress (Any since they are
+    passed on).
 
     Defaults: the paper's 20 to 30 epochs of Adam with learning rate 0.001, which it lowers on the way.
     """
@@ -145,5 +147,5 @@ def train_denoiser(
 
     return fit(
         net, (adversarial, clean, y), loss, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
-        name="denoiser", **settings,
+        name="denoiser", settings={"guide": guide, "layer": layer}, **loop,
     )  # fmt: skip
