@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -164,7 +164,7 @@ class PixelDefend(Purifier):
     arXiv:1710.10766, section 5.
     """
 
-    backward: ClassVar[Literal["exact", "identity"]] = "identity"
+    backward = "identity"
 
     def __init__(self, density: PixelCNN, eps_defend: float, threshold: float | None = None) -> None:
         super().__init__()

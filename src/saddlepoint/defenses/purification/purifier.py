@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,14 @@ class Purifier(nn.Module, ABC):
     Source: Meng & Chen 2017, arXiv:1705.09064, who call it a reformer.
     """
 
-    backward: ClassVar[Literal["exact", "identity"]] = "exact"
-    random: ClassVar[bool] = False
+    backward: Literal["exact", "identity"] = "exact"
+    random: bool = False
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W), both in [0, 1]."""
 
+    @final
     def transform(self) -> Transform:
         """The input transformation for `sp.Defended(model, [purifier.transform()])`, which attacks then differentiate."""
         return Transform(name=type(self).__name__, apply=self, backward=self.backward, random=self.random)
