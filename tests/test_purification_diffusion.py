@@ -119,10 +119,12 @@ def test_training_predicts_noise(diffusion):
 def test_it_repairs_what_was_made_for_the_bare_model_and_falls_to_what_was_made_for_it(classifier, diffusion):
     defended = sp.Defended(classifier, [DiffusionPurifier(diffusion, 0.1).transform()], draws=2)
     naive = sp.attack(classifier, X, Y, sp.attacks.PGD(steps=20), sp.Linf(0.25))
-    assert accuracy(defended, X) >= 0.85
-    assert naive.robust_accuracy <= 0.15
-    assert accuracy(defended, naive.adversarial) >= 0.5
-    adaptive = sp.attack(defended, X, Y, sp.attacks.PGD(steps=30), sp.Linf(0.25))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert accuracy(defended, X) >= 0.85
+        assert naive.robust_accuracy <= 0.1
+        assert accuracy(defended, naive.adversarial) >= 0.5
+        adaptive = sp.attack(defended, X, Y, sp.attacks.PGD(steps=15), sp.Linf(0.25))
     assert adaptive.robust_accuracy <= 0.2
 
 

@@ -1,7 +1,5 @@
 """Defense-GAN: the critic's loss, the descent to the nearest image, whose turn it is, and both attacks."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -24,15 +22,15 @@ def classifier() -> sp.Model:
 
 @pytest.fixture(scope="module")
 def generator() -> Generator:
-    net, critic = built(16, (64,)), Critic((1, 8, 8), (64,))
-    train_gan(net, DIGITS.train.x, critic=critic, critic_steps=2, epochs=25, learning_rate=2e-3)
+    net = built(8, 8)
+    train_gan(net, DIGITS.train.x, critic=Critic((1, 8, 8), 8), critic_steps=2, epochs=10, batch_size=32, learning_rate=4e-3)
     return net
 
 
-def built(latent=3, widths=(8,), dtype=torch.float32) -> Generator:
+def built(latent=3, width=4, dtype=torch.float32) -> Generator:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Generator((1, 8, 8), latent, widths).to(dtype)
+        return Generator((1, 8, 8), latent, width).to(dtype)
 
 
 def linear() -> Generator:
@@ -40,7 +38,7 @@ def linear() -> Generator:
     net = built(dtype=torch.float64)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net.layers = nn.Sequential(nn.Linear(3, 64)).double()
+        net.layers = nn.Sequential(nn.Linear(3, 64), nn.Unflatten(1, (1, 8, 8))).double()
     return net
 
 
@@ -98,7 +96,7 @@ def test_the_generator_moves_at_every_kth_batch_and_the_critic_at_each():
     start = built().state_dict()
     moved, critics = [], []
     for batches, k in [(2, 3), (3, 3), (1, 1), (1, 2)]:
-        net, critic = built(), Critic((1, 8, 8), (8,))
+        net, critic = built(), Critic((1, 8, 8), 4)
         critic.load_state_dict({key: 0.1 + torch.zeros_like(value) for key, value in critic.state_dict().items()})
         train_gan(net, X[: 8 * batches], critic=critic, critic_steps=k, epochs=1, batch_size=8)
         moved.append(any(not torch.equal(value, start[key]) for key, value in net.state_dict().items()))
@@ -113,17 +111,19 @@ def test_training_brings_the_images_closer_to_the_data(generator):
         return float((DefenseGAN(net, steps=30, restarts=2)(X) - X).square().mean())
 
     with torch.random.fork_rng():
-        assert nearest(generator) < 0.7 * nearest(built(16, (64,)))
+        assert nearest(generator) < 0.7 * nearest(built(8, 8))
 
 
 def test_it_repairs_what_was_made_for_the_bare_model_and_falls_to_what_was_made_for_it(classifier, generator):
     transform = DefenseGAN(generator, steps=30, restarts=2).transform()
     defended = sp.Defended(classifier, [transform], draws=2)
     naive = sp.attack(classifier, X, Y, sp.attacks.PGD(steps=20), sp.Linf(0.2))
-    adaptive = sp.attack(defended, X, Y, sp.attacks.PGD(steps=10), sp.Linf(0.3))
-    assert accuracy(defended, X) >= 0.8
-    assert naive.robust_accuracy <= 0.1
-    assert accuracy(defended, naive.adversarial) >= 0.6
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert accuracy(defended, X) >= 0.8
+        assert naive.robust_accuracy <= 0.1
+        assert accuracy(defended, naive.adversarial) >= 0.55
+        adaptive = sp.attack(defended, X, Y, sp.attacks.PGD(steps=8), sp.Linf(0.3))
     assert adaptive.robust_accuracy <= 0.3
 
 
@@ -137,10 +137,12 @@ def test_it_is_declared_random_with_bpda_identity():
     assert all(p.grad is None for p in purifier.parameters())
 
 
-def test_sizes():
-    assert Generator((3, 4, 5), 2, (6, 7))(torch.zeros(2, 2)).shape == (2, 3, 4, 5)
-    assert Generator((1, 2, 2), 2, ())(torch.zeros(1, 2)).shape == (1, 1, 2, 2)
-    assert sum(p.numel() for p in Critic((1, 4, 4), (5,)).parameters()) == math.prod((16, 5)) + 5 + 5 + 1
+def test_any_shape_is_made():
+    for shape in [(1, 28, 28), (3, 32, 32), (1, 6, 9), (2, 4, 4)]:
+        images = Generator(shape, 2, 3)(torch.zeros(2, 2))
+        assert images.shape == (2, *shape)
+        assert Critic(shape, 3)(images).shape == (2,)
+        assert bool(((images > 0) & (images < 1)).all())
 
 
 def test_bad_input_is_refused():

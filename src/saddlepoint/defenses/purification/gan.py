@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, final
 
 import torch
@@ -15,38 +14,55 @@ from saddlepoint.defenses.purification.purifier import Purifier, check_images, t
 from saddlepoint.errors import InputError
 
 
-def _layers(sizes: Sequence[int], activation: nn.Module) -> list[nn.Module]:
-    return [part for pair in pairwise(sizes) for part in (nn.Linear(*pair), activation)]
-
-
 @final
 class Generator(nn.Module):
-    """Images G(z) (N, C, H, W) in [0, 1] from z (N, latent): a fully connected network of hidden `widths`."""
+    """Images G(z) (N, C, H, W) in [0, 1] from z (N, latent): a linear layer and two transposed convolutions, 4x4, stride 2.
 
-    def __init__(self, shape: Sequence[int] = (1, 28, 28), latent: int = 64, widths: Sequence[int] = (256, 512)) -> None:
+    width: channels before the last convolution; twice as many before the first. Sizes that are no multiples of 4 are cut.
+
+    Errors: `InputError` for a shape that isn't (C, H, W), or sizes below 1.
+
+    Source: Radford, Metz & Chintala 2016, arXiv:1511.06434, figure 1, in small and without batch normalisation.
+    """
+
+    def __init__(self, shape: Sequence[int] = (1, 28, 28), latent: int = 16, width: int = 16) -> None:
         super().__init__()
-        if latent < 1 or min((*shape, *widths), default=0) < 1 or len(shape) != 3:
-            raise InputError(f"shape must be (C, H, W), latent and widths at least 1; got {tuple(shape)}, {latent}, {widths}")
+        if len(shape) != 3 or min(*shape, latent, width) < 1:
+            raise InputError(
+                f"shape must be (C, H, W), latent and width at least 1; got {tuple(shape)}, {latent} and {width}"
+            )  # fmt: skip
         self.shape, self.latent = tuple(shape), latent
-        hidden = _layers((latent, *widths), nn.ReLU())
-        self.layers = nn.Sequential(*hidden, nn.Linear((latent, *widths)[-1], math.prod(shape)), nn.Sigmoid())
+        coarse = (2 * width, math.ceil(shape[1] / 4), math.ceil(shape[2] / 4))
+        self.layers = nn.Sequential(
+            nn.Linear(latent, math.prod(coarse)),
+            nn.ReLU(),
+            nn.Unflatten(1, coarse),
+            nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(width, shape[0], 4, stride=2, padding=1),
+            nn.Sigmoid(),
+        )
 
     def forward(self, z: Tensor) -> Tensor:
         """G(z)."""
-        images: Tensor = self.layers(z).view(len(z), *self.shape)
-        return images
+        images: Tensor = self.layers(z)
+        return images[:, :, : self.shape[1], : self.shape[2]]
 
 
 @final
 class Critic(nn.Module):
-    """A number D(x) (N,) for images: higher for real ones. A fully connected network of hidden `widths`."""
+    """A number D(x) (N,) for images (N, C, H, W), higher for real ones: two convolutions, 4x4, stride 2, and a linear layer."""
 
-    def __init__(self, shape: Sequence[int] = (1, 28, 28), widths: Sequence[int] = (512, 256)) -> None:
+    def __init__(self, shape: Sequence[int] = (1, 28, 28), width: int = 16) -> None:
         super().__init__()
-        size = math.prod(shape)
         self.layers = nn.Sequential(
-            nn.Flatten(), *_layers((size, *widths), nn.LeakyReLU(0.2)), nn.Linear((size, *widths)[-1], 1)
-        )  # fmt: skip
+            nn.Conv2d(shape[0], width, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Flatten(),
+            nn.Linear(2 * width * (shape[1] // 4) * (shape[2] // 4), 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """D(x)."""
@@ -82,7 +98,7 @@ class DefenseGAN(Purifier):
 
     >>> import saddlepoint as sp
     >>> from saddlepoint.defenses.purification import DefenseGAN, Generator, train_gan
-    >>> digits, generator = sp.data.load("digits"), Generator((1, 8, 8), latent=8, widths=(32,))
+    >>> digits, generator = sp.data.load("digits"), Generator((1, 8, 8), latent=8)
     >>> training = train_gan(generator, digits.train.x, epochs=1)
     >>> DefenseGAN(generator, steps=5, restarts=2)(digits.test.x[:3]).shape
     torch.Size([3, 1, 8, 8])
