@@ -15,6 +15,7 @@ from saddlepoint.reproduce import (  # noqa: F401  # they register their entries
     liu,
     masking,
     papernot_blackbox,
+    purification,
     szegedy,
 )
 from saddlepoint.reproduce.frame import ENTRIES, Context, Entry, Figure, Outcome, Recipe, find, find_data, run
