@@ -224,7 +224,6 @@ def test_signs_of_changes_of_the_distance() -> None:
         (lambda: QEBA(subspace="wavelet"), "subspace"),
         (lambda: QEBA(reduction=0), "reduction"),
         (lambda: GeoDA(share=0.0), "share"),
-        (lambda: GeoDA(steps=100), "billion"),
         (lambda: CGBA(memory=1.0), "memory"),
         (lambda: SignOPT(alpha=0.0), "alpha"),
     ],

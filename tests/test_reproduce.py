@@ -24,7 +24,7 @@ from saddlepoint.reproduce.measures import right
 from saddlepoint.reproduce.szegedy import WeightDecay, sigmoid_network
 
 DIGITS = sp.data.load("digits")
-NUMBERS = [*range(1, 11), 12, 13, 15, 17, 18, *range(34, 39)]
+NUMBERS = [*range(1, 11), 12, 13, 15, 17, 18, *range(26, 30), *range(34, 39)]
 TRAINED = [f"R{number}" for number in NUMBERS]
 EXPERIMENTS = ["G3", "G4", "H13"]
 FIRST = [*TRAINED, "R53", *EXPERIMENTS]

@@ -64,8 +64,8 @@ class Square(Attack):
     it starts with a grid of 5 x 5 pyramids, adds a pyramid to one window, and pays with the perturbation of another.
 
     steps: queries after the first one; the paper has 10,000 in l-infinity and l2, AutoAttack 5,000. p_init: share of the plane
-    that the first windows cover; None for 0.3 in l-infinity, the authors' for MNIST and CIFAR-10, and AutoAttack's 0.8 in l2 and
-    l1 (the authors have 0.1 in l2). It is halved at 0.1, 0.5, 2, 5, 10, 20, 40, 60 and 80 % of the steps. loss: None is the
+    that the first windows cover; None for 0.3 in l-infinity, the authors' for MNIST and CIFAR-10, and AutoAttack's 0.8 in l2
+    and l1 (the authors have 0.1 in l2). It is halved at 0.1, 0.5, 2, 5, 10, 20, 40, 60 and 80 % of the steps. loss: None is the
     paper's (`published`). Windows are square where the plane is large enough, otherwise as wide as their area asks. Positions,
     signs and directions are each sample's own. Where the paper scales to the l2 ball and clips, the projection here is the one
     on ball and range together.

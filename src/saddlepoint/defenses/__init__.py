@@ -1,9 +1,10 @@
 """The outer minimum: training that makes models robust, and what stands before or in place of a classifier.
 
-Input transformations are in `saddlepoint.defenses.transforms`, which is `sp.transforms`.
+Input transformations are in `saddlepoint.defenses.transforms`, which is `sp.transforms`, purifiers in
+`saddlepoint.defenses.purification`.
 """
 
-from saddlepoint.defenses import transforms
+from saddlepoint.defenses import purification, transforms
 from saddlepoint.defenses.augmentation import (
     Augmented,
     Cutout,
@@ -84,6 +85,7 @@ __all__ = [
     "distill",
     "fit",
     "harden",
+    "purification",
     "recipe",
     "static_augmentation",
     "train",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from saddlepoint.attacks import BIM, FGSM, PGD
 from saddlepoint.attacks.facade import attack
 from saddlepoint.data import Split
+from saddlepoint.defenses.loop import Fit
 from saddlepoint.defenses.purification import (
     Autoencoder,
     Critic,
@@ -28,7 +29,6 @@ from saddlepoint.defenses.purification import (
     train_gan,
     train_pixelcnn,
 )
-from saddlepoint.defenses.purification._fit import Fit
 from saddlepoint.engine import Attack
 from saddlepoint.models import Defended, Model
 from saddlepoint.models.base import Classifier

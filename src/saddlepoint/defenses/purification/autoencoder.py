@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from saddlepoint.defenses.purification._fit import Fit, Sample, fit
+from saddlepoint.defenses.loop import Fit, Sample, fit
 from saddlepoint.defenses.purification.purifier import Purifier, check_images
 from saddlepoint.errors import InputError
 from saddlepoint.models.base import Classifier

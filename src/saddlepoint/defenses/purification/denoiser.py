@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from saddlepoint.attacks.facade import attack as run_attack
-from saddlepoint.defenses.purification._fit import Fit, Sample, fit
+from saddlepoint.defenses.loop import Fit, Sample, fit
 from saddlepoint.defenses.purification.purifier import Purifier, check_images, through
 from saddlepoint.defenses.purification.unet import UNet
 from saddlepoint.engine import Attack

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from saddlepoint.defenses.purification._fit import Fit, Sample, fit
+from saddlepoint.defenses.loop import Fit, Sample, fit
 from saddlepoint.defenses.purification.purifier import Purifier, check_images
 from saddlepoint.defenses.purification.unet import UNet
 from saddlepoint.errors import InputError

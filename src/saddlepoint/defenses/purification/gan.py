@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from saddlepoint.defenses.purification._fit import Fit, Sample, fit
+from saddlepoint.defenses.loop import Fit, Sample, fit
 from saddlepoint.defenses.purification.purifier import Purifier, check_images, through
 from saddlepoint.errors import InputError
 
@@ -200,8 +200,9 @@ def train_gan(
         deceived = through(fake, lambda images: -critic(images).mean())
         return value + deceived - deceived.detach()
 
+    # what is differentiated twice wants float32
     return fit(
         game, (x,), loss, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, name="GAN",
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=learning_rate, betas=(0.0, 0.9)),
-        settings={"critic_steps": critic_steps, "penalty": penalty}, **loop,
+        settings={"critic_steps": critic_steps, "penalty": penalty}, **({"precision": "float32"} | loop),
     )  # fmt: skip

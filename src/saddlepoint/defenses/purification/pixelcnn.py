@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from saddlepoint.defenses.purification._fit import Fit, Sample, fit
+from saddlepoint.defenses.loop import Fit, Sample, fit
 from saddlepoint.defenses.purification.purifier import Purifier, check_images
 from saddlepoint.errors import InputError
 
@@ -226,5 +226,5 @@ def train_pixelcnn(
 
     return fit(
         net, (x,), loss, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, name="PixelCNN",
-        settings={"levels": net.levels}, **loop,
+        settings={"levels": net.levels}, **({"precision": "float32"} | loop),  # likelihoods want float32
     )  # fmt: skip
