@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_some_docstrings_have_examples():
 
 
 def test_readme_example_runs_and_shows_what_it_says(capsys):
-    first, figure, gate, second, black = blocks("README.md", "python")
+    first, figure, gate, second, black, defended = blocks("README.md", "python")
     names: dict[str, object] = {}
     exec(compile(first, "README.md", "exec"), names)  # the README's own example
     printed = capsys.readouterr().out
@@ -64,6 +65,11 @@ def test_readme_example_runs_and_shows_what_it_says(capsys):
     assert int(names["near"].queries.forward.max()) <= 500
     assert names["near"].success.all()
     assert "success" in capsys.readouterr().out
+    exec(compile(defended, "README.md", "exec"), names)
+    assert isinstance(names["hardened"], sp.Model)
+    printed = capsys.readouterr().out
+    assert "naive" in printed
+    assert "adaptive" in printed
 
 
 def test_attacks_page_example(capsys):
@@ -150,3 +156,16 @@ def test_lightning_example():
 def test_changelog_and_licence_are_there():
     assert "Unreleased" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+
+
+def test_defenses_page_names_every_defense() -> None:
+    page = (ROOT / "docs" / "defenses.md").read_text()
+    purification = sp.defenses.purification
+    purifiers = {
+        cls.__name__
+        for cls in map(purification.__dict__.get, purification.__all__)
+        if isinstance(cls, type) and issubclass(cls, purification.Purifier) and cls is not purification.Purifier
+    }
+    transforms = {cls.__name__ for cls in vars(sp.transforms).values() if isinstance(cls, type) and is_dataclass(cls)}
+    names = {f"`{name}`" for name in sp.defenses.RECIPES} | {f"`{name}" for name in purifiers | transforms - {"Transform"}}
+    assert not {name for name in names if name not in page}
