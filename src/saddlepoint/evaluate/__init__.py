@@ -17,7 +17,8 @@ from saddlepoint.evaluate.transfer import Transfer, TransferMatrix, transfer_mat
 
 __all__ = [
     "AdversarialSet", "Campaign", "Case", "Cell", "Comparison", "DefendedComparison", "Diagnosis", "Distances", "Effort",
-    "Entry", "Estimate", "Evaluation", "Finding", "Interval", "Paired", "Quantile", "QueryCurve", "Round", "Stage", "Substitute",
-    "Tournament", "Trace", "Transfer", "TransferMatrix", "WorstCase", "compare", "compare_campaigns", "compare_defended", "defend", "diagnose",
-    "distance", "estimate", "evaluate", "export", "query_curve", "replay", "substitute", "transfer_matrix",
+    "Entry", "Estimate", "Evaluation", "Finding", "Interval", "Paired", "Quantile", "QueryCurve", "Round", "Stage",
+    "Substitute", "Tournament", "Trace", "Transfer", "TransferMatrix", "WorstCase", "compare", "compare_campaigns",
+    "compare_defended", "defend", "diagnose", "distance", "estimate", "evaluate", "export", "query_curve", "replay",
+    "substitute", "transfer_matrix",
 ]  # fmt: skip

@@ -63,8 +63,8 @@ class Entry:
     """One defense with what became of the samples.
 
     model: the defended classifier; network: the one inside that has the weights. evaluation: of the adaptive attacks. naive
-    (N,) bool: samples that the model gets right under an attack that doesn't know the defense: for what stands before a network,
-    APGD on the network inside; otherwise 20 steps of PGD on the cross-entropy. transferred: the same for examples made on other
+    (N,) bool: samples that the model gets right under an attack that doesn't know the defense: for what stands before a
+    network, APGD on the network inside; otherwise 20 steps of PGD on the cross-entropy. transferred: the same for examples made on other
     networks, "undefended" and "independent". training: what the network cost; where it is another entry's too, it is paid once.
     slowdown: time of a prediction by that of the undefended network. parameters: how many numbers it has.
     """
@@ -123,7 +123,9 @@ class Entry:
         """What to know about the figures."""
         found, missed = list(self.evaluation.notes), int((self.evaluation.stands & ~self.stands).sum())
         if missed:
-            found.append(f"{missed} samples stand the adaptive attacks but not the naive or the transferred ones: its gradients mislead")
+            found.append(
+                f"{missed} samples stand the adaptive attacks but not the naive or the transferred ones: its gradients mislead"
+            )
         looked = self.evaluation.diagnosis
         if looked is not None and looked.masked:
             signs = ", ".join(finding.name for finding in looked.suspicious)
@@ -252,7 +254,7 @@ class Tournament:
             "threat": self.threat.settings(), "samples": len(self.x), "seed": self.seed, "complete": self.complete,
             "verdict": self.verdict, "winner": self.winner.name, "tied": [row.name for row in tied],
             "front": [row.name for row in self.front], "failed": [{"name": n, "why": w} for n, w in self.failed],
-            "rows": [row.to_dict() | {"p_value": self.p_value(row)} for row in self.rows],
+            "models": [row.to_dict() | {"p_value": self.p_value(row)} for row in self.rows],
         }  # fmt: skip
 
 
@@ -368,9 +370,7 @@ class _Run:
     def _common(self) -> dict[str, Any]:
         return {"seed": self.settings["seed"], "batch_size": self.eval_batch_size}
 
-    def trained(
-        self, how: Defense, start: Model, undefended: Model | None, name: str | None = None
-    ) -> tuple[Model, Cost]:
+    def trained(self, how: Defense, start: Model, undefended: Model | None, name: str | None = None) -> tuple[Model, Cost]:
         """A copy of `start`, trained, and what that cost; from where it was stopped, if it was."""
         net, folder = copy.deepcopy(start), self._folder("networks", name or how.network)
         more = {} if folder is None else {"checkpoint": folder / "checkpoint.pt"}
