@@ -199,20 +199,16 @@ def _again(tournament: Tournament, options: Mapping[str, object], out: Path) -> 
 
 
 def _show(tournament: Tournament) -> None:
-    table = Table(title=f"accuracy under each attack ({tournament.threat}), the most robust first")
-    table.add_column("defense")
-    heads = ["clean", "naive", "adaptive", *(f"from {source}" for source in tournament.sources), "robust", "95% limits"]
-    for head in (*heads, "training", "prediction", "parameters"):
-        table.add_column(head, justify="right")
+    table = Table(title=f"what is left of the accuracy ({tournament.threat}), the most robust first")
+    table.add_column("defense", overflow="fold")
+    for head in ("clean", "naive", "adaptive", "transfer", "robust", "training", "predicts"):
+        table.add_column(head, justify="right", no_wrap=True)
     tied = {row.name for row in tournament.tied}
     for row in tournament.ranking:
-        shares = [row.clean_accuracy, row.naive_accuracy, row.adaptive_accuracy]
-        shares += [row.transfer_accuracy(source) for source in tournament.sources]
-        limits = f"{100 * row.limits[0]:.0f} to {100 * row.limits[1]:.0f}%"
-        table.add_row(
-            escape(row.name) + (" (tie)" if row.name in tied else ""), *map(percent, [*shares, row.robust_accuracy]), limits,
-            f"{row.training.seconds:.1f} s", f"x{row.slowdown:.2g}", count(row.parameters),
-        )  # fmt: skip
+        transfer = min((share for share in map(row.transfer_accuracy, row.transferred) if share is not None), default=None)
+        shares = (row.clean_accuracy, row.naive_accuracy, row.adaptive_accuracy, transfer, row.robust_accuracy)
+        name = row.name + (" (tie)" if row.name in tied else "")
+        table.add_row(escape(name), *map(percent, shares), f"{row.training.seconds:.1f} s", f"x{row.slowdown:.2g}")
     console.print(table)
     console.print(tournament.verdict.replace("`", ""), markup=False)
     for row in tournament.ranking:

@@ -247,8 +247,8 @@ class Defense:
         if name == STATIC:
             _built(name, _static, **settings)
             return Standard(), {}, 1.0
-        given = {"hat": {"helper": undefended}, "ensemble": {"sources": (undefended,)}}.get(name, {})
-        found = recipe(name, threat, **given, **settings)
+        networks: dict[str, dict[str, Any]] = {"hat": {"helper": undefended}, "ensemble": {"sources": (undefended,)}}
+        found = recipe(name, threat, **{**networks.get(name, {}), **settings})
         return found.objective, found.train, found.epochs
 
     def train(
@@ -272,8 +272,10 @@ class Defense:
     def protect(self, model: Classifier, shape: Sequence[int]) -> Classifier:
         """The model behind what this defense puts before it. shape: of one input, without the batch."""
         chain = [one for name, settings in self.before for one in _built(name, _BEFORE[name], shape=tuple(shape), **settings)]
-        protected = Defended(model, chain) if chain else model
-        return protected if self.votes is None else _built(SMOOTHING, _smoothed, model=protected, **self.votes)  # type: ignore[no-any-return]
+        protected: Classifier = Defended(model, chain) if chain else model
+        if self.votes is not None:
+            protected = _built(SMOOTHING, _smoothed, model=protected, **self.votes)
+        return protected
 
 
 def defense(text: str) -> Defense:

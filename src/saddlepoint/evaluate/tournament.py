@@ -40,6 +40,7 @@ from saddlepoint.zoo import save_weights
 UNDEFENDED, INDEPENDENT = "undefended", "independent"
 SUGGESTED: Final = ("pgd-training", "trades", "fast", "distillation", "feature-squeezing")
 """What `defend` compares where nothing else is asked for: the usual trainings, one cheap one, and two that fell."""
+GAP = 0.05  # by which a naive figure misleads
 LEVEL = 0.05  # above this p-value two defenses are said to be tied
 _OTHER = 0x51DE  # added to the seed of the independent network
 
@@ -64,9 +65,9 @@ class Entry:
 
     model: the defended classifier; network: the one inside that has the weights. evaluation: of the adaptive attacks. naive
     (N,) bool: samples that the model gets right under an attack that doesn't know the defense: for what stands before a
-    network, APGD on the network inside; otherwise 20 steps of PGD on the cross-entropy. transferred: the same for examples made on other
-    networks, "undefended" and "independent". training: what the network cost; where it is another entry's too, it is paid once.
-    slowdown: time of a prediction by that of the undefended network. parameters: how many numbers it has.
+    network, APGD on the network inside; otherwise 20 steps of PGD on the cross-entropy. transferred: the same
+    for examples made on other networks, "undefended" and "independent". training: what the network cost; where it is another
+    entry's too, it is paid once. slowdown: time of a prediction by that of the undefended network. parameters: how many numbers it has.
     """
 
     name: str
@@ -119,18 +120,24 @@ class Entry:
         return None if found is None else _share(found & self.evaluation.right)
 
     @property
-    def notes(self) -> tuple[str, ...]:
-        """What to know about the figures."""
-        found, missed = list(self.evaluation.notes), int((self.evaluation.stands & ~self.stands).sum())
+    def doubts(self) -> tuple[str, ...]:
+        """Why the figure may be too high, beside that no attack is the last one."""
+        found, missed = [], int((self.evaluation.stands & ~self.stands).sum())
         if missed:
             found.append(
-                f"{missed} samples stand the adaptive attacks but not the naive or the transferred ones: its gradients mislead"
+                f"the naive or the transferred examples break {missed} samples that the adaptive attacks leave: its gradients "
+                "mislead, and other attacks may break more"
             )
         looked = self.evaluation.diagnosis
         if looked is not None and looked.masked:
             signs = ", ".join(finding.name for finding in looked.suspicious)
-            found.append(f"signs of masked gradients ({signs}): the figure may be too high")
-        return tuple(dict.fromkeys(found))
+            found.append(f"there are signs of masked gradients ({signs}), and the figure may be too high")
+        return tuple(found)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know about the figures, doubts first."""
+        return tuple(dict.fromkeys((*self.doubts, *self.evaluation.notes)))
 
     def to_dict(self) -> dict[str, Any]:
         """The figures, ready for JSON."""
@@ -209,12 +216,15 @@ class Tournament:
             words.append("No defense did better than none.")
         elif undefended is not None and best is not undefended:
             words.append(f"Without a defense, {undefended.robust_accuracy:.1%} stand.")
-        promise = [row for row in self.rows if row.naive_accuracy - row.robust_accuracy >= 0.1]
+        promise = [row for row in self.rows if row.defense is not None and row.naive_accuracy - row.robust_accuracy >= GAP]
         if promise:
-            shown = "; ".join(f"`{r.name}` {r.naive_accuracy:.1%}, in truth {r.robust_accuracy:.1%} at most" for r in promise)
-            words.append(f"To an attack that doesn't know the defense, these look better than they are: {shown}.")
+            shown = "; ".join(f"`{r.name}` {r.naive_accuracy:.1%} instead of {r.robust_accuracy:.1%}" for r in promise)
+            words.append(f"The naive attack alone would have left more than there is: {shown}.")
+        doubtful = [f"`{row.name}`" for row in self.ranking if row.doubts]
+        if doubtful:
+            words.append(f"Doubt the figures of {', '.join(doubtful)}; the reasons are below.")
         if not self.complete:
-            words.append("The run was interrupted: defenses that were not finished are missing.")
+            words.append("Defenses that were not finished are missing.")
         return " ".join(words)
 
     def summary(self) -> str:
@@ -238,14 +248,14 @@ class Tournament:
             mark = "*" if row is self.winner else "=" if row.name in tied else " "
             lines.append(f"  {mark} {row.name:<{wide}}  " + "  ".join(f"{t:>{w}}" for t, w in zip(texts, widths, strict=True)))
         lines.append("  * keeps the most" + (", = tied with it (McNemar's exact test, p > 0.05)" if tied else ""))
-        lines += [f"  ! {row.name}: {note}" for row in self.ranking for note in row.notes]
+        lines += [f"  note on {row.name}: {note}" for row in self.ranking for note in row.notes]
         lines += [f"  ! {name} could not be made: {why}" for name, why in self.failed]
         return "\n".join(lines + ([] if self.complete else ["  ! interrupted: what was not finished is missing"]))
 
     @property
     def sources(self) -> tuple[str, ...]:
         """The networks whose examples were shown to others."""
-        return tuple(dict.fromkeys(source for row in self.rows for source in row.transferred))
+        return tuple(source for source in (UNDEFENDED, INDEPENDENT) if any(source in row.transferred for row in self.rows))
 
     def to_dict(self) -> dict[str, Any]:
         """The figures, ready for JSON."""
@@ -373,7 +383,7 @@ class _Run:
     def trained(self, how: Defense, start: Model, undefended: Model | None, name: str | None = None) -> tuple[Model, Cost]:
         """A copy of `start`, trained, and what that cost; from where it was stopped, if it was."""
         net, folder = copy.deepcopy(start), self._folder("networks", name or how.network)
-        more = {} if folder is None else {"checkpoint": folder / "checkpoint.pt"}
+        more: dict[str, Any] = {} if folder is None else {"checkpoint": folder / "checkpoint.pt"}
         with _metered(net, folder) as (spent, finished):
             done = how.train(
                 net, self.data, self.threat, undefended=undefended or start, on_epoch=spent, **more, **self.settings
@@ -455,7 +465,7 @@ def _metered(model: Model, folder: Path | None) -> Iterator[tuple[Callable[[Epoc
     def passed(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:  # a function: copies of the network share it
         counted["forward"] += len(inputs[0])
         if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(back)
+            output.register_hook(back)  # type: ignore[no-untyped-call]  # untyped in torch
 
     def back(gradient: Tensor) -> None:
         counted["backward"] += len(gradient)

@@ -135,7 +135,7 @@ def _page(tournament: Tournament, document: dict[str, Any], code: str, again: st
         document=document,
         tournament=tournament,
         tied={row.name for row in tournament.tied},
-        figure=Markup(figures.to_svg(picture, "defenses")),
+        figure=Markup(figures.to_svg(picture, "defenses").replace('<svg', '<svg style="max-width: none"', 1)),
         plain_passes=plain_passes,
         code_lines=code,
         again=again,

@@ -391,28 +391,27 @@ def defenses(tournament: Tournament) -> Figure:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(10.4, 4.6))
         left, right = figure.subplots(1, 2)
-        for axes, across in ((left, lambda row: row.clean_accuracy), (right, lambda row: row.training.passes / least)):
-            places: list[tuple[float, float, str]] = []
-            for number, row in enumerate(ranking, 1):
-                color, x, y = SERIES[1] if row in front else MUTED, across(row), row.robust_accuracy
+        accuracies, costs = [row.clean_accuracy for row in ranking], [row.training.passes / least for row in ranking]
+        for axes, across in ((left, accuracies), (right, costs)):
+            for number, (row, x) in enumerate(zip(ranking, across, strict=True), 1):
+                color, y = SERIES[1] if row in front else MUTED, row.robust_accuracy
                 axes.plot([x, x], row.limits, color=color, lw=3, alpha=_FAINT, solid_capstyle="butt")
                 axes.plot([x, x], [y, row.naive_accuracy], color=SERIES[0], lw=1, ls=_LEVEL)
                 axes.plot(x, row.naive_accuracy, marker="o", ms=6, mfc=PAPER, mec=SERIES[0], lw=0)
                 axes.plot(x, y, marker="o", ms=8, color=color, mec=PAPER, mew=1, lw=0, zorder=3)
-                places.append((x, y, str(number)))
-            for x, y, label in places:
-                axes.annotate(label, (x, y), (7, -3), textcoords="offset points", weight="bold", fontsize=9)
+                at = {"textcoords": "offset points", "weight": "bold", "fontsize": 9}
+                axes.annotate(str(number), (x, y), (7, -3), **at)
             axes.yaxis.set_major_formatter(PercentFormatter(1))
             axes.set_ylim(0, min(1.02, 0.06 + max(max(r.limits[1], r.naive_accuracy) for r in ranking)))
         steps = sorted((row.clean_accuracy, row.robust_accuracy) for row in front)
         left.step(*zip(*steps, strict=True), where="post", color=SERIES[1], lw=1.4, alpha=_HALF)
         left.xaxis.set_major_formatter(PercentFormatter(1))
-        left.set_xlim(max(0, min(row.clean_accuracy for row in ranking) - 0.05), 1.02)
+        left.set_xlim(max(0, min(accuracies) - 0.05), 1.02)
         left.set_xlabel("accuracy without an attack")
         left.set_ylabel("robust accuracy, at most")
         left.set_title("what robustness costs in accuracy")
         right.set_xscale("symlog", linthresh=1, linscale=0.5)
-        right.set_xlim(0, 1.6 * max(1, *(row.training.passes / least for row in ranking)))
+        right.set_xlim(0, 1.6 * max(1, *costs))
         right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"x{value:g}"))
         right.xaxis.set_minor_formatter(NullFormatter())
         right.set_xlabel("passes of the training, by the cheapest one's")
