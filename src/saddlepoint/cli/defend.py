@@ -40,7 +40,7 @@ from saddlepoint.evaluate.tournament import SUGGESTED, Tournament
 from saddlepoint.evaluate.tournament import defend as run_defend
 from saddlepoint.models import Model
 from saddlepoint.report.defenses import WEIGHTS, write_defenses
-from saddlepoint.report.words import count, percent
+from saddlepoint.report.words import percent
 from saddlepoint.taxonomy import Norm
 
 
@@ -201,14 +201,14 @@ def _again(tournament: Tournament, options: Mapping[str, object], out: Path) -> 
 def _show(tournament: Tournament) -> None:
     table = Table(title=f"what is left of the accuracy ({tournament.threat}), the most robust first")
     table.add_column("defense", overflow="fold")
-    for head in ("clean", "naive", "adaptive", "transfer", "robust", "training", "predicts"):
+    for head in ("clean", "naive", "adaptive", "transfer", "robust", "training"):
         table.add_column(head, justify="right", no_wrap=True)
     tied = {row.name for row in tournament.tied}
     for row in tournament.ranking:
         transfer = min((share for share in map(row.transfer_accuracy, row.transferred) if share is not None), default=None)
         shares = (row.clean_accuracy, row.naive_accuracy, row.adaptive_accuracy, transfer, row.robust_accuracy)
         name = row.name + (" (tie)" if row.name in tied else "")
-        table.add_row(escape(name), *map(percent, shares), f"{row.training.seconds:.1f} s", f"x{row.slowdown:.2g}")
+        table.add_row(escape(name), *map(percent, shares), f"{row.training.seconds:.1f} s")
     console.print(table)
     console.print(tournament.verdict.replace("`", ""), markup=False)
     for row in tournament.ranking:

@@ -67,7 +67,8 @@ class Entry:
     (N,) bool: samples that the model gets right under an attack that doesn't know the defense: for what stands before a
     network, APGD on the network inside; otherwise 20 steps of PGD on the cross-entropy. transferred: the same
     for examples made on other networks, "undefended" and "independent". training: what the network cost; where it is another
-    entry's too, it is paid once. slowdown: time of a prediction by that of the undefended network. parameters: how many numbers it has.
+    entry's too, it is paid once. slowdown: time of a prediction by that of the undefended network. parameters: how many
+    numbers it has.
     """
 
     name: str
@@ -477,14 +478,18 @@ def _metered(model: Model, folder: Path | None) -> Iterator[tuple[Callable[[Epoc
         return Cost(seconds, before.forward + counted["forward"], before.backward + counted["backward"])
 
     def keep(done: bool) -> Cost:
+        found = cost()
         if path is not None and not finished:
-            write_file(path, json.dumps(asdict(cost()) | {"finished": done}).encode())
-        return cost()
+            write_file(path, json.dumps(asdict(found) | {"finished": done}).encode())
+        return found
+
+    def after_epoch(record: EpochRecord) -> None:
+        keep(False)
 
     (net,) = model.networks()
     handle = net.register_forward_hook(passed)
     try:
-        yield lambda record: (keep(False), None)[1], lambda: keep(True)
+        yield after_epoch, lambda: keep(True)
     finally:
         handle.remove()
 
