@@ -63,6 +63,9 @@ def defend(
     from_weights: Annotated[
         bool, typer.Option("--from-weights", help="Begin with the model's weights; else all networks are trained anew.")
     ] = False,
+    independent: Annotated[
+        bool, typer.Option(help="Train a second undefended network, whose examples are shown to all defenses as well.")
+    ] = True,
     effort: Annotated[
         Literal["quick", "standard", "thorough"], typer.Option(help="Of the attacks, as in saddlepoint evaluate.")
     ] = "standard",

@@ -22,6 +22,7 @@ from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.defenses.loop import EpochRecord
 from saddlepoint.defenses.recipes import Defense, defense
 from saddlepoint.defenses.training import check_scale, labelled
+from saddlepoint.defenses.training import train as run_train
 from saddlepoint.engine import Budget
 from saddlepoint.errors import DataError, InputError, ModelError
 from saddlepoint.evaluate.cascade import Effort, evaluate
@@ -40,6 +41,7 @@ from saddlepoint.zoo import save_weights
 UNDEFENDED, INDEPENDENT = "undefended", "independent"
 SUGGESTED: Final = ("pgd-training", "trades", "fast", "distillation", "feature-squeezing")
 """What `defend` compares where nothing else is asked for: the usual trainings, one cheap one, and two that fell."""
+WEIGHTS = "weights.safetensors"
 GAP = 0.05  # by which a naive figure misleads
 LEVEL = 0.05  # above this p-value two defenses are said to be tied
 _OTHER = 0x51DE  # added to the seed of the independent network
@@ -374,6 +376,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.undefended: Model | None = None
+        self.warm = False
         self.sources: dict[str, Model] = {}
         self.examples: dict[str, Tensor] = {}
 
@@ -385,6 +388,8 @@ class _Run:
         """A copy of `start`, trained, and what that cost; from where it was stopped, if it was."""
         net, folder = copy.deepcopy(start), self._folder("networks", name or how.network)
         more: dict[str, Any] = {} if folder is None else {"checkpoint": folder / "checkpoint.pt"}
+        if folder is None or not (folder / WEIGHTS).exists():
+            self._warm_up()
         with _metered(net, folder) as (spent, finished):
             done = how.train(
                 net, self.data, self.threat, undefended=undefended or start, on_epoch=spent, **more, **self.settings
@@ -393,8 +398,15 @@ class _Run:
                 raise KeyboardInterrupt
             cost = finished()
         if folder is not None:
-            save_weights(net.networks()[0], folder / "weights.safetensors")
+            save_weights(net.networks()[0], folder / WEIGHTS)
         return net, cost
+
+    def _warm_up(self) -> None:
+        """The first training of a process takes seconds to import what optimisers need, which is nobody's cost."""
+        if not self.warm:
+            x, y = (column[:2] for column in self.data)
+            run_train(copy.deepcopy(self.start), (torch.cat([x, x]), torch.cat([y, y])), epochs=1)
+            self.warm = True
 
     def entry(self, name: str, how: Defense | None, made: tuple[Model, Cost]) -> Entry:
         """Protect, attack, measure."""

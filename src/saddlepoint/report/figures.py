@@ -404,7 +404,8 @@ def defenses(tournament: Tournament) -> Figure:
             axes.yaxis.set_major_formatter(PercentFormatter(1))
             axes.set_ylim(0, min(1.02, 0.06 + max(max(r.limits[1], r.naive_accuracy) for r in ranking)))
         steps = sorted((row.clean_accuracy, row.robust_accuracy) for row in front)
-        left.step(*zip(*steps, strict=True), where="post", color=SERIES[1], lw=1.4, alpha=_HALF)
+        edge = [(0.0, steps[0][1]), *steps, (steps[-1][0], 0.0)]
+        left.step(*zip(*edge, strict=True), where="pre", color=SERIES[1], lw=1.4, alpha=_HALF)
         left.xaxis.set_major_formatter(PercentFormatter(1))
         left.set_xlim(max(0, min(accuracies) - 0.05), 1.02)
         left.set_xlabel("accuracy without an attack")
@@ -420,7 +421,7 @@ def defenses(tournament: Tournament) -> Figure:
         figure.legend(
             handles=[
                 Line2D([], [], color=SERIES[1], label="on the Pareto front", **dot),
-                Line2D([], [], color=MUTED, label="another is better in both", **dot),
+                Line2D([], [], color=MUTED, label="below the front", **dot),
                 Line2D([], [], color=SERIES[0], label="what the naive attack left", **dot | {"mfc": PAPER, "mec": SERIES[0]}),
                 Patch(color=MUTED, alpha=_FAINT, lw=0, label="95 % limits"),
             ],
