@@ -132,7 +132,8 @@ def defend(
                 )
 
     tournament = run_defend(
-        begin, found.train, inputs.samples(found, samples), threat, chosen, effort, epochs=epochs, from_weights=from_weights, independent=independent,
+        begin, found.train, inputs.samples(found, samples), threat, chosen, effort, epochs=epochs,
+        from_weights=from_weights, independent=independent,
         folder=out, seed=seed, eval_batch_size=attack_batch_size, progress=True, on_row=on_row, learning_rate=learning_rate,
         batch_size=batch_size,
     )  # fmt: skip
