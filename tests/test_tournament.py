@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -177,6 +178,16 @@ def test_a_training_that_was_cut_off_counts_on(tmp_path, monkeypatch):
     monkeypatch.setattr(defenses.loop.Loop, "_epoch", real)
     (row,) = run(asked=[], folder=tmp_path, independent=False).rows
     assert row.training.backward == 4 * len(TRAIN)
+
+
+def test_checkpoints_of_other_beginnings_are_not_taken(tmp_path):
+    asked = {"asked": ["pgd-training:steps=1"], "independent": False, "epochs": 1}
+    run(make(0), folder=tmp_path, **asked)
+    with pytest.raises(sp.InputError, match="weights or layers differ"):
+        run(make(0), folder=tmp_path, from_weights=True, **asked)
+    shutil.rmtree(tmp_path / "evaluations")
+    kept, alone = (run(make(0), folder=folder, from_weights=True, **asked).rows[1].network.net for folder in (tmp_path, None))
+    assert torch.equal(kept[1].weight, alone[1].weight)
 
 
 def test_what_does_not_fit_is_said_and_the_others_go_on(monkeypatch):

@@ -25,6 +25,7 @@ from saddlepoint.defenses.training import check_scale, labelled
 from saddlepoint.defenses.training import train as run_train
 from saddlepoint.engine import Budget
 from saddlepoint.errors import DataError, InputError, ModelError
+from saddlepoint.evaluate.campaign import fingerprint
 from saddlepoint.evaluate.cascade import Effort, evaluate
 from saddlepoint.evaluate.defended import _seconds
 from saddlepoint.evaluate.evaluation import Evaluation, binomial_limits
@@ -386,7 +387,8 @@ class _Run:
 
     def trained(self, how: Defense, start: Model, undefended: Model | None, name: str | None = None) -> tuple[Model, Cost]:
         """A copy of `start`, trained, and what that cost; from where it was stopped, if it was."""
-        net, folder = copy.deepcopy(start), self._folder("networks", name or how.network)
+        begun = fingerprint(start)[:8]  # a checkpoint doesn't know with which weights it began
+        net, folder = copy.deepcopy(start), self._folder("networks", f"{name or how.network}-{begun}")
         more: dict[str, Any] = {} if folder is None else {"checkpoint": folder / "checkpoint.pt"}
         if folder is None or not (folder / WEIGHTS).exists():
             self._warm_up()
