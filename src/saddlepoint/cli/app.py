@@ -23,6 +23,7 @@ from saddlepoint.cli import config as configuration
 from saddlepoint.cli.attack import attack
 from saddlepoint.cli.cascade import Cascade
 from saddlepoint.cli.config import ConfigFile
+from saddlepoint.cli.defend import defend
 from saddlepoint.cli.distance import distance
 from saddlepoint.cli.options import (
     BatchSize,
@@ -311,6 +312,7 @@ def harden(
     )
 
 
+app.command()(defend)
 app.command()(attack)
 app.command()(distance)
 app.command()(transfer)

@@ -29,7 +29,7 @@ from saddlepoint.defenses.gradients import CURE, InputGradientPenalty, JacobianP
 from saddlepoint.defenses.hardening import Hardening, harden
 from saddlepoint.defenses.loop import EpochRecord, Fit, Sample, fit
 from saddlepoint.defenses.objectives import Adversarial, Around, Batch, MinMax, Objective, Standard
-from saddlepoint.defenses.recipes import RECIPES, Recipe, recipe
+from saddlepoint.defenses.recipes import DEFENSES, RECIPES, Defense, Recipe, defense, recipe
 from saddlepoint.defenses.single_step import NFGSM, Fast, Free, GradAlign, StopAtCollapse
 from saddlepoint.defenses.smoothness import HAT, MART, TRADES, AdversarialLogitPairing, CleanLogitPairing
 from saddlepoint.defenses.training import Training, train
@@ -38,6 +38,7 @@ from saddlepoint.defenses.weights import AWP, LipschitzPenalty, LipschitzProject
 __all__ = [
     "AWP",
     "CURE",
+    "DEFENSES",
     "HAT",
     "MART",
     "NFGSM",
@@ -51,6 +52,7 @@ __all__ = [
     "Batch",
     "CleanLogitPairing",
     "Cutout",
+    "Defense",
     "Dropout",
     "EnsembleAdversarial",
     "EpochRecord",
@@ -82,6 +84,7 @@ __all__ = [
     "Tempered",
     "Training",
     "WeightPenalty",
+    "defense",
     "distill",
     "fit",
     "harden",

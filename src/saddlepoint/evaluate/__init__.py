@@ -12,11 +12,13 @@ from saddlepoint.evaluate.export import AdversarialSet, export
 from saddlepoint.evaluate.paired import Case, Paired, compare_campaigns, replay
 from saddlepoint.evaluate.queries import QueryCurve, Trace, query_curve
 from saddlepoint.evaluate.substitute import Round, Substitute, substitute
+from saddlepoint.evaluate.tournament import Entry, Tournament, defend
 from saddlepoint.evaluate.transfer import Transfer, TransferMatrix, transfer_matrix
 
 __all__ = [
     "AdversarialSet", "Campaign", "Case", "Cell", "Comparison", "DefendedComparison", "Diagnosis", "Distances", "Effort",
-    "Estimate", "Evaluation", "Finding", "Interval", "Paired", "Quantile", "QueryCurve", "Round", "Stage", "Substitute",
-    "Trace", "Transfer", "TransferMatrix", "WorstCase", "compare", "compare_campaigns", "compare_defended", "diagnose",
-    "distance", "estimate", "evaluate", "export", "query_curve", "replay", "substitute", "transfer_matrix",
+    "Entry", "Estimate", "Evaluation", "Finding", "Interval", "Paired", "Quantile", "QueryCurve", "Round", "Stage",
+    "Substitute", "Tournament", "Trace", "Transfer", "TransferMatrix", "WorstCase", "compare", "compare_campaigns",
+    "compare_defended", "defend", "diagnose", "distance", "estimate", "evaluate", "export", "query_curve", "replay",
+    "substitute", "transfer_matrix",
 ]  # fmt: skip

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from saddlepoint.evaluate import Cell, Comparison, Distances, Evaluation
 from saddlepoint.evaluate.queries import LEVELS, QueryCurve
+from saddlepoint.evaluate.tournament import Tournament
 from saddlepoint.evaluate.transfer import TransferMatrix
 from saddlepoint.report.gallery import Example, Gallery, Shot
 from saddlepoint.report.verdict import measured, norms, radii
@@ -377,6 +378,55 @@ def transfers(matrix: TransferMatrix) -> Figure:
         axes.tick_params(length=0, labelcolor=INK)
         axes.spines.bottom.set_visible(False)
         axes.grid(visible=False)
+        return figure
+
+
+def defenses(tournament: Tournament) -> Figure:
+    """Left, accuracy with and without an attack, and the Pareto front; right, robust accuracy over the cost of training.
+
+    Each point has its place in the ranking as a number; an open one is what the naive attack promised.
+    """
+    ranking, front = tournament.ranking, tournament.front
+    least = min((row.training.passes for row in ranking if row.training.passes), default=1)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(10.4, 4.6))
+        left, right = figure.subplots(1, 2)
+        accuracies, costs = [row.clean_accuracy for row in ranking], [row.training.passes / least for row in ranking]
+        for axes, across in ((left, accuracies), (right, costs)):
+            for number, (row, x) in enumerate(zip(ranking, across, strict=True), 1):
+                color, y = SERIES[1] if row in front else MUTED, row.robust_accuracy
+                axes.plot([x, x], row.limits, color=color, lw=3, alpha=_FAINT, solid_capstyle="butt")
+                axes.plot([x, x], [y, row.naive_accuracy], color=SERIES[0], lw=1, ls=_LEVEL)
+                axes.plot(x, row.naive_accuracy, marker="o", ms=6, mfc=PAPER, mec=SERIES[0], lw=0)
+                axes.plot(x, y, marker="o", ms=8, color=color, mec=PAPER, mew=1, lw=0, zorder=3)
+                at = {"textcoords": "offset points", "weight": "bold", "fontsize": 9}
+                axes.annotate(str(number), (x, y), (7, -3), **at)
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+            axes.set_ylim(0, min(1.02, 0.06 + max(max(r.limits[1], r.naive_accuracy) for r in ranking)))
+        steps = sorted((row.clean_accuracy, row.robust_accuracy) for row in front)
+        edge = [(0.0, steps[0][1]), *steps, (steps[-1][0], 0.0)]
+        left.step(*zip(*edge, strict=True), where="pre", color=SERIES[1], lw=1.4, alpha=_HALF)
+        left.xaxis.set_major_formatter(PercentFormatter(1))
+        left.set_xlim(max(0, min(accuracies) - 0.05), 1.02)
+        left.set_xlabel("accuracy without an attack")
+        left.set_ylabel("robust accuracy, at most")
+        left.set_title("what robustness costs in accuracy")
+        right.set_xscale("symlog", linthresh=1, linscale=0.5)
+        right.set_xlim(0, 1.6 * max(1, *costs))
+        right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"x{value:g}"))
+        right.xaxis.set_minor_formatter(NullFormatter())
+        right.set_xlabel("passes of the training, by the cheapest one's")
+        right.set_title("and in training")
+        dot: dict[str, Any] = {"marker": "o", "ms": 7, "lw": 0, "mec": PAPER}
+        figure.legend(
+            handles=[
+                Line2D([], [], color=SERIES[1], label="on the Pareto front", **dot),
+                Line2D([], [], color=MUTED, label="below the front", **dot),
+                Line2D([], [], color=SERIES[0], label="what the naive attack left", **dot | {"mfc": PAPER, "mec": SERIES[0]}),
+                Patch(color=MUTED, alpha=_FAINT, lw=0, label="95 % limits"),
+            ],
+            loc="outside lower center", ncols=4, handlelength=1.2, columnspacing=1.6,
+        )  # fmt: skip
         return figure
 
 
