@@ -16,6 +16,7 @@ from saddlepoint.reproduce import (  # noqa: F401  # they register their entries
     masking,
     papernot_blackbox,
     szegedy,
+    training,
 )
 from saddlepoint.reproduce.frame import ENTRIES, Context, Entry, Figure, Outcome, Recipe, find, find_data, run
 

@@ -60,7 +60,8 @@ def _evaluated(context: Context, model: Classifier, x: Tensor, y: Tensor) -> Eva
     return evaluation
 
 
-def _autoattack(context: Context) -> AutoAttack:
+def autoattack(context: Context) -> AutoAttack:
+    """AutoAttack, or less of it where the context is quick."""
     return AutoAttack(steps=10, queries=200) if context.quick else AutoAttack()
 
 
@@ -109,7 +110,7 @@ def order_of_attacks(context: Context) -> list[Figure]:
     """More steps leave less, and AutoAttack at most what the best of its parts leaves."""
     recipe = Recipe(context.convolutional, epochs=3, adversary=SEVERAL_STEPS, bounds=UNIT, samples=20_000)
     model, few = context.model(recipe), context.few(context.test, 200)
-    whole = _autoattack(context)
+    whole = autoattack(context)
     one, twenty, hundred = (_left(context, model, method, few.x, few.y) for method in (FGSM(), PGD(steps=20), PGD(steps=100)))
     auto = attack(model, few.x, few.y, whole, THREAT, seed=context.seed)
     first = few.take(50)
@@ -204,7 +205,7 @@ def published_row(context: Context) -> list[Figure]:
     evaluation = _evaluated(context, model, few.x, few.y)
     spent = (sum(passes(model)) - before) / len(few)
     first = few.take(50)
-    auto = _left(context, model, _autoattack(context), first.x, first.y)
+    auto = _left(context, model, autoattack(context), first.x, first.y)
     ours = float(evaluation.stands[: len(first)].double().mean())
     clean = context.accept((0.9943, 0.9953), loose=(0.97, 1.0))
     left = context.accept((0.897, 0.9281), loose=(0.6, 1.0))
