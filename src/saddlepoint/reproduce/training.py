@@ -147,7 +147,7 @@ def ensemble(context: Context) -> list[Figure]:
         for model in (single, several)
     )
     longer = "of larger networks, 12 epochs of 60,000 images"
-    lower = context.accept((0.0, 0.7), loose=(0.0, 1.0))
+    lower = context.accept((0.0, 0.7), loose=(0.0, 0.95))
     return [
         Figure("undefended: black-box error", error(sources[0], foreign, y), goal=0.939),
         Figure("own examples: clean error", error(single, x, y), goal=0.028),
@@ -209,9 +209,9 @@ def _fooled(context: Context, model: Model) -> dict[str, float]:
     targets, search = Targeted("random"), QUICKLY if context.quick else CarliniWagnerL2(steps=200)
     pixels = attack(model, first, labels, JSMA(jacobian="softmax"), Minimize("l0"), targets, seed=context.seed)
     nearest = attack(model, first, labels, search, Minimize("l2"), targets, seed=context.seed)
-    slopes = _slopes(model, x, lambda logits, own: cross_entropy(logits, own, reduction="sum"), y)
+    found = slopes(model, x, lambda logits, own: cross_entropy(logits, own, reduction="sum"), y)
     return {
-        "zero": float((slopes == 0).double().mean()),
+        "zero": float((found == 0).double().mean()),
         "jsma": float(pixels.success.double().mean()),
         "fgsm": 1 - _attacked(context, model, x, y, FGSM()).robust_accuracy,
         "margin": 1 - _attacked(context, model, x, y, FGSM(loss="margin")).robust_accuracy,
@@ -220,10 +220,10 @@ def _fooled(context: Context, model: Model) -> dict[str, float]:
     }
 
 
-def _slopes(model: Model, x: Tensor, value: Callable[[Tensor, Tensor], Tensor], y: Tensor) -> Tensor:
+def slopes(model: Model, x: Tensor, value: Callable[[Tensor, Tensor], Tensor], y: Tensor) -> Tensor:
     """Euclidean norms (N,) of the gradients with respect to the inputs of a sum over samples, `value(logits, y)`."""
     found = []
-    for points, labels in zip(x.split(500), y.split(500), strict=True):
+    for points, labels in zip(torch.split(x, 500), torch.split(y, 500), strict=True):
         moving = points.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(value(model.forward(moving), labels), moving)
         found.append(gradient.flatten(1).norm(dim=1))
@@ -235,8 +235,8 @@ def _slopes(model: Model, x: Tensor, value: Callable[[Tensor, Tensor], Tensor], 
     "A penalty on the weights",
     "Goodfellow et al. 2015, arXiv:1412.6572, section 5; Szegedy et al. 2014, arXiv:1312.6199, section 4.1",
     "784-240-240-10 ReLU network, Adam 1e-3, 5 epochs of batches of 128, lambda times the sum of the squared weights added to"
-    " the loss, lambda 0, 1e-5, 1e-4, 1e-3, 1e-2; 200 images, DeepFool in [0, 1]; steepness is the mean l2 norm of the gradient of"
-    " the two largest logits' difference; underfit is 5 points more error than without",
+    " the loss, lambda 0, 1e-5, 1e-4, 1e-3, 1e-2; 200 images, DeepFool in [0, 1]; steepness is the mean l2 norm of the gradient"
+    " of the two largest logits' difference; underfit is 5 points more error than without",
 )
 def weight_penalty(context: Context) -> list[Figure]:
     """It makes the network less steep and moves its boundary away, until it no longer fits; it doesn't make it robust."""
@@ -264,13 +264,14 @@ def _measured(context: Context, model: Model, x: Tensor, y: Tensor) -> tuple[flo
     nearest = attack(model, x[kept], y[kept], DeepFool(), Minimize("l2"), seed=context.seed)
     return (
         error(model, context.test.x, context.test.y),
-        float(_slopes(model, x, _lead_of_first, y).double().mean()),
+        float(slopes(model, x, first_less_second, y).double().mean()),
         float(nearest.distances["l2"][nearest.success].mean()),
         _attacked(context, model, x, y, FORTY).robust_accuracy,
     )
 
 
-def _lead_of_first(logits: Tensor, y: Tensor) -> Tensor:
+def first_less_second(logits: Tensor, y: Tensor) -> Tensor:
+    """The two largest logits' difference, summed over the samples; labels don't matter."""
     first, second = logits.topk(2).values.unbind(1)
     return (first - second).sum()
 
