@@ -203,7 +203,7 @@ def test_entries_notice_a_search_that_has_no_time(name, module, monkeypatch, qui
     assert not ENTRIES[name](fresh).passed
 
 
-def test_r34_notices_anautoattack_that_is_weaker_than_its_parts(monkeypatch, quick):
+def test_r34_notices_an_autoattack_that_is_weaker_than_its_parts(monkeypatch, quick):
     def hurried(model, x, y, method, threat, **settings):
         budget = sp.Budget(passes=1) if isinstance(method, sp.attacks.AutoAttack) else None
         return sp.attack(model, x, y, method, threat, **settings, budget=budget)
@@ -265,7 +265,7 @@ def test_r53_judges_the_weights_beside_or_in_the_folder_of_the_data(parent, monk
         (0.1, 0.01, ["sp.evaluate's less AutoAttack's, 50 images"]),
     ],
 )
-def test_r53_notices_another_network_and_an_evaluation_weaker_thanautoattack(step, eps, outside, monkeypatch, tmp_path):
+def test_r53_notices_another_network_and_an_evaluation_weaker_than_autoattack(step, eps, outside, monkeypatch, tmp_path):
     def within(model, x, y, threat, **settings):
         return quickly(model, x, y, sp.Linf(eps), **settings)
 

@@ -54,7 +54,7 @@ def min_max(context: Context) -> list[Figure]:
         Figure("clean accuracy", one.clean_accuracy, context.accept((0.96, 1.0)), paper=0.988, paper_note=LARGER),
         Figure("FGSM accuracy", one.robust_accuracy, context.accept((0.88, 1.0)), paper=0.956, paper_note=LARGER),
         Figure("PGD-40 accuracy", forty.robust_accuracy, stands, paper=0.932, paper_note=LARGER),
-        Figure("PGD-100 accuracy, 1,000 images", hundred.robust_accuracy, paper=0.893, paper_note=f"2,000 steps, {LARGER}"),
+        Figure("PGD-100 accuracy, 1,000 images", hundred.robust_accuracy, paper=0.893, paper_note=f"with 2,000 steps, {LARGER}"),
         Figure("AutoAttack's accuracy, 200 images", auto.robust_accuracy, paper=0.885, paper_note=LARGER),
         Figure("FGSM's less PGD-40's", one.robust_accuracy - forty.robust_accuracy, no_less),
         Figure("PGD-40's less PGD-100's, 1,000 images", _lead(forty, hundred), no_less),
@@ -124,7 +124,7 @@ def capacity(context: Context) -> list[Figure]:
 @entry(
     "R16",
     "Ensemble adversarial training against black-box examples",
-    "Tramèr et al. 2018, arXiv:1705.07204, section 4.1",
+    "Tramèr et al. 2018, arXiv:1705.07204; figures: its first version of 2017",
     f"{CNN}, 6 epochs of 20,000 images and their FGSM examples, made for the network itself or for one drawn from four: itself,"
     " the same network, 32 and 64 channels of 3x3, and 240-240 hidden units, the last three trained on clean images before; eps"
     " 0.3, clipped to [0, 1]; black-box examples are those of a fifth network, with strided convolutions",
