@@ -56,8 +56,8 @@ def autoattack(context: Context) -> AutoAttack:
     "R13",
     "Label leaking",
     "Kurakin et al. 2017, arXiv:1611.01236, section 4.4; figures: Madry et al. 2018, arXiv:1706.06083, figure 6",
-    f"{CNN}, 10 epochs, images and their FGSM examples for the true label in equal parts (and once more each for the predicted"
-    " one and towards the least likely one); eps 0.3, clipped to [0, 1]; PGD with 40 steps of 0.01 on 1,000 images",
+    f"{CNN}, 10 epochs (quickly: 3), images and their FGSM examples for the true label in equal parts (and once"
+    " more each for the predicted one and towards the least likely one); eps 0.3, clipped to [0, 1]; PGD with 40 steps of 0.01 on 1,000 images",
 )
 def label_leaking(context: Context) -> list[Figure]:
     """The network learns to read the true label off FGSM examples: these are no harder than clean inputs, PGD's are.
@@ -88,7 +88,7 @@ def label_leaking(context: Context) -> list[Figure]:
 
 def _accuracies(context: Context, adversary: Objective) -> tuple[float, float, float]:
     """Of a network trained so: clean, under FGSM, under PGD-40."""
-    model = context.model(Recipe(context.convolutional, epochs=10, adversary=adversary, bounds=UNIT))
+    model = context.model(Recipe(context.convolutional, epochs=3 if context.quick else 10, adversary=adversary, bounds=UNIT))
     test, few = context.test, context.few(context.test, 1000)
     one_step = attack(model, test.x, test.y, FGSM(), THREAT, seed=context.seed)
     return one_step.clean_accuracy, one_step.robust_accuracy, _left(context, model, FORTY, few.x, few.y)

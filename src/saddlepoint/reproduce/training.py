@@ -54,7 +54,7 @@ def min_max(context: Context) -> list[Figure]:
         Figure("clean accuracy", one.clean_accuracy, context.accept((0.96, 1.0)), paper=0.988, paper_note=LARGER),
         Figure("FGSM accuracy", one.robust_accuracy, context.accept((0.88, 1.0)), paper=0.956, paper_note=LARGER),
         Figure("PGD-40 accuracy", forty.robust_accuracy, stands, paper=0.932, paper_note=LARGER),
-        Figure("PGD-100 accuracy, 1,000 images", hundred.robust_accuracy, paper=0.893, paper_note=f"with 2,000 steps, {LARGER}"),
+        Figure("PGD-100 accuracy, 1,000 images", hundred.robust_accuracy, paper=0.893, paper_note=f"2,000 steps, {LARGER}"),
         Figure("AutoAttack's accuracy, 200 images", auto.robust_accuracy, paper=0.885, paper_note=LARGER),
         Figure("FGSM's less PGD-40's", one.robust_accuracy - forty.robust_accuracy, no_less),
         Figure("PGD-40's less PGD-100's, 1,000 images", _lead(forty, hundred), no_less),
