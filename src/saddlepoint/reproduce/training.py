@@ -17,7 +17,7 @@ from saddlepoint.engine import Attack, AttackResult
 from saddlepoint.goals import Targeted
 from saddlepoint.models import Model
 from saddlepoint.reproduce.evaluation import FORTY, THREAT, autoattack
-from saddlepoint.reproduce.frame import Context, Figure, Range, Recipe, Static, entry
+from saddlepoint.reproduce.frame import Context, Figure, Recipe, Static, entry
 from saddlepoint.reproduce.least import QUICKLY
 from saddlepoint.reproduce.masking import CNN, EPS, UNIT, undefended_network
 from saddlepoint.reproduce.measures import error, fgsm, right
@@ -317,14 +317,15 @@ def static_examples(context: Context) -> list[Figure]:
         ]
         for name, model in models.items()
     }
-    published: dict[str, float] = {"dropout": 0.013, "anew": 0.012}
-    note = "of a network with 100-100 sigmoid units, examples of every layer"
-    no_lower: Range | None = context.accept((-0.0035, 1.0), loose=(-0.05, 1.0))
-    no_higher: Range | None = context.accept((-1.0, 0.02))
+    nothing: tuple[None, str] = (None, "")
+    published = {"dropout": (0.013, "of another network"), "anew": (0.012, "of sigmoid units, examples of every layer")}
+    no_lower = context.accept((-0.0035, 1.0), loose=(-0.05, 1.0))
+    no_higher = context.accept((-1.0, 0.02))
     return [
         *(
-            Figure(f"{name}: clean error", wrong, paper=published.get(name), paper_note=note if name in published else "")
+            Figure(f"{name}: clean error", wrong, paper=paper, paper_note=note)
             for name, wrong in errors.items()
+            for paper, note in [published.get(name, nothing)]
         ),
         *(
             Figure(f"{name}: error on the plain network's examples", error(model, given, test.y))
