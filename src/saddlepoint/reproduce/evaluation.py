@@ -57,7 +57,8 @@ def autoattack(context: Context) -> AutoAttack:
     "Label leaking",
     "Kurakin et al. 2017, arXiv:1611.01236; figures: Madry et al. 2018, arXiv:1706.06083, figure 6",
     f"{CNN}, 10 epochs (quickly: 3), images and their FGSM examples for the true label in equal parts (and once more each for"
-    " the predicted one and towards the least likely one); eps 0.3, clipped to [0, 1]; PGD with 40 steps of 0.01 on 1,000 images",
+    " the predicted one and towards the least likely one); eps 0.3, clipped to [0, 1]; PGD with 40 steps of 0.01 on 1,000"
+    " images",
 )
 def label_leaking(context: Context) -> list[Figure]:
     """The network learns to read the true label off FGSM examples: these are no harder than clean inputs, PGD's are.
