@@ -17,16 +17,18 @@ from saddlepoint.cli.reproduce import cells, remarks
 from saddlepoint.cli.reproduce import reproduce as command
 from saddlepoint.defenses.objectives import Batch
 from saddlepoint.reproduce import ENTRIES, Context, Entry, Figure, Recipe, frame
-from saddlepoint.reproduce.evaluation import PredictedLabels, masked
+from saddlepoint.reproduce.evaluation import CURES, masked
+from saddlepoint.reproduce.frame import Static
 from saddlepoint.reproduce.goodfellow import worst_case_loss
 from saddlepoint.reproduce.masking import undefended_network
 from saddlepoint.reproduce.measures import right
 from saddlepoint.reproduce.szegedy import WeightDecay, sigmoid_network
+from saddlepoint.reproduce.training import SINGLE_STEP, first_less_second, simple_network, slopes
 
 DIGITS = sp.data.load("digits")
-NUMBERS = [*range(1, 11), 12, 13, 15, 17, 18, *range(26, 30), *range(34, 39)]
+NUMBERS = [*range(1, 19), 20, *range(26, 30), *range(34, 39), 52]
 TRAINED = [f"R{number}" for number in NUMBERS]
-EXPERIMENTS = ["G3", "G4", "H13"]
+EXPERIMENTS = ["G3", "G4", "H4", "H13"]
 FIRST = [*TRAINED, "R53", *EXPERIMENTS]
 
 
@@ -187,8 +189,11 @@ def test_entries_notice_an_attack_that_does_nothing(monkeypatch, quick):
 
 @pytest.mark.parametrize(
     ("name", "module"),
-    [("R7", "szegedy"), ("R8", "least"), ("R9", "least"), ("R10", "least"), ("R13", "evaluation"), ("R35", "evaluation")],
-)
+    [
+        ("R7", "szegedy"), ("R8", "least"), ("R9", "least"), ("R10", "least"), ("R13", "evaluation"), ("R35", "evaluation"),
+        ("R20", "training"), ("R52", "training"),
+    ],
+)  # fmt: skip
 def test_entries_notice_a_search_that_has_no_time(name, module, monkeypatch, quick):
     def hurried(*arguments, **settings):
         return sp.attack(*arguments, **settings, budget=sp.Budget(passes=1))
@@ -298,7 +303,49 @@ def test_r13_aims_away_from_the_predicted_class_and_fits_the_true_one_beside_cle
     threat = sp.Linf(0.3)
     points = sp.perturb(model, x, model.predict(x), sp.attacks.FGSM(), threat)
     expected = torch.nn.functional.cross_entropy(model.forward(torch.cat([x, points])), torch.cat([y, y]))
-    torch.testing.assert_close(PredictedLabels().loss(Batch(model, x, y, torch.arange(8), 0, 0.0)), expected)
+    torch.testing.assert_close(CURES["predicted labels"].loss(Batch(model, x, y, torch.arange(8), 0, 0.0)), expected)
+
+
+def test_r16_notices_an_ensemble_that_is_the_network_alone(monkeypatch, quick):
+    monkeypatch.setattr("saddlepoint.reproduce.training.EnsembleAdversarial", lambda **settings: SINGLE_STEP)
+    outcome = ENTRIES["R16"](Context(data=DIGITS, quick=True, trained=copy.copy(quick.trained)))
+    assert [figure.name for figure in outcome.figures if figure.inside is False] == ["the latter over the former"]
+
+
+def test_static_examples_are_made_once_on_the_source_and_added(monkeypatch):
+    given = []
+
+    def recorded(model, part, **settings):
+        given.append(part)
+        return sp.train(model, part, **settings)
+
+    monkeypatch.setattr("saddlepoint.reproduce.frame.train", recorded)
+    context = Context(data=as_mnist())
+    source = Recipe("softmax", 1, bounds=(0.0, 1.0))
+    context.model(replace(source, epochs=2, static=Static(source, sp.attacks.FGSM(), sp.Linf(0.2))))
+    first, both = given
+    assert torch.equal(both.x[:64], first.x)
+    assert torch.equal(both.y, first.y.repeat(2))
+    crafted = sp.attack(context.model(source), first.x, first.y, sp.attacks.FGSM(), sp.Linf(0.2)).adversarial
+    assert not torch.equal(crafted, first.x)
+    torch.testing.assert_close(both.x[64:], crafted)
+
+
+def test_steepness_is_the_norm_of_the_gradient_of_the_two_largest_logits_difference():
+    linear = torch.nn.Linear(4, 3)
+    model = sp.Model(torch.nn.Sequential(torch.nn.Flatten(), linear), bounds=None)
+    x = torch.arange(24.0).reshape(6, 1, 2, 2).sin()
+    first, second = model.logits(x).topk(2).indices.unbind(1)
+    expected = (linear.weight[first] - linear.weight[second]).norm(dim=1).detach()
+    torch.testing.assert_close(slopes(model, x, first_less_second, first), expected)
+
+
+@pytest.mark.parametrize("scale", [1, 4])
+def test_the_series_of_capacities_is_the_papers(scale):
+    net = simple_network((1, 28, 28), 10, scale)
+    sizes = [layer.weight.shape[0] for layer in net if hasattr(layer, "weight")]
+    assert sizes == [2 * scale, 4 * scale, 64 * scale, 10]
+    assert net(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
 
 def test_r35_hides_the_gradient_alone(quick):

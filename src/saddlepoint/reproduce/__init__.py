@@ -17,6 +17,7 @@ from saddlepoint.reproduce import (  # noqa: F401  # they register their entries
     papernot_blackbox,
     purification,
     szegedy,
+    training,
 )
 from saddlepoint.reproduce.frame import ENTRIES, Context, Entry, Figure, Outcome, Recipe, find, find_data, run
 

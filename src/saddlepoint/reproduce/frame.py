@@ -21,12 +21,15 @@ from torch import Tensor, nn
 from saddlepoint import data as datasets
 from saddlepoint import zoo
 from saddlepoint.data import Dataset, Split
-from saddlepoint.defenses import train
+from saddlepoint.defenses import static_augmentation, train
 from saddlepoint.defenses.objectives import Objective
 from saddlepoint.defenses.training import OptimizerFactory
+from saddlepoint.engine import Attack
 from saddlepoint.errors import DataError, InputError, UnknownNameError
 from saddlepoint.models import Model
 from saddlepoint.models.freeze import global_random_state_kept
+from saddlepoint.models.torch_model import Labelled
+from saddlepoint.threats import Threat
 
 Range = tuple[float, float]
 Build = Callable[[tuple[int, ...], int], nn.Module]
@@ -104,6 +107,15 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Static:
+    """Examples that are made once, on the network of another recipe, and added to the training data."""
+
+    source: Recipe
+    attack: Attack
+    threat: Threat
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How a network is trained; equal recipes share one network within a `Context`.
 
@@ -111,7 +123,7 @@ class Recipe:
     of the training. adversary: None trains on clean inputs.
     optimizer: None is Adam with learning rate 1e-3. bounds: of the inputs; None is the papers' FGSM without clipping.
     classes: keep these only, renumbered from 0. merged: another task on the same inputs, by the new number of each class:
-    (0, 1) * 5 tells even digits from odd ones.
+    (0, 1) * 5 tells even digits from odd ones. static: what is added to the data, which then are twice as many.
     """
 
     net: str | Build
@@ -123,6 +135,7 @@ class Recipe:
     batch_size: int = 128
     classes: tuple[int, ...] | None = None
     merged: tuple[int, ...] | None = None
+    static: Static | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,9 +219,13 @@ class Context:
             classes = self.data.num_classes if recipe.classes is None else len(recipe.classes)
             if recipe.merged is not None:
                 part, classes = Split(part.x, torch.tensor(recipe.merged)[part.y]), max(recipe.merged) + 1
+            chosen: Labelled = part.take(samples)
+            if recipe.static is not None:
+                given = recipe.static
+                chosen = static_augmentation(self.model(given.source), chosen, given.attack, given.threat, seed=self.seed)
             training = train(
                 Model(self.network(recipe.net, tuple(part.x.shape[1:]), classes), bounds=recipe.bounds),
-                part.take(samples),
+                chosen,
                 adversary=recipe.adversary,
                 epochs=recipe.epochs * self._more_epochs,
                 batch_size=recipe.batch_size,
