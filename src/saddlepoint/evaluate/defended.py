@@ -116,11 +116,11 @@ def compare_defended(
     if takes(bare, x):
         undefended = evaluate(bare, x, y, threat, effort, seed=seed, batch_size=batch_size, progress=progress)
     attacked = {transform.name: transform.attacked for transform in model.transforms}
-    cost = _seconds(model, x) / _seconds(bare, x) if undefended is not None else None
+    cost = prediction_seconds(model, x) / prediction_seconds(bare, x) if undefended is not None else None
     return DefendedComparison(undefended, adaptive, naive, attacked, cost)
 
 
-def _seconds(model: Classifier, x: Tensor) -> float:
+def prediction_seconds(model: Classifier, x: Tensor) -> float:
     """Of a forward pass."""
     fastest = float("inf")
     for _ in range(_TIMED):

@@ -191,7 +191,7 @@ def compare_campaigns(a: Campaign | str | Path, b: Campaign | str | Path, *, lev
         verdicts_b,
         differences(before, now),
         (first.complete, second.complete),
-        _mcnemar(gained, lost),
+        mcnemar(gained, lost),
         _bootstrap(gained, lost, len(verdicts_a), level, seed),
         level,
     )
@@ -231,7 +231,7 @@ def _eps(threat: dict[str, Any], row: int) -> float:
     return float(eps[row] if isinstance(eps, list) else eps)
 
 
-def _mcnemar(gained: int, lost: int) -> float:
+def mcnemar(gained: int, lost: int) -> float:
     """Two-sided exact p-value."""
     from scipy.stats import binomtest  # takes half a second to import
 

@@ -27,10 +27,10 @@ from saddlepoint.engine import Budget
 from saddlepoint.errors import DataError, InputError, ModelError
 from saddlepoint.evaluate.campaign import fingerprint
 from saddlepoint.evaluate.cascade import Effort, evaluate
-from saddlepoint.evaluate.defended import _seconds
+from saddlepoint.evaluate.defended import prediction_seconds
 from saddlepoint.evaluate.evaluation import Evaluation, binomial_limits
 from saddlepoint.evaluate.naive import averaged_predictions, naive_examples
-from saddlepoint.evaluate.paired import _mcnemar
+from saddlepoint.evaluate.paired import mcnemar
 from saddlepoint.files import write_file
 from saddlepoint.models.base import Classifier
 from saddlepoint.models.freeze import global_random_state_kept
@@ -185,7 +185,7 @@ class Tournament:
     def p_value(self, row: Entry) -> float:
         """Of McNemar's exact test between the winner and another row, on the samples that only one of them keeps."""
         best, other = self.winner.stands, row.stands
-        return _mcnemar(int((best & ~other).sum()), int((other & ~best).sum()))
+        return mcnemar(int((best & ~other).sum()), int((other & ~best).sum()))
 
     @property
     def tied(self) -> tuple[Entry, ...]:
@@ -426,7 +426,7 @@ class _Run:
         shown = {source: self._stands(model, self._made_on(source)) for source, of in self.sources.items() if of is not net}
         if UNDEFENDED in self.sources and net is self.undefended:
             shown[UNDEFENDED] = self._stands(model, self._made_on(UNDEFENDED))
-        slowdown = 1.0 if how is None else _seconds(model, self.x) / _seconds(self.undefended, self.x)
+        slowdown = 1.0 if how is None else prediction_seconds(model, self.x) / prediction_seconds(self.undefended, self.x)
         parameters = {id(p): p.numel() for part in model.networks() for p in part.parameters()}
         naive = self._naive(model, net) if found.naive is None else found.naive
         return Entry(name, how, model, net, found, naive, shown, cost, slowdown, sum(parameters.values()))
