@@ -409,3 +409,15 @@ def test_labels_are_not_enough_and_unbounded_inputs_have_no_colours() -> None:
 def test_bad_hyperparameters(cls: type, settings: dict[str, object], named: str) -> None:
     with pytest.raises(sp.InputError, match=named):
         cls(**settings)
+
+
+@pytest.mark.parametrize(
+    ("threat", "most"), [(sp.L0(3, per="pixel"), 3), (sp.L0(9, per="pixel"), 5), (sp.L0(5), 2), (sp.L0(1), 1)], ids=str
+)
+def test_few_pixel_changes_as_many_as_the_ball_allows(threat, most):
+    """Two channels: five features are two pixels. Five pixels are the most of the paper."""
+    model = sp.Model(Curved(), bounds=(0, 1))
+    x, y = torch.from_numpy(X), torch.from_numpy(Y)
+    found = sp.attack(model, x, y, FewPixel(population=8, steps=3), threat, keep="margin")
+    changed = (found.adversarial != x).any(1).flatten(1).sum(1)
+    assert int(changed.max()) == most

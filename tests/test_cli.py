@@ -188,6 +188,17 @@ def test_train_then_evaluate_the_weights(here, capsys):
     assert "epoch 1" not in out
 
 
+def test_train_by_the_name_of_a_defense(here, capsys):
+    words = ["train", "--model", "zoo:mlp", "--epochs", "8", "--adversary", "free:repeats=4", "--eps", "0.05", "--out", "free"]
+    assert call(capsys, *words)[0] == 0
+    history = json.loads((here / "free" / "history.json").read_text())
+    assert len(history["epochs"]) == 2  # each batch is used four times
+    words[6] = "trades:gamma=1"
+    status, _, err = call(capsys, *words[:-1], "other")
+    assert status != 0
+    assert "gamma" in err
+
+
 def test_harden_reports_old_and_new_examples(here, capsys):
     status, out, _ = call(capsys, "harden", "--model", "net.py:net", "--eps", "0.05", "--epochs", "2", "--out", "h")
     assert status == 0

@@ -520,3 +520,31 @@ def test_labels_out_of_range():
 def test_restore_best_needs_validation():
     with pytest.raises(sp.InputError, match="validation"):
         sp.train(make_net(), SMALL, restore_best=True)
+
+
+@pytest.mark.parametrize(
+    ("adversary", "text"),
+    [
+        (defenses.recipe("trades", LINF), r"recipe\.objective"),
+        (defenses.TRADES, "must be an objective"),
+        ("trades", "must be an objective"),
+    ],
+)
+def test_what_is_no_objective(adversary, text):
+    with pytest.raises(sp.InputError, match=text):
+        sp.train(make_net(), SMALL, adversary=adversary, epochs=1)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda net, x, y: cross_entropy(net(x), y, reduction="none"),
+        lambda net, x, y: cross_entropy(net(x), y).detach(),
+        lambda net, x, y: 1.0,
+    ],
+    ids=["many", "detached", "float"],
+)
+def test_a_loss_that_cannot_be_descended(loss):
+    net = make_net()
+    with pytest.raises(sp.InputError, match="one number"):
+        fit(net, (SMALL.x, SMALL.y), lambda sample: loss(net, *sample.tensors), epochs=1)

@@ -113,14 +113,14 @@ def test_non_local_means_by_their_equation() -> None:
 
 @pytest.mark.parametrize("transform", EXACT, ids=repr)
 def test_exact_gradients_are_those_of_finite_differences(transform: InputTransform) -> None:
-    assert transform.transform(UNIT).attacked == "exact gradients"
+    assert transform.transform(UNIT).attacked == "its own gradients"
     x = images(1, 2, 5, 4).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: transform(x), x, eps=1e-7, atol=1e-5)
 
 
 @pytest.mark.parametrize("transform", [RandomResizePad(4, 6), CropRescale(4), GaussianNoise(0.1)], ids=repr)
 def test_random_ones_are_exact_for_the_draw_that_was_made(transform: InputTransform) -> None:
-    assert transform.transform(UNIT).attacked == "exact gradients, averaged over draws"
+    assert transform.transform(UNIT).attacked == "its own gradients, averaged over draws"
     x = images(2, 2, 5, 5).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: seeded(transform, x), x, eps=1e-7, atol=1e-5)
 

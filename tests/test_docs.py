@@ -169,3 +169,9 @@ def test_defenses_page_names_every_defense() -> None:
     transforms = {cls.__name__ for cls in vars(sp.transforms).values() if isinstance(cls, type) and is_dataclass(cls)}
     names = {f"`{name}`" for name in sp.defenses.RECIPES} | {f"`{name}" for name in purifiers | transforms - {"Transform"}}
     assert not {name for name in names if name not in page}
+
+
+def test_defenses_page_example(capsys):
+    (code,) = blocks("docs/defenses.md", "python")
+    exec(compile(code, "docs/defenses.md", "exec"), {"__name__": "defenses_page"})
+    assert "halves: BPDA, identity" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -135,3 +136,35 @@ def test_a_campaign_keeps_the_naive_figure(model: sp.Model, tmp_path) -> None:
     assert model.queries.forward == spent
     assert torch.equal(first.naive, again.naive)
     assert first.robust_accuracy == again.robust_accuracy
+
+
+def test_what_has_no_gradients_is_said(model: sp.Model) -> None:
+    """A transformation that is detached, and declares nothing, is searched by scores; the table says so."""
+    halves = sp.Transform(name="halves", apply=lambda x: ((2 * x).round() / 2).detach())
+    found = compare_defended(sp.Defended(model, [halves]), X[:8], Y[:8], THREAT)
+    assert "searched by scores alone" in found.summary()
+
+
+def test_what_is_random_is_told_how_to_say_so(model: sp.Model) -> None:
+    noisy = sp.Transform(name="noisy", apply=lambda x: x + 0.1 * torch.randn_like(x))
+    with pytest.warns(sp.SaddlepointWarning, match="random=True"):
+        found = sp.evaluate(sp.Defended(model, [noisy]), X[:8], Y[:8], THREAT, "quick")
+    assert sum("random=True" in note for note in found.notes) == 1
+
+
+def test_an_eps_of_the_whole_range_is_doubted(model: sp.Model) -> None:
+    found = sp.evaluate(model, X[:4], Y[:4], sp.Linf(8.0), "quick")
+    assert any("1/255" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda model: sp.Defended(model.net, [Median(3)]), "sp.Model"),
+        (lambda model: sp.Defended(model, Median(3)), "must be a list"),
+        (lambda model: sp.Defended(model, [torch.round]), "sp.Transform"),
+    ],
+)
+def test_what_is_no_defended_model(model: sp.Model, make: Callable[[sp.Model], object], text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        make(model)

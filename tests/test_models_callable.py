@@ -115,3 +115,8 @@ def test_an_attack_on_a_function_of_arrays() -> None:
     assert here.status.tolist() == there.status.tolist()
     with pytest.raises(CapabilityError, match="PGD needs gradients"):
         sp.attack(model, X, y, "pgd", sp.Linf(0.3))
+
+
+def test_a_function_of_arrays_that_was_not_declared_one_is_told_how():
+    with pytest.raises(sp.ModelError, match='inputs="numpy"'):
+        sp.Model(lambda x: logits(x).numpy(), bounds=(0, 1)).predict(X)

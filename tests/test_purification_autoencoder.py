@@ -88,6 +88,7 @@ def test_the_divergence_is_scipys(classifier):
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:the autoencoder has hardly learnt")
 def test_training_lowers_the_error_and_is_decided_by_the_seed():
     runs = []
     for seed in (0, 0, 1):
@@ -147,3 +148,8 @@ def test_bad_input_is_refused():
         net.divergence(sp.Model(sp.zoo.build("digits-cnn")), X, 0.0)
     with pytest.raises(InputError, match="p must"):
         net.reconstruction_error(X, 0)
+
+
+def test_one_that_learnt_nothing_warns():
+    with pytest.warns(sp.SaddlepointWarning, match="hardly learnt"):
+        train_autoencoder(Autoencoder(channels=1), DIGITS.train.x[:256], epochs=1)

@@ -192,6 +192,12 @@ class Threat(ABC):
         """eps, or the largest where every sample has its own."""
         return max(self.eps) if isinstance(self.eps, tuple) else float(self.eps)  # type: ignore[arg-type]  # __post_init__ leaves numbers and tuples only
 
+    def oversized(self, bounds: tuple[float, float] | None) -> str:
+        """A note where an l-infinity eps covers the whole input range, since then it was meant in other units; else empty."""
+        if bounds is None or self.norm is not Norm.LINF or self.minimizes or self.largest_eps < bounds[1] - bounds[0]:
+            return ""
+        return f"eps = {self.largest_eps:g} covers the whole input range {bounds}: is it meant in 1/255?"
+
     def settings(self) -> dict[str, object]:
         """What defines this threat, ready for JSON (a mask by its shape and hash)."""
         mask = None

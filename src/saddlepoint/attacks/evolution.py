@@ -27,6 +27,7 @@ from saddlepoint.trees import rows
 
 # Elements of the images that are made of genes and asked about together; a CPU takes twice as long where they leave its cache.
 _AT_ONCE = {"cpu": 2**20, "cuda": 2**25}
+_MOST_PIXELS = 5  # of the paper
 _PLATEAU = 100  # generations without progress after which GenAttack searches more narrowly
 
 
@@ -99,12 +100,11 @@ class FewPixel(Evolution):
 
         child_i = a + F (b - c),    a, b, c three other individuals;  it replaces individual i where it is fitter
 
-    pixels: how many change, 1, 3 and 5 in the paper. population: 400 in the paper, 4 at least. steps: generations after the
-    first population (75 here, 100 in the paper). scale: F, 0.5. loss: None is cross-entropy, for the paper's fitness is the
-    probability of the true class, or of the target. Places begin uniformly, colours as N(128, 127) of 255, clipped. Places
-    outside the image are drawn anew.
-    An l0 ball that counts features counts C for a pixel of C channels; in a ball too small for all pixels, the first ones
-    change as far as it goes.
+    pixels: how many change, 1, 3 and 5 in the paper; None for as many as the ball allows, 5 at most. population: 400 in the
+    paper, 4 at least. steps: generations after the first population (75 here, 100 in the paper). scale: F, 0.5. loss: None is
+    cross-entropy, for the paper's fitness is the probability of the true class, or of the target. Places begin uniformly,
+    colours as N(128, 127) of 255, clipped. Places outside the image are drawn anew. An l0 ball that counts features counts C
+    for a pixel of C channels; in a ball too small for all pixels, the first ones change as far as it goes.
 
     Source: Su, Vargas & Sakurai (2019), One pixel attack for fooling deep neural networks, arXiv:1710.08864, section III.
 
@@ -116,14 +116,14 @@ class FewPixel(Evolution):
     True
     """
 
-    pixels: int = 1
+    pixels: int | None = None
     population: int = 400
     steps: int = 75
     scale: float = 0.5
     loss: str | Loss | None = None
 
     def __post_init__(self) -> None:
-        self._check_whole(pixels=1, population=4, steps=0)
+        self._check_whole("pixels", pixels=1, population=4, steps=0)
         self._check_range(0, 2, "scale")
 
     @property
@@ -143,7 +143,7 @@ class FewPixel(Evolution):
         if not math.isfinite(high - low):
             raise CapabilityError("FewPixel draws colours from the input range: give the model finite bounds")
         channels = planes(problem.origin)[0]
-        shape, dtype = (self.population, self.pixels), torch.promote_types(problem.origin.dtype, torch.float32)
+        shape, dtype = (self.population, self._count(problem)), torch.promote_types(problem.origin.dtype, torch.float32)
         colour = low + (high - low) * (128 + 127 * problem.random(2).normal((*shape, channels), dtype)) / 255
         genes = torch.cat([_places(problem, problem.random(1), shape, dtype), colour.clamp(low, high)], 3)
         return Pixels(problem.origin, genes, genes.new_full(genes.shape[:2], -math.inf))
@@ -163,6 +163,12 @@ class FewPixel(Evolution):
         better = found > state.fitness
         genes = torch.where(better[..., None, None], genes, state.genes)
         return Pixels(x, genes, torch.where(better, found, state.fitness))
+
+    def _count(self, problem: Problem) -> int:
+        threat = problem.region.threat
+        whole = isinstance(threat, L0) and threat.per == "pixel"
+        allowed = threat.largest_eps / (1 if whole else planes(problem.origin)[0])
+        return self.pixels or max(1, math.floor(min(allowed, _MOST_PIXELS)))
 
     def _children(self, problem: Problem, genes: Tensor) -> Tensor:
         flat = genes.flatten(2)

@@ -42,7 +42,8 @@ from saddlepoint.cli.options import (
 )
 from saddlepoint.cli.reproduce import reproduce
 from saddlepoint.cli.transfer import substitute, transfer
-from saddlepoint.defenses import Adversarial, EpochRecord, Hardening, Training
+from saddlepoint.defenses import RECIPES, Adversarial, EpochRecord, Hardening, Objective, Training
+from saddlepoint.defenses import defense as trained_by
 from saddlepoint.defenses import harden as run_harden
 from saddlepoint.defenses import train as run_train
 from saddlepoint.engine import Budget
@@ -205,7 +206,10 @@ def train(
     model: ModelText,
     data: DataText = "digits",
     adversary: Annotated[
-        str | None, typer.Option(help="The inner attack, such as pgd:steps=7; none for clean training.")
+        str | None,
+        typer.Option(
+            help="The inner attack, such as pgd:steps=7, or a training defense, such as trades:beta=6; none for clean training."
+        ),
     ] = None,
     norm: NormText = Norm.LINF,
     eps: Annotated[str, typer.Option(help="Size of the inner attack's perturbation.")] = "0.1",
@@ -239,12 +243,17 @@ def train(
     _, victim = inputs.model(model, found, mean=mean, std=std, device=device)
     if not isinstance(victim, Model):
         raise InputError("train needs a single network")
-    objective = None
+    objective: Objective | None = None
     if adversary is not None:
         (threat, *more) = inputs.threats(norm, eps)
         if more:
             raise InputError("train takes one eps")
-        objective = Adversarial(attack=inputs.attack(adversary), threat=threat, form=form, warmup=warmup)
+        if adversary.partition(":")[0] in RECIPES:
+            found_recipe = trained_by(adversary).recipe(threat)
+            objective, epochs = found_recipe.objective, max(1, round(epochs * found_recipe.epochs))
+            schedule = found_recipe.train.get("schedule", schedule) if schedule == "linear" else schedule
+        else:
+            objective = Adversarial(attack=inputs.attack(adversary), threat=threat, form=form, warmup=warmup)
     held_out = validation or min(500, len(found.train) // 10 + 1)
     if held_out >= len(found.train):
         raise InputError(f"--validation {held_out} leaves nothing of the {len(found.train)} training samples")

@@ -235,7 +235,8 @@ def _show(matrix: TransferMatrix) -> None:
     for name in matrix.targets:
         table.add_column(escape(name), justify="right")
     for row in matrix.rows:
-        table.add_row(escape(row.name), *(percent(matrix.rate(row.name, name)) for name in matrix.targets))
+        crafted = row.name if row.result is None or row.how == matrix.usual else f"{row.name} ({row.how})"
+        table.add_row(escape(crafted), *(percent(matrix.rate(row.name, name)) for name in matrix.targets))
     console.print(table)
     noted = [(row.name, note) for row in matrix.rows if row.result is not None for note in row.result.notes]
     for name, note in noted:

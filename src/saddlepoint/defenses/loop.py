@@ -334,6 +334,12 @@ class Loop:
             sample = replace(prepared, progress=progress)
             try:
                 loss = self._loss(sample)
+                if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+                    found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                    raise InputError(
+                        f"{self.name}: the loss must be one number that the parameters' gradients come from, such as that of "
+                        f"model.forward(x), not of model.logits(x) or of what was detached; got {found}"
+                    )
                 values.append(float(loss.detach()))
                 if not math.isfinite(values[-1]):
                     where = f"epoch {self.at.epoch}, batch {number}"

@@ -236,6 +236,11 @@ class Defense:
         name, settings = self.training
         return name + (":" if settings else "") + ",".join(f"{key}={value}" for key, value in settings.items())
 
+    def recipe(self, threat: Threat) -> Recipe:
+        """What its network is trained by, of `RECIPES`. Errors: those of `recipe`, such as a network that it needs."""
+        name, settings = self.training or ("standard", {})
+        return recipe(name, threat, **settings)
+
     def objective(self, threat: Threat, undefended: Model) -> tuple[Objective, Mapping[str, Any], float]:
         """What its network is trained on: objective, what else `train` is told, and by what the epochs are multiplied.
 

@@ -100,7 +100,12 @@ def train(
     if not isinstance(model.net, nn.Module):
         raise InputError("train needs a network with parameters, an nn.Module")
     if adversary is not None and not isinstance(adversary, Objective):
-        raise InputError(f"adversary must be such as sp.Adversarial(attack=..., threat=...); got {adversary!r}")
+        if hasattr(adversary, "objective") and not isinstance(adversary, type):
+            raise InputError("adversary is a recipe: train(..., adversary=recipe.objective, **recipe.train)")
+        raise InputError(
+            "adversary must be an objective, such as sp.Adversarial(attack=..., threat=...) or "
+            f'sp.defenses.recipe("trades", threat).objective; got {str(adversary)[:60]}'
+        )
     keep = restore_best if restore_best is not None else patience is not None
     if (keep or patience is not None) and validation is None:
         raise InputError("patience and restore_best go by the accuracy on validation samples: give validation=")

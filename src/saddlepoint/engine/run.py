@@ -25,7 +25,7 @@ from saddlepoint.goals import UNRESOLVED, Goal, loss_named
 from saddlepoint.models.base import Classifier, Probe
 from saddlepoint.progress import bar
 from saddlepoint.rng import Keys
-from saddlepoint.taxonomy import Norm, Status
+from saddlepoint.taxonomy import Status
 from saddlepoint.threats import Threat
 from saddlepoint.trees import select
 
@@ -335,11 +335,8 @@ class Run:
                 if made
                 else f"the budget does not pay for one step of the attack on {len(self._cut)} samples; they count as survivors"
             )
-        span = self.model.bounds[1] - self.model.bounds[0] if self.model.bounds is not None else float("inf")
-        if self.threat.norm is Norm.LINF and not self.threat.minimizes and self.threat.largest_eps >= span:
-            notes.append(
-                f"eps = {self.threat.largest_eps:g} covers the whole input range {self.model.bounds}: is it meant in 1/255?"
-            )
+        if oversized := self.threat.oversized(self.model.bounds):
+            notes.append(oversized)
         vanished = int((whole.zero_gradients > 0).sum())
         if vanished:
             notes.append(

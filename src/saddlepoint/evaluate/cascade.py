@@ -637,6 +637,10 @@ def _check_outputs(campaign: Campaign, model: Classifier, x: Tensor, probe: Prob
 def _through(run: _Cascade, effort: Effort, sources: Sequence[Classifier], curve: bool) -> Evaluation:
     """All stages; after Ctrl-C what is finished."""
     model, norm = run.model, run.threat.norm
+    if len(run.y):
+        run.notes += model.probe(run.x).notes
+    if oversized := run.threat.oversized(model.bounds):
+        run.notes.append(oversized)
     try:
         access, gradients = model.access, model.access >= Access.GRADIENTS
         if gradients and (why := run.no_gradients()):
@@ -653,7 +657,6 @@ def _through(run: _Cascade, effort: Effort, sources: Sequence[Classifier], curve
             if int((run.broken_by == STANDS).sum()) <= _HARDLY * len(run.y):
                 run.run(finishing(norm, effort))
             if len(run.y) and model.probe(run.x).stochastic and model.draws == 1:
-                run.notes.append("the model is random, and doesn't say so: take sp.Defended(model, [], draws=10)")
                 run.run([averaging(model, norm)])
             if signs := run.signs():
                 run.notes += signs

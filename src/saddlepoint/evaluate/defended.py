@@ -71,7 +71,8 @@ class DefendedComparison:
             passes = float(found.queries.total.double().mean())
             lines.append(f"  {name:<11} {found.clean_accuracy:>7.2%}  {shown:>12}  {adaptive:>15.2%}  {passes:>15.1f}")
         lines += [] if self.cost is None else [f"  a prediction costs {self.cost:.1f} times as much"]
-        return "\n".join([*lines, *(f"  {name}: {how}" for name, how in self.attacked.items())])
+        lines += [f"  {name}: {how}" for name, how in self.attacked.items()]
+        return "\n".join([*lines, *(f"  ! {note}" for note in self.adaptive.notes)])
 
     def to_dict(self) -> dict[str, Any]:
         """The figures, ready for JSON: naive_accuracy, robust_accuracy, cost, attacked; undefended and adaptive evaluations."""

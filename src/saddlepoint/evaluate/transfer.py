@@ -191,12 +191,13 @@ class TransferMatrix:
             cells = (f"{100 * self.rate(row.name, target):.1f}%" for target in self.models)
             shown = "  ".join(f"{cell:>{max(8, len(head))}}" for cell, head in zip(cells, heads, strict=True))
             lines.append(f"{row.name:<{wide}}  {shown}")
-        others = [f"  {row.name}: {row.how}" for row in self.rows if row.how != self._usual]
+        others = [f"  {row.name}: {row.how}" for row in self.rows if row.how != self.usual]
         title = f"Share of examples that fool the model of the column, of {len(self.x)} samples where both models are right"
         return "\n".join([title, f"({self.setting})", *lines, *(["crafted otherwise:", *others] if others else [])])
 
     @property
-    def _usual(self) -> str:
+    def usual(self) -> str:
+        """How examples are crafted on models with gradients; other rows say otherwise in `how`."""
         return attack_name(self.attack.settings())
 
     def to_dict(self) -> dict[str, Any]:

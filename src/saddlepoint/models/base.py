@@ -223,7 +223,8 @@ class Classifier(ABC):
             if self.draws == 1:
                 notes.append(
                     "two identical calls gave different outputs: the model is random. Wrap it, "
-                    "sp.Defended(model, [], draws=10), so that gradients average over its randomness"
+                    "sp.Defended(model, [], draws=10), so that gradients average over its randomness; a transformation of "
+                    "your own says sp.Transform(..., random=True)"
                 )
         elif noise > max(_BATCH_DEPENDENCE, _NOISE_FACTOR * precision) * scale:
             noise = 0.0

@@ -85,6 +85,12 @@ class Defended(Classifier):
     def __init__(
         self, model: Classifier, transforms: Sequence[Transform | InputTransform] = (), draws: int | None = None
     ) -> None:
+        if not isinstance(model, Classifier):
+            raise InputError(
+                f"Defended protects an sp.Model; wrap your network: sp.Model(net, ...); got {type(model).__name__}"
+            )
+        if not isinstance(transforms, Sequence):
+            raise InputError(f"transforms must be a list, such as [sp.transforms.Median(3)]; got {type(transforms).__name__}")
         self.model, self.transforms = model, tuple(bound(t, model.bounds) for t in transforms)
         if draws is None:
             draws = max(model.draws, _DRAWS if any(t.random for t in self.transforms) else 1)

@@ -191,6 +191,11 @@ class Model(Classifier):
             case function:
                 found = function(raw)
         if not isinstance(found, Tensor):
+            if type(raw).__module__ == "numpy":
+                raise ModelError(
+                    "the function returned a NumPy array: for functions of arrays write "
+                    'Model(function, inputs="numpy", gives="logits"), or gives="probabilities", or "labels"'
+                )
             names = f" with keys {sorted(map(str, raw))}" if isinstance(raw, Mapping) else ""
             raise ModelError(
                 f"the network returned {type(raw).__name__}{names}, in which no logits were found: say where they are, "

@@ -57,7 +57,7 @@ class Transform:
     @property
     def attacked(self) -> str:
         """How an adversary who knows it takes gradients, in words."""
-        how = "exact gradients" if self.backward == "exact" else "BPDA, "
+        how = "its own gradients" if self.backward == "exact" else "BPDA, "
         if self.backward != "exact":
             how += "identity" if self.backward == "identity" else "a differentiable substitute"
         return how + (", averaged over draws" if self.random else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, final
 
@@ -11,12 +12,13 @@ from torch.nn import functional
 
 from saddlepoint.defenses.loop import Fit, Sample, fit
 from saddlepoint.defenses.purification.purifier import Purifier, check_images
-from saddlepoint.errors import InputError
+from saddlepoint.errors import InputError, SaddlepointWarning
 from saddlepoint.models.base import Classifier
 
 MNIST: tuple[int | Literal["pool"], ...] = (3, "pool", 3)
 MNIST_DETECTOR: tuple[int | Literal["pool"], ...] = (3,)
 CIFAR: tuple[int | Literal["pool"], ...] = (32,)
+_LEARNT = 0.5  # of the images' variance; a trained one leaves a tenth or less
 
 
 @final
@@ -35,8 +37,8 @@ class Autoencoder(Purifier):
     >>> import saddlepoint as sp
     >>> from saddlepoint.defenses.purification import Autoencoder, train_autoencoder
     >>> digits, net = sp.data.load("digits"), sp.zoo.build("digits-cnn")
-    >>> reformer = Autoencoder(channels=1)
-    >>> training = train_autoencoder(reformer, digits.train.x, epochs=1)
+    >>> reformer = Autoencoder(channels=1, structure=(32,))
+    >>> training = train_autoencoder(reformer, digits.train.x, epochs=2, batch_size=32, learning_rate=0.01)
     >>> sp.Defended(sp.Model(net), [reformer.transform()]).predict(digits.test.x).shape
     torch.Size([500])
 
@@ -115,6 +117,7 @@ def train_autoencoder(
 
     noise: standard deviation of the corruption, 0.1 for MNIST and 0.025 for CIFAR-10. weight_penalty: times the sum of
     squared weights. loop: settings of the training loop, such as checkpoint, seed and progress (Any since they are passed on).
+    A `SaddlepointWarning` says when it has hardly learnt, and gives little more than the mean image.
     """
     check_images(x)
     if not noise >= 0 or not weight_penalty >= 0:
@@ -125,7 +128,23 @@ def train_autoencoder(
         penalty = torch.stack([weight.square().sum() for weight in weights]).sum()
         return net.loss(sample.tensors[0], noise) + weight_penalty * penalty
 
-    return fit(
+    found = fit(
         net, (x,), loss, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, name="autoencoder",
         settings={"noise": noise, "weight_penalty": weight_penalty}, **loop,
     )  # fmt: skip
+    _check_learnt(net, x[:1000])
+    return found
+
+
+@torch.no_grad()
+def _check_learnt(net: Autoencoder, x: Tensor) -> None:
+    """Warn of a reformer that gives little more than the mean image, since every classifier behind it is ruined."""
+    x = x.to(next(net.parameters()).device)
+    error, variance = float((net(x) - x).square().mean()), float((x - x.mean(0)).square().mean())
+    if error > _LEARNT * variance:
+        warnings.warn(
+            f"the autoencoder has hardly learnt: its squared error is {error:.3g}, that of the mean image {variance:.3g}. "
+            "Train it for more epochs, with smaller batches or a higher learning rate, or widen it, such as structure=(32,)",
+            SaddlepointWarning,
+            stacklevel=3,
+        )
