@@ -26,7 +26,7 @@ from saddlepoint.models.torch_model import Labelled
 from saddlepoint.models.transforms import InputTransform
 from saddlepoint.taxonomy import Access
 
-Samples = Tensor | Labelled
+Samples = Tensor | Labelled | tuple[Tensor, Tensor]
 DETECTORS: dict[str, type[Detector]] = {}
 """Every detector by its name, such as "kernel-density"."""
 
@@ -90,6 +90,10 @@ class Detector(ABC):
         """The detector's own networks, which runs freeze."""
         return ()
 
+    def check_access(self, model: Classifier) -> None:
+        """Raise `CapabilityError` where the model doesn't grant what the detector uses."""
+        model.require(self.access, type(self).__name__)
+
     # ---- what it knows
 
     @property
@@ -135,7 +139,7 @@ class Detector(ABC):
         """
         if not isinstance(model, Classifier):
             raise InputError(f"model must be a Saddlepoint model: sp.Model(net, ...); got {type(model).__name__}")
-        model.require(self.access, type(self).__name__)
+        self.check_access(model)
         x, y = _samples(clean, "clean")
         model.check_inputs(x)
         if len(x) < 2:
@@ -159,7 +163,7 @@ class Detector(ABC):
                 torch.manual_seed(self.seed)
                 bad = bad.to(model.device) if bad is not None and self.learns_attacks else None
                 learnt = self.learn(x.to(model.device), y, bad)
-            self._take(learnt)
+            self.attach(model, learnt)
         except BaseException:
             self._model, self._arrays = before
             raise
@@ -168,9 +172,10 @@ class Detector(ABC):
         return self
 
     @final
-    def _take(self, learnt: Mapping[str, Tensor]) -> None:
-        device = self.model.device
-        self._arrays = {name: array.detach().to(device) for name, array in learnt.items()}
+    def attach(self, model: Classifier, learnt: Mapping[str, Tensor]) -> None:
+        """Take on what `learn` gave for this model, now or earlier."""
+        self._model = model
+        self._arrays = {name: array.detach().to(model.device) for name, array in learnt.items()}
         self.restore()
 
     @final
@@ -347,8 +352,10 @@ def load(path: str | Path, model: Classifier) -> Detector:
     now = json.loads(json.dumps(model.describe(), default=str))
     if _without_classes(now) != _without_classes(head["model"]):
         raise DataError(f"{path}: fitted for another model: {json.dumps(head['model'])[:200]}")
-    detector._model, detector._seen = model, seen
-    detector._take({name.removeprefix("learnt."): array for name, array in content.items() if name.startswith("learnt.")})
+    detector._seen = seen
+    detector.attach(
+        model, {name.removeprefix("learnt."): array for name, array in content.items() if name.startswith("learnt.")}
+    )
     if "calibration" in content:
         detector._calibration = _Calibration(content["calibration"], head["fpr"], head["margin"])
     return detector
