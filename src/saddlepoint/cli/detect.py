@@ -55,9 +55,7 @@ def detect(
     ] = None,
     attack: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Whose examples to tell from clean inputs; commas or repeat. Default: fgsm, pgd.", show_default=False
-        ),
+        typer.Option(help="Whose examples to notice; with commas, or repeat. Default: fgsm, pgd.", show_default=False),
     ] = None,
     seen: Annotated[
         str | None,
