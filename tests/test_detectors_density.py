@@ -1,0 +1,149 @@
+"""Densities and distances in hidden layers, against the papers' equations written out in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import KernelDensity as Independent
+from torch import Tensor, nn
+
+import saddlepoint as sp
+from saddlepoint.attacks import CarliniWagnerL2, FGSM
+from saddlepoint.detectors import LAST, Detector, KernelDensity
+from saddlepoint.detectors.density import at_most, likeliest_bandwidth, squared_distances
+from saddlepoint.errors import InputError
+
+DIGITS = sp.data.load("digits")
+
+
+@pytest.fixture(scope="module")
+def trained() -> sp.Model:
+    net = sp.zoo.build("digits-cnn")
+    return sp.train(sp.Model(net), DIGITS.train, epochs=8).model
+
+
+@pytest.fixture(scope="module")
+def examples(trained: sp.Model) -> dict[str, tuple[Tensor, Tensor]]:
+    """Successful examples beside their clean images."""
+    x, y = DIGITS.test.x[:150], DIGITS.test.y[:150]
+    found = {}
+    for name, method, threat in (
+        ("fgsm", FGSM(), sp.Linf(0.2)),
+        ("carlini-wagner", CarliniWagnerL2(steps=40, searches=3, initial_c=1.0, learning_rate=0.05), sp.threats.Minimize("l2")),
+    ):
+        result = sp.attack(trained, x, y, method, threat)
+        found[name] = (x[result.success], result.adversarial[result.success])
+    return found
+
+
+def area(detector: Detector, pair: tuple[Tensor, Tensor]) -> float:
+    clean, adversarial = (detector.score(x) for x in pair)
+    return float(roc_auc_score([0] * len(clean) + [1] * len(adversarial), torch.cat([clean, adversarial])))
+
+
+def linear(classes: int = 3, dtype: torch.dtype = torch.float64) -> sp.Model:
+    """A layer of 4 units, then 3 classes."""
+    torch.manual_seed(1)
+    return sp.Model(nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, classes)).to(dtype), bounds=None)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def phi(model: sp.Model, x: Tensor) -> np.ndarray:
+    with torch.no_grad():
+        return model.net[:2](x).numpy()
+
+
+def differentiable(detector: Detector, x: Tensor) -> bool:
+    return torch.autograd.gradcheck(detector.forward, x.clone().requires_grad_(), eps=1e-6, atol=1e-6)
+
+
+# ---- kernel density
+
+
+def test_squared_distances() -> None:
+    a, b = normal(6, 7) + 100, normal(9, 7, seed=1) + 100
+    b[0] = a[0]
+    expected = ((a[:, None] - b) ** 2).sum(2)
+    torch.testing.assert_close(squared_distances(a, b), expected, atol=1e-11, rtol=1e-9)
+    torch.testing.assert_close(squared_distances(a.float(), b.float()), expected.float(), atol=1e-4, rtol=1e-4)
+    a.requires_grad_()
+    (gradient,) = torch.autograd.grad(squared_distances(a, b)[0, 0], a)
+    assert gradient.abs().max() < 1e-12
+
+
+def test_density_is_scikit_learns_per_predicted_class() -> None:
+    model, x, new = linear(), normal(60, 5), 5 * normal(40, 5, seed=1)
+    y = torch.arange(60) % 2  # nobody is of class 2
+    detector = KernelDensity(bandwidth=0.3).fit(model, (x, y))
+    predicted = model.predict(new)
+    assert set(predicted.tolist()) == {0, 1, 2}
+    parts = [phi(model, x[y == 0]), phi(model, x[y == 1]), phi(model, x)]
+    known = [Independent(bandwidth=0.3).fit(part).score_samples(phi(model, new)) for part in parts]
+    expected = -np.stack(known)[predicted.numpy(), np.arange(40)]
+    np.testing.assert_allclose(detector.score(new), expected, rtol=1e-9)
+    assert differentiable(detector, new[:4])
+    named = KernelDensity(bandwidth=0.3, layer="1").fit(model, (x, y))
+    torch.testing.assert_close(named.score(new), detector.score(new))
+
+
+def test_bandwidth_is_the_likeliest_of_points_left_out() -> None:
+    points, labels = normal(80, 2), torch.arange(80) % 3
+    points[labels == 1] += 9
+    found = float(likeliest_bandwidth(points, labels))
+
+    def likelihood(h: float) -> float:
+        total = 0.0
+        for i in range(80):
+            others = (labels == labels[i]) & (torch.arange(80) != i)
+            total += Independent(bandwidth=h).fit(points[others].numpy()).score_samples(points[i : i + 1].numpy())[0]
+        return total
+
+    assert likelihood(found) > max(likelihood(found / 1.3), likelihood(found * 1.3))
+
+
+@pytest.mark.parametrize("points", [torch.zeros(6, 3), torch.eye(3).repeat(2, 1), torch.eye(6)])
+def test_bandwidth_of_few_and_of_equal_points(points: Tensor) -> None:
+    for labels in (torch.zeros(6, dtype=torch.int64), torch.arange(6)):
+        assert 0 < float(likeliest_bandwidth(points, labels)) < np.inf
+
+
+def test_at_most() -> None:
+    labels = torch.tensor([3, 1, 1, 3, 3, 0, 3])
+    torch.manual_seed(0)
+    kept = at_most(labels, 2)
+    assert sorted(labels[kept].tolist()) == [0, 1, 1, 3, 3]
+    assert len(set(kept.tolist())) == 5
+    draws = {tuple(sorted(at_most(labels, 2).tolist())) for _ in range(20)}
+    assert len(draws) > 1
+
+
+def test_density_far_away_is_finite_with_gradients() -> None:
+    model = sp.Model(nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), bounds=None)
+    detector = KernelDensity(samples=10).fit(model, normal(60, 5, dtype=torch.float32))
+    assert detector.arrays["points"].shape[0] <= 30
+    far = (1e4 * normal(8, 5, seed=1, dtype=torch.float32)).requires_grad_()
+    scores = detector.forward(far)
+    (gradient,) = torch.autograd.grad(scores.sum(), far)
+    assert scores.isfinite().all()
+    assert gradient.isfinite().all()
+    assert gradient.abs().amax(1).min() > 0
+
+
+def test_density_detects(trained: sp.Model, examples: dict[str, tuple[Tensor, Tensor]]) -> None:
+    detector = KernelDensity().fit(trained, DIGITS.train)
+    assert area(detector, examples["fgsm"]) > 0.75
+    assert area(detector, examples["carlini-wagner"]) > 0.85
+
+
+def test_density_refuses() -> None:
+    for settings in ({"bandwidth": 0.0}, {"bandwidth": float("nan")}, {"samples": 0}):
+        with pytest.raises(InputError, match=next(iter(settings))):
+            KernelDensity(**settings)
+    with pytest.raises(InputError, match="no network"):
+        KernelDensity().fit(sp.Model(lambda x: x @ torch.ones(5, 3), bounds=None), normal(10, 5, dtype=torch.float32))
+    assert KernelDensity().layer == LAST
