@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 import saddlepoint as sp
 from saddlepoint.detectors import DropoutUncertainty
-from saddlepoint.detectors.uncertainty import dropout_on
 from saddlepoint.detectors.regression import logistic_regression
+from saddlepoint.detectors.uncertainty import dropout_on
 from saddlepoint.errors import InputError
-
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -111,7 +110,7 @@ def test_dropout_has_gradients() -> None:
 def test_dropout_refuses() -> None:
     x = normal(8, 5, dtype=torch.float32)
     for net in (nn.Linear(5, 3), nn.Sequential(nn.Dropout(0.0), nn.Linear(5, 3))):
-        with pytest.raises(InputError, match="no nn.Dropout"):
+        with pytest.raises(InputError, match="needs a network with dropout"):
             DropoutUncertainty().fit(sp.Model(net, bounds=None), x)
     with pytest.raises(InputError, match="passes"):
         DropoutUncertainty(passes=1)
