@@ -35,7 +35,7 @@ class TailVariance(Detector):
 
     Errors: `InputError` in fitting where there is no such entry, and for more than 16,384 features, whose covariance is too
     large.
-    Source: Hendrycks & Gimpel (2017), Early methods for detecting adversarial images, arXiv:1608.00530, section 3.1; the floor
+    Source: Hendrycks & Gimpel (2017), Early methods for detecting adversarial images, arXiv:1608.00530, figure 1 and table 1; the floor
     is ours.
 
     >>> import saddlepoint as sp

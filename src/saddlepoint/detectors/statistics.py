@@ -70,7 +70,7 @@ class LogitMargin(Detector):
 class Entropy(Detector):
     """The probabilities are near to uniform: score(x) = -sum_i p_i log p_i = log C - KL(p, uniform), p = softmax(z(x)).
 
-    Source: Hendrycks & Gimpel (2017), Early methods for detecting adversarial images, arXiv:1608.00530, section 3.2, where it
+    Source: Hendrycks & Gimpel (2017), Early methods for detecting adversarial images, arXiv:1608.00530, appendix, where it
     is KL(p, uniform).
 
     >>> import torch, saddlepoint as sp
