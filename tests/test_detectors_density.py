@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import saddlepoint as sp
 from saddlepoint.attacks import FGSM, CarliniWagnerL2
-from saddlepoint.detectors import LAST, Detector, KernelDensity, LocalIntrinsicDimensionality, Mahalanobis
+from saddlepoint.detectors import LAST, Detector, KernelDensity, LocalIntrinsicDimensionality, Mahalanobis, SubsetScan
 from saddlepoint.detectors.density import at_most, likeliest_bandwidth, squared_distances
 from saddlepoint.errors import InputError
 
@@ -286,3 +286,11 @@ def test_dimensionality_refuses(trained: sp.Model) -> None:
         LocalIntrinsicDimensionality().fit(trained, x[:41], x[50:60])
     with pytest.raises(InputError, match="adversarial"):
         LocalIntrinsicDimensionality().fit(trained, x[:100])
+
+
+# ---- subset scanning, of which test_detectors_statistics.py has the equations
+
+
+def test_scan_detects(trained: sp.Model, examples: dict[str, tuple[Tensor, Tensor]]) -> None:
+    assert area(SubsetScan().fit(trained, DIGITS.train), examples["fgsm"]) > 0.9
+    assert area(SubsetScan(statistic="berk-jones", layer="0").fit(trained, DIGITS.train), examples["fgsm"]) > 0.6

@@ -93,7 +93,7 @@ def likeliest_bandwidth(points: Tensor, labels: Tensor) -> Tensor:
     between the mean to the nearest and the mean to all: so the bandwidths tried are spread between these two.
     """
     judged = torch.randperm(len(points))[:_HELD_OUT].to(points.device)
-    chunks = judged.split(max(1, _CHUNK // len(points)))
+    chunks = torch.split(judged, max(1, _CHUNK // len(points)))
 
     def left_out(rows: Tensor) -> tuple[Tensor, Tensor]:
         distances = squared_distances(points[rows], points)
@@ -121,6 +121,6 @@ def at_most(labels: Tensor, count: int) -> Tensor:
     """Indices of `count` random samples of each class in labels (N,), or of all that it has."""
     order = torch.randperm(len(labels)).to(labels.device)
     order = order[labels[order].argsort(stable=True)]
-    _, counts = labels.unique(return_counts=True)
+    _, counts = torch.unique(labels, return_counts=True)
     rank = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     return order[rank < count]

@@ -61,11 +61,11 @@ class Mahalanobis(Detector):
 
     def learn(self, clean: Tensor, labels: Tensor, adversarial: Tensor | None) -> Mapping[str, Tensor]:
         layers = self.layers or hidden_layers(self.model, clean)
-        found = {}
-        classes, own = labels.unique(return_inverse=True)
+        found: dict[str, Tensor] = {}
+        classes, own = torch.unique(labels, return_inverse=True)
         widths = [f.shape[1] for f in self._features(clean[:1], layers)]
         joined = self.over(lambda x: torch.cat(self._features(x, layers), 1), clean)
-        for layer, f in zip(layers, joined.split(widths, 1), strict=True):
+        for layer, f in zip(layers, torch.split(joined, widths, 1), strict=True):
             wide = f.double()
             means = wide.new_zeros(len(classes), f.shape[1]).index_add(0, own, wide) / own.bincount()[:, None]
             within = wide - means[own]

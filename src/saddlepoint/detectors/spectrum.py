@@ -35,8 +35,8 @@ class TailVariance(Detector):
 
     Errors: `InputError` in fitting where there is no such entry, and for more than 16,384 features, whose covariance is too
     large.
-    Source: Hendrycks & Gimpel (2017), Early methods for detecting adversarial images, arXiv:1608.00530, figure 1 and table 1; the floor
-    is ours.
+    Source: Hendrycks & Gimpel (2017), Early methods for detecting adversarial images, arXiv:1608.00530, figure 1 and table 1;
+    the floor is ours.
 
     >>> import saddlepoint as sp
     >>> digits = sp.data.load("digits")
@@ -70,7 +70,7 @@ class TailVariance(Detector):
             raise InputError(f"inputs have {dimension} features: at least two must come after start={self.start:g}")
         mean = flat.double().mean(0)
         covariance = torch.zeros(dimension, dimension, dtype=torch.float64, device=flat.device)
-        for part in flat.split(1024):
+        for part in torch.split(flat, 1024):
             covariance.addmm_((part - mean).T, part - mean, alpha=1 / len(flat))
         variances, components = torch.linalg.eigh(covariance)  # rising
         smallest = self.floor * float(variances.mean()) or 1.0  # 0 where all inputs are the same; then any unit will do
