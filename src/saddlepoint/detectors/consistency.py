@@ -1,4 +1,4 @@
-"""Adversarial inputs lie close to a boundary: noise and small movements, which clean inputs withstand, change the prediction."""
+"""Adversarial inputs lie close to a boundary: noise and small movements, which clean ones withstand, change the prediction."""
 
 from __future__ import annotations
 
@@ -146,8 +146,8 @@ class RotationConsistency(Detector):
     """Turned or shifted a little, it is classified differently: score(x) = mean over t of |softmax(z(x)) - softmax(z(t(x)))|_1.
 
     t are rotations about the centre by each of `degrees`, and shifts by `pixels` in the four directions; interpolated
-    bilinearly, with the border's pixels beyond the edges. The paper draws them anew for each input against adversaries who know
-    it, and lets a classifier judge; here all are looked at, so that the score isn't random and an attack has its true gradients.
+    bilinearly, with the border's pixels beyond the edges. The paper lets a classifier judge, and draws them anew for each input
+    against adversaries who know it; here all are looked at, so that the score isn't random and an attack has true gradients.
     norm: "l1", "l2" or "kl". Images only.
 
     Errors: `InputError` for other inputs than images (N, C, H, W), and where there are neither degrees nor pixels.

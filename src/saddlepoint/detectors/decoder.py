@@ -9,7 +9,9 @@ from typing import ClassVar, Literal, final, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
+from saddlepoint.defenses.loop import Sample
 from saddlepoint.detectors.layers import LAST, activations
 from saddlepoint.detectors.networks import Standardised, Trained, perceptron, standardised
 from saddlepoint.errors import InputError, UnknownNameError
@@ -38,7 +40,7 @@ class _Decoding(Trained, ABC):
 
         def loss(sample: Sample) -> Tensor:
             x, given, y = sample.tensors
-            return (decode(given, y) - x.flatten(1)).square().mean()
+            return mse_loss(decode(given, y), x.flatten(1))
 
         return self.trained(net, (clean, known, labels), loss)
 
@@ -124,7 +126,7 @@ class _ClassDecoder(nn.Module):
 @final
 @dataclass(eq=False, kw_only=True)
 class ClassReconstruction(_Decoding):
-    """Reconstructed as one of the class that is predicted, it looks different: score(x) = mean (x - r(c_k(h(x))))^2, k = predicted.
+    """Reconstructed as one of the class k that is predicted, it looks different: score(x) = mean (x - r(c_k(h(x))))^2.
 
     c_k are a few linear functions of the last hidden layer h for each class. Only those of one class go into the decoder r, of
     the label in training, so that what it makes of an input is of the class that they stand for. The paper has this for

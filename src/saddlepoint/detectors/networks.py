@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, final
 
 import torch
@@ -108,7 +109,7 @@ def standardised(x: Tensor) -> Standardised:
 def perceptron(widths: tuple[int, ...], scale: Standardised | None = None) -> nn.Sequential:
     """Fully connected, from features (N, ...) of widths[0] numbers to (N, widths[-1]), with GELU between."""
     layers: list[nn.Module] = [scale or Standardised(), nn.Flatten()]
-    for inside, outside in zip(widths, widths[1:], strict=False):
+    for inside, outside in pairwise(widths):
         layers += [nn.Linear(inside, outside), nn.GELU()]
     return nn.Sequential(*layers[:-1])
 
@@ -356,8 +357,11 @@ def _widened(model: Classifier, x: Tensor) -> int:
     if not last or last[-1].out_features != classes:
         raise problem
     _lengthen(last[-1], classes + 1)
-    with torch.no_grad():
-        after = model.forward(x)
+    try:
+        with torch.no_grad():
+            after = model.forward(x)
+    except Exception as error:  # whatever the user's network raises where its last layer has another width
+        raise problem from error
     if after.shape[1] != classes + 1 or not torch.allclose(after[:, :classes], before, rtol=1e-3, atol=1e-3):
         raise problem
     return classes

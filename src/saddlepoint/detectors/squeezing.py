@@ -28,7 +28,8 @@ def change(logits: Tensor, others: Tensor, norm: Change) -> Tensor:
     log_p, log_q = logits.log_softmax(1), others.log_softmax(1)
     if norm == "kl":
         return (log_p.exp() * (log_p - log_q)).sum(1)
-    return torch.linalg.vector_norm(log_p.exp() - log_q.exp(), {"l1": 1, "l2": 2}[norm], dim=1)
+    away: Tensor = torch.linalg.vector_norm(log_p.exp() - log_q.exp(), {"l1": 1, "l2": 2}[norm], dim=1)
+    return away
 
 
 def check_change(norm: str) -> None:
