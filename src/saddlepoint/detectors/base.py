@@ -175,8 +175,10 @@ class Detector(ABC):
     def attach(self, model: Classifier, learnt: Mapping[str, Tensor]) -> None:
         """Take on what `learn` gave for this model, now or earlier."""
         self._model = model
-        self._arrays = {name: array.detach().to(model.device) for name, array in learnt.items()}
-        self.restore()
+        # contiguous, as files give them: another layout is multiplied with other rounding
+        self._arrays = {name: array.detach().to(model.device).contiguous() for name, array in learnt.items()}
+        with global_random_state_kept():  # new networks draw weights, before they get the learnt ones
+            self.restore()
 
     @final
     def over(self, function: Callable[[Tensor], Tensor], x: Tensor, batch_size: int = 256) -> Tensor:
