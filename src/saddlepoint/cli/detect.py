@@ -107,7 +107,7 @@ def detect(
     def write(so_far: Detection) -> Path:
         report = write_detection(
             so_far, out, title=f"Detectors for {name}", data_name=found.name, data_fingerprint=found.fingerprint(),
-            class_names=found.class_names, config=configuration.ran(context), command=context.obj or "",
+            class_names=found.class_names, config=configuration.ran(context), command=context.obj or "", model_name=name,
         )  # fmt: skip
         configuration.write(context, out)
         write_json(json, so_far.to_dict())

@@ -21,6 +21,7 @@ def write_detection(
     title: str,
     data_name: str,
     config: Mapping[str, object],
+    model_name: str = "the model",
     data_fingerprint: str = "",
     class_names: Sequence[str] = (),
     command: str = "",
@@ -35,8 +36,8 @@ def write_detection(
     if not detection.rows:
         raise InputError("there are no detectors to report")
     document = detection_results(
-        detection, title=title, data_name=data_name, config=config, data_fingerprint=data_fingerprint,
-        class_names=class_names, command=command,
+        detection, title=title, data_name=data_name, config=config, model_name=model_name,
+        data_fingerprint=data_fingerprint, class_names=class_names, command=command,
     )  # fmt: skip
     page, pictures = _page(detection, document)
     return publish(Path(folder), page, document, pictures, tables={"detectors.csv": _table(detection)})
@@ -48,14 +49,15 @@ def detection_results(
     title: str,
     data_name: str,
     config: Mapping[str, object],
+    model_name: str = "the model",
     data_fingerprint: str = "",
     class_names: Sequence[str] = (),
     command: str = "",
 ) -> dict[str, Any]:
     """The content of results.json. What is not a number in JSON (nan, infinity) is null.
 
-    schema, title, command, seed, created, complete, data, versions, config: as in `saddlepoint.report.results`. The rest is
-    `Detection.to_dict`:
+    schema, title, command, seed, created, complete, data, versions, config: as in `saddlepoint.report.results`. models: a list
+    of one {name, settings}. The rest is `Detection.to_dict`:
 
     | key | content |
     | --- | --- |
@@ -83,6 +85,7 @@ def detection_results(
             data_name=data_name, data_fingerprint=data_fingerprint, class_names=class_names,
         ),
         "config": config,
+        "models": [{"name": model_name, "settings": detection.rows[0].detector.model.describe()}],
         **detection.to_dict(),
     })  # fmt: skip
     return document
