@@ -35,7 +35,7 @@ RATES: Final = (0.01, 0.05)
 """False-positive rates at which detection is reported."""
 _FALLEN = 0.5  # share of samples that an adversary gets through, from which on a detector is no protection
 _LOW = 0.9  # an adversary who wants a low AUC aims below the threshold that so many clean inputs exceed
-_QUERIES = 2000  # of the adaptive attack on detectors without gradients
+_QUERIES = 500  # of the adaptive attack on detectors without gradients
 _LEARN = 2000  # fitting samples that are attacked for detectors that learn from attacks
 _NOISE, _BLUR, _DARKER = 0.05, 0.7, 0.8  # of clean inputs that look odd
 _TIMED, _TIMED_SAMPLES = 3, 64

@@ -501,7 +501,7 @@ def detector_scores(detection: Detection) -> Figure:
             axes.axvline(math.log1p(1), color=MUTED, lw=0.8, ls=_LEVEL)
             marks = (-10, -1, 0, 1, 10, 100)
             axes.set_xticks([math.copysign(math.log1p(abs(mark)), mark) for mark in marks], [f"{mark:g}" for mark in marks])
-            axes.set_xlim(-_REACH, _REACH)
+            axes.set_xlim(-_REACH / 2, _REACH)
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             axes.set_title(visible(row.name))
         handles = [Patch(color=MUTED, alpha=_HALF, lw=0, label="clean")]
