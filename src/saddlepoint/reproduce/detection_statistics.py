@@ -70,17 +70,15 @@ def densities(context: Context) -> list[Figure]:
         regression = logistic_regression(learnt, torch.arange(len(learnt)) >= 2 * half)
         clean, noisy, adversarial = (*usual[:, half:], unusual[half:])
         negative = torch.cat([clean, noisy])
+        wanted = context.accept((least, 1.0), loose=(0.5, 1.0))
         figures += [
-            Figure(
-                f"{name}: area by density, clean",
-                area(clean[:, 0], adversarial[:, 0]),
-                context.accept((least, 1.0), loose=(0.5, 1.0)),
-            ),
+            Figure(f"{name}: area by density, clean", area(clean[:, 0], adversarial[:, 0]), wanted),
             Figure(f"{name}: area by density, clean and noisy", area(negative[:, 0], adversarial[:, 0])),
             Figure(f"{name}: area by uncertainty, clean and noisy", area(negative[:, 1], adversarial[:, 1])),
             Figure(
                 f"{name}: area by both, clean and noisy",
                 area(*(regression.log_odds(scores) for scores in (negative, adversarial))),
+                wanted,
                 paper=paper,
                 paper_note="of a wider network",
             ),
@@ -121,8 +119,8 @@ def tail_variance(context: Context) -> list[Figure]:
     noise = torch.randn(test.x.shape, generator=torch.Generator().manual_seed(context.seed)).sign()
     clean = detector.score(test.x)
 
-    def judged(examples: Tensor, beside: Tensor = clean) -> float:
-        return area(beside, detector.score(examples))
+    def judged(examples: Tensor) -> float:
+        return area(clean, detector.score(examples))
 
     wanted = context.accept((0.99, 1.0), loose=(0.6, 1.0))
     return [
