@@ -279,6 +279,7 @@ def test_dimensionality_far_away_and_on_a_sample_is_finite(trained: sp.Model) ->
     (gradient,) = torch.autograd.grad(scores.sum(), flat)
     assert scores.isfinite().all()
     assert gradient.isfinite().all()
+    torch.testing.assert_close(detector.score(x, batch_size=3), detector.score(x), rtol=1e-3, atol=1e-3)
 
 
 def test_dimensionality_detects_what_it_has_learnt(trained: sp.Model, examples: dict[str, tuple[Tensor, Tensor]]) -> None:
