@@ -13,7 +13,19 @@ from torch import Tensor, nn
 
 import saddlepoint as sp
 from saddlepoint.attacks import FGSM, CarliniWagnerL2
-from saddlepoint.detectors import LAST, Detector, KernelDensity, LocalIntrinsicDimensionality, Mahalanobis, SubsetScan
+from saddlepoint.detectors import (
+    LAST,
+    Detector,
+    DropoutUncertainty,
+    Energy,
+    Entropy,
+    KernelDensity,
+    LocalIntrinsicDimensionality,
+    LogitMargin,
+    Mahalanobis,
+    MaxProbability,
+    SubsetScan,
+)
 from saddlepoint.detectors.density import at_most, likeliest_bandwidth, squared_distances
 from saddlepoint.errors import InputError
 
@@ -267,6 +279,7 @@ def test_dimensionality_far_away_and_on_a_sample_is_finite(trained: sp.Model) ->
     (gradient,) = torch.autograd.grad(scores.sum(), flat)
     assert scores.isfinite().all()
     assert gradient.isfinite().all()
+    torch.testing.assert_close(detector.score(x, batch_size=3), detector.score(x), rtol=1e-3, atol=1e-3)
 
 
 def test_dimensionality_detects_what_it_has_learnt(trained: sp.Model, examples: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -288,9 +301,26 @@ def test_dimensionality_refuses(trained: sp.Model) -> None:
         LocalIntrinsicDimensionality().fit(trained, x[:100])
 
 
-# ---- subset scanning, of which test_detectors_statistics.py has the equations
+# ---- dropout, logits and subset scanning, of which test_detectors_statistics.py has the equations
+
+
+def test_boundary_examples_look_unsure(trained: sp.Model, examples: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Examples at the smallest distance have two classes level, and a mask decides which one wins."""
+    *hidden, last = trained.net.children()
+    dropped = sp.Model(nn.Sequential(*hidden, nn.Dropout(0.5), last))
+    bounds = {MaxProbability(): 0.9, LogitMargin(): 0.9, Entropy(): 0.8, Energy(): 0.65, DropoutUncertainty(): 0.85}
+    for detector, least in bounds.items():
+        assert area(detector.fit(dropped, DIGITS.train), examples["carlini-wagner"]) > least
 
 
 def test_scan_detects(trained: sp.Model, examples: dict[str, tuple[Tensor, Tensor]]) -> None:
     assert area(SubsetScan().fit(trained, DIGITS.train), examples["fgsm"]) > 0.9
     assert area(SubsetScan(statistic="berk-jones", layer="0").fit(trained, DIGITS.train), examples["fgsm"]) > 0.6
+
+
+def test_settings_in_text() -> None:
+    """Modules of a plain sequence are named by numbers."""
+    assert sp.detectors.make("kernel-density:layer=3,bandwidth=0.5").layer == "3"
+    assert sp.detectors.make("subset-scan:layer=3,tail=upper").layer == "3"
+    assert sp.detectors.make("mahalanobis:layers=3").layers == ("3",)
+    assert sp.detectors.make("local-intrinsic-dimensionality:layers=conv1").layers == ("conv1",)

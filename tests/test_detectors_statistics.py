@@ -28,6 +28,7 @@ from saddlepoint.detectors import (
 from saddlepoint.detectors.regression import logistic_regression
 from saddlepoint.detectors.uncertainty import dropout_on
 from saddlepoint.errors import CapabilityError, InputError
+from saddlepoint.reproduce.detection_statistics import _kinds, with_dropout
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -258,3 +259,21 @@ def test_scan_refuses() -> None:
     for settings in ({"statistic": "median"}, {"tail": "left"}, {"largest_alpha": 1.0}, {"samples": 0}):
         with pytest.raises(InputError, match=next(iter(settings))):
             SubsetScan(**settings)
+
+
+# ---- the entries of reproduce, which run in test_reproduce.py
+
+
+def test_noise_is_of_the_size_of_the_perturbation() -> None:
+    clean = torch.full((50, 1, 8, 8), 0.5)
+    adversarial = clean + 0.1 * normal(*clean.shape, dtype=torch.float32).sign()
+    _, noisy, same = _kinds(clean, adversarial, seed=0)
+    assert torch.equal(same, adversarial)
+    assert float((noisy - clean).std()) == pytest.approx(0.1, rel=0.05)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28)])
+def test_the_network_with_dropout(shape: tuple[int, ...]) -> None:
+    net = with_dropout(shape, 10)
+    assert net(torch.zeros(2, *shape)).shape == (2, 10)
+    assert isinstance(net[-2], nn.Dropout)

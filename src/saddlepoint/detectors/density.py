@@ -53,6 +53,7 @@ class KernelDensity(Detector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.layer = str(self.layer)  # in text, the name "3" is read as a number
         if self.bandwidth is not None and not 0 < self.bandwidth < math.inf:
             raise InputError(f"bandwidth must be positive, or None for cross-validation; got {self.bandwidth}")
         if self.samples is not None and self.samples < 1:

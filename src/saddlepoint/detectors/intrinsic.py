@@ -17,6 +17,7 @@ from saddlepoint.detectors.regression import Logistic, logistic_regression
 from saddlepoint.errors import InputError
 
 _LARGEST = 1e4  # where all neighbours are equally far, the estimate would be infinite
+_ROUNDING = 1e-5  # part of r_k^2 below which squared distances are rounding errors, as that to the sample itself
 
 
 @final
@@ -92,6 +93,7 @@ class LocalIntrinsicDimensionality(Detector):
         for layer, f in zip(layers, activations(self.model, x, layers)[1], strict=True):
             distances = squared_distances(f.flatten(1), references[f"reference.{layer}"])
             nearest = distances.topk(self.neighbours, 1, largest=False).values
-            logs = nearest.clamp(min=torch.finfo(f.dtype).tiny).log() / 2
-            found.append((logs.amax(1) - logs.mean(1)).clamp(min=1 / _LARGEST).reciprocal())
+            farthest = nearest.amax(1, keepdim=True).clamp(min=torch.finfo(f.dtype).tiny)
+            logs = (nearest / farthest).clamp(min=_ROUNDING).log() / 2
+            found.append((-logs.mean(1)).clamp(min=1 / _LARGEST).reciprocal())
         return torch.stack(found, 1)

@@ -107,8 +107,8 @@ class Mahalanobis(Detector):
 
 
 def checked_layers(layers: object) -> tuple[str, ...] | None:
-    """Names of layers as a tuple; one name may stand alone. Errors: `InputError`."""
-    named = (layers,) if isinstance(layers, str) else layers
+    """Names of layers as a tuple; one name may stand alone, and be a number, as in text. Errors: `InputError`."""
+    named = (str(layers),) if isinstance(layers, str | int) else layers
     if named is None:
         return None
     if not isinstance(named, tuple | list) or not named or not all(isinstance(name, str) for name in named):

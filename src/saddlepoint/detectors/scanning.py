@@ -62,6 +62,7 @@ class SubsetScan(Detector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.layer = None if self.layer is None else str(self.layer)  # in text, the name "3" is read as a number
         for name, value, known in (("statistic", self.statistic, Statistic), ("tail", self.tail, Tail)):
             if value not in get_args(known):
                 raise InputError(f"{name} must be {', '.join(map(repr, get_args(known)))}; got {value!r}")

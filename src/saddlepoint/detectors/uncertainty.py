@@ -9,11 +9,12 @@ from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from saddlepoint.detectors.base import Detector
 from saddlepoint.errors import InputError
 from saddlepoint.models.base import Classifier
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 @final
@@ -24,7 +25,7 @@ class DropoutUncertainty(Detector):
         score(x) = 1 / T sum_t |p_t|^2 - |1 / T sum_t p_t|^2
 
     p_1 to p_T are the softmax outputs of T passes with different dropout masks: an estimate of a Bayesian network's variance,
-    summed over the classes. Everything but the dropout modules is in eval mode.
+    summed over the classes. Everything but the dropout modules is in eval mode. It costs as much as T predictions.
 
     passes: T, 50 in the paper.
 
@@ -82,4 +83,4 @@ def dropout_on(model: Classifier) -> Iterator[None]:
 
 def _dropouts(model: Classifier) -> list[nn.Module]:
     found = [module for net in model.networks() for module in net.modules()]
-    return [module for module in found if isinstance(module, _DropoutNd) and module.p > 0]
+    return [module for module in found if isinstance(module, _DROPOUTS) and module.p > 0]
