@@ -15,8 +15,19 @@ from sklearn.metrics import roc_curve as sklearn_roc
 from torch import Tensor, nn
 
 import saddlepoint as sp
-from saddlepoint.detectors import DETECTORS, AnyOf, Detector, Guarded, MaxProbability, Regression, auc_limits, load, make
-from saddlepoint.detectors import roc_auc, roc_curve
+from saddlepoint.detectors import (
+    DETECTORS,
+    AnyOf,
+    Detector,
+    Guarded,
+    MaxProbability,
+    Regression,
+    auc_limits,
+    load,
+    make,
+    roc_auc,
+    roc_curve,
+)
 from saddlepoint.detectors.base import row_fingerprints
 from saddlepoint.errors import CapabilityError, DataError, InputError, ModelError, UnknownNameError
 from saddlepoint.goals import Untargeted, bind
@@ -116,7 +127,7 @@ def test_the_margin_is_the_smaller_of_both() -> None:
 def test_success_is_wrong_and_unnoticed(model: sp.Model, detector: Detector, goal: sp.Untargeted | None) -> None:
     found = sp.attack(model, X, Y, sp.attacks.APGD(steps=30, loss="margin"), sp.Linf(0.3), sp.Evade(detector, goal))
     won = found.success
-    assert 0 < int(won.sum())
+    assert int(won.sum()) > 0
     assert not detector.predict(found.adversarial)[won].any()
     predicted = model.predict(found.adversarial)
     assert (predicted != Y)[won].all()
@@ -222,7 +233,9 @@ def attacked(model: sp.Model) -> Tensor:
 def test_any_of_is_the_largest_in_units_of_clean_scores(model: sp.Model) -> None:
     both = AnyOf(parts=("max-probability", "energy")).fit(model, FIT)
     held = torch.arange(len(FIT.x)) % 3 == 0
-    scores = np.stack([make(name).fit(model, FIT).score(FIT.x[held]).double().numpy() for name in ("max-probability", "energy")])
+    scores = np.stack(
+        [make(name).fit(model, FIT).score(FIT.x[held]).double().numpy() for name in ("max-probability", "energy")]
+    )
     now = np.stack([make(name).fit(model, FIT).score(X).double().numpy() for name in ("max-probability", "energy")])
     median = torch.from_numpy(scores).median(1).values.numpy()[:, None]
     spread = np.quantile(scores, 0.95, axis=1)[:, None] - median
@@ -242,7 +255,9 @@ def test_regression_is_that_of_scikit_learn(model: sp.Model, attacked: Tensor) -
     target = np.arange(len(rows)) >= int(held.sum())
     mean, std = rows.mean(0), rows.std(0)
     reference = LogisticRegression(tol=1e-10, max_iter=1000).fit((rows - mean) / std, target)
-    np.testing.assert_allclose(joint.score(X).numpy(), reference.decision_function((columns(X) - mean) / std), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        joint.score(X).numpy(), reference.decision_function((columns(X) - mean) / std), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_noise_counts_as_clean(model: sp.Model, attacked: Tensor) -> None:
@@ -283,7 +298,10 @@ def test_fitted_parts_are_refused(model: sp.Model) -> None:
 
 def test_areas_and_curves_are_those_of_scikit_learn() -> None:
     generator = torch.Generator().manual_seed(0)
-    clean, bad = torch.randn(50, generator=generator).round(decimals=1), torch.randn(70, generator=generator).round(decimals=1) + 0.5
+    clean, bad = (
+        torch.randn(50, generator=generator).round(decimals=1),
+        torch.randn(70, generator=generator).round(decimals=1) + 0.5,
+    )
     truth = np.r_[np.zeros(50), np.ones(70)]
     scores = torch.cat([clean, bad]).numpy()
     assert roc_auc(clean, bad) == pytest.approx(roc_auc_score(truth, scores), abs=1e-12)
