@@ -395,8 +395,10 @@ def list_losses() -> None:
 def list_detectors() -> None:
     """Detectors by name, for saddlepoint detect --detector NAME:setting=value."""
     for name, cls in DETECTORS.items():
-        console.print(f"[bold]{name:<28}[/] {'learns from attacks' if cls.learns_attacks else 'learns from clean inputs'}")
-        console.print(f"{'':<28} {escape(cls.summary)} ({escape(cls.reference)})", soft_wrap=True)
+        console.print(
+            f"[bold]{name:<28}[/] {'learns from attacks' if cls.learns_attacks is True else 'learns from clean inputs'}"
+        )
+        console.print(f"{'':<30} {escape(cls.summary)} ({escape(cls.reference)})", soft_wrap=True)
 
 
 @fetching.command("fetch")

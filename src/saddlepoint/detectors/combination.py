@@ -94,6 +94,10 @@ class Combination(Detector):
             part.check_access(model)
 
     @property
+    def learns_attacks(self) -> bool:  # type: ignore[override]  # what its parts are
+        return any(part.learns_attacks for part in self.detectors)
+
+    @property
     def differentiable(self) -> bool:  # type: ignore[override]  # what its parts are
         return all(part.differentiable for part in self.detectors)
 

@@ -338,7 +338,10 @@ class _Cascade:
         rows = result.index
         if number == 0:
             self.clean_predicted[rows] = result.clean_predicted
-            self.broken_by[rows[result.having(Status.ALREADY_WRONG)]] = WRONG
+            wrong = result.having(Status.ALREADY_WRONG)
+            if self.model.rejects:  # what is refused isn't answered rightly
+                wrong |= result.clean_predicted == self.model.probe(self.x).num_classes - 1
+            self.broken_by[rows[wrong]] = WRONG
         stood = self.broken_by[rows] == STANDS
         fooled, error = stood & result.having(Status.FOOLED), stood & result.having(Status.ERROR)
         failed = error & (result.predicted == NO_CLASS)
