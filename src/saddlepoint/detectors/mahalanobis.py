@@ -73,7 +73,9 @@ class Mahalanobis(Detector):
             variance = float(covariance.diagonal().mean()) or 1.0  # 0 where nothing varies; then any unit will do
             covariance.diagonal().add_(self.ridge * variance)
             identity = torch.eye(f.shape[1], dtype=wide.dtype, device=wide.device)
-            whiten = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), identity, upper=False).T.to(f)
+            whiten = (
+                torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), identity, upper=False).T.contiguous().to(f)
+            )
             whitened = means.to(f) @ whiten
             distances = squared_distances(f @ whiten, whitened).amin(1).double()
             std = distances.std(correction=0)

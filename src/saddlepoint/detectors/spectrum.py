@@ -76,7 +76,7 @@ class TailVariance(Detector):
         smallest = self.floor * float(variances.mean()) or 1.0  # 0 where all inputs are the same; then any unit will do
         tail = slice(0, dimension - start)
         whiten = components[:, tail] / variances[tail].clamp(min=smallest).sqrt()
-        return {"mean": mean.to(flat), "whiten": whiten.to(flat)}
+        return {"mean": mean.to(flat), "whiten": whiten.to(flat).contiguous()}
 
     def forward(self, x: Tensor) -> Tensor:
         return ((x.flatten(1) - self.arrays["mean"]) @ self.arrays["whiten"]).var(1, correction=0)
