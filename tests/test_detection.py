@@ -12,9 +12,10 @@ import torch
 
 import saddlepoint as sp
 from saddlepoint.cli import main
+from saddlepoint.detectors import Samples
 from saddlepoint.errors import InputError, UnknownNameError
 from saddlepoint.evaluate import detection
-from saddlepoint.evaluate.detection import Detection, Samples, bypass, detect
+from saddlepoint.evaluate.detection import Detection, bypass, detect
 
 DIGITS = sp.data.load("digits")
 ATTACKS: dict[str, Any] = {"fgsm": ("fgsm", sp.Linf(0.15)), "pgd": (sp.attacks.PGD(steps=10), sp.Linf(0.15))}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.metrics import roc_curve as sklearn_roc
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from saddlepoint.detectors import (
     MaxProbability,
     Regression,
     auc_limits,
+    average_precision,
     load,
     make,
     roc_auc,
@@ -293,6 +294,17 @@ def test_fitted_parts_are_refused(model: sp.Model) -> None:
         AnyOf(parts=(MaxProbability().fit(model, FIT), MaxProbability()))
 
 
+def test_a_detector_of_a_reformed_model(model: sp.Model) -> None:
+    """What stands before the network belongs to the model: detector and reformer are attacked together."""
+    reformed = sp.Defended(model, [sp.transforms.Median(3)])
+    detector = make("energy").fit(reformed, FIT).calibrate(CALIBRATE)
+    found = sp.attack(reformed, X, Y, sp.attacks.APGD(steps=20, loss="margin"), sp.Linf(0.3), sp.Evade(detector))
+    won = found.success
+    assert int(won.sum()) > 0
+    assert (reformed.predict(found.adversarial) != Y)[won].all()
+    assert not detector.predict(found.adversarial)[won].any()
+
+
 # ---- metrics
 
 
@@ -305,6 +317,7 @@ def test_areas_and_curves_are_those_of_scikit_learn() -> None:
     truth = np.r_[np.zeros(50), np.ones(70)]
     scores = torch.cat([clean, bad]).numpy()
     assert roc_auc(clean, bad) == pytest.approx(roc_auc_score(truth, scores), abs=1e-12)
+    assert average_precision(clean, bad) == pytest.approx(average_precision_score(truth, scores), abs=1e-12)
     false, true = roc_curve(clean, bad)
     expected = sklearn_roc(truth, scores, drop_intermediate=False)
     points = {(round(a, 9), round(b, 9)) for a, b in zip(false.tolist(), true.tolist(), strict=True)}

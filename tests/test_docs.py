@@ -175,3 +175,17 @@ def test_defenses_page_example(capsys):
     (code,) = blocks("docs/defenses.md", "python")
     exec(compile(code, "docs/defenses.md", "exec"), {"__name__": "defenses_page"})
     assert "halves: BPDA, identity" in capsys.readouterr().out
+
+
+def test_detection_page_names_every_detector() -> None:
+    page = (ROOT / "docs" / "detection.md").read_text()
+    assert not {name for name in sp.detectors.DETECTORS if f"`{name}`" not in page}
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_detection_page_examples(number, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sp.detectors.base, "DETECTORS", dict(sp.detectors.DETECTORS))
+    code = blocks("docs/detection.md", "python")[number]
+    exec(compile(code, "docs/detection.md", "exec"), {"__name__": "detection_page"})
+    assert len(capsys.readouterr().out.splitlines()) > (0 if number else 10)

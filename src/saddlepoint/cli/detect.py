@@ -30,6 +30,7 @@ from saddlepoint.cli.options import (
     warn_of_random_weights,
     write_json,
 )
+from saddlepoint.detectors import Samples as Parts
 from saddlepoint.engine import Budget
 from saddlepoint.errors import InputError
 from saddlepoint.evaluate import detection
@@ -101,7 +102,7 @@ def detect(
     learnt = None if seen is None else [key for key in attacks if key.rpartition(" ")[0] in each([seen]) or key in each([seen])]
     if learnt is not None and not learnt:
         raise InputError(f"--seen {seen} names none of the attacks: {', '.join(attacks)}")
-    parts = detection.Samples.split(found.train, found.test, calibration, samples)
+    parts = Parts.split(found.train, found.test, calibration, samples)
     told: set[str] = set()
 
     def write(so_far: Detection) -> Path:

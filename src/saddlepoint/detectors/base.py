@@ -26,7 +26,7 @@ from saddlepoint.models.torch_model import Labelled
 from saddlepoint.models.transforms import InputTransform
 from saddlepoint.taxonomy import Access
 
-Samples = Tensor | Labelled | tuple[Tensor, Tensor]
+Given = Tensor | Labelled | tuple[Tensor, Tensor]
 DETECTORS: dict[str, type[Detector]] = {}
 """Every detector by its name, such as "kernel-density"."""
 
@@ -130,7 +130,7 @@ class Detector(ABC):
     # ---- fitting
 
     @final
-    def fit(self, model: Classifier, clean: Samples, adversarial: Samples | None = None) -> Self:
+    def fit(self, model: Classifier, clean: Given, adversarial: Given | None = None) -> Self:
         """Learn what clean inputs of this model look like, and what adversarial ones do if it `learns_attacks`.
 
         clean: inputs (N, ...), or samples with labels such as `data.train`; without labels the model's predictions serve.
@@ -212,7 +212,7 @@ class Detector(ABC):
         return scores
 
     @final
-    def calibrate(self, clean: Samples, fpr: float = 0.05) -> Self:
+    def calibrate(self, clean: Given, fpr: float = 0.05) -> Self:
         """Choose the threshold on clean inputs that were not fitted on: of new ones, at most `fpr` are then called adversarial.
 
         It is the ceil((n + 1) (1 - fpr))-th smallest of the n scores, with which that holds on average for any distribution
@@ -391,7 +391,7 @@ def row_fingerprints(x: Tensor) -> Tensor:
     return mixed
 
 
-def _samples(given: Samples, name: str) -> tuple[Tensor, Tensor | None]:
+def _samples(given: Given, name: str) -> tuple[Tensor, Tensor | None]:
     """Inputs, and labels if there are some."""
     if isinstance(given, Tensor):
         return given, None

@@ -33,6 +33,16 @@ def roc_auc(clean: Tensor, adversarial: Tensor) -> float:
     return float((below + upto).double().mean() / (2 * len(clean)))
 
 
+def average_precision(clean: Tensor, adversarial: Tensor) -> float:
+    """Area under the precision-recall curve: the mean over adversarial inputs of the precision at their own score.
+
+    Unlike the ROC's it depends on how many of the inputs are adversarial: M of N + M here, a half where both are as many.
+    """
+    clean, adversarial = _checked(clean), _checked(adversarial)
+    found, false = (len(scores) * _share_from(adversarial, scores) for scores in (adversarial, clean))
+    return float((found / (found + false)).mean())
+
+
 def auc_limits(auc: float, clean: int, adversarial: int) -> tuple[float, float]:
     """95 % limits of an AUC that was found on so many inputs: the areas that such a finding doesn't contradict.
 

@@ -4,7 +4,7 @@ from saddlepoint.evaluate.campaign import Campaign
 from saddlepoint.evaluate.cascade import Effort, evaluate
 from saddlepoint.evaluate.compare import Cell, Comparison, compare
 from saddlepoint.evaluate.defended import DefendedComparison, compare_defended
-from saddlepoint.evaluate.detection import Bypass, Detection, Samples, bypass, detect
+from saddlepoint.evaluate.detection import Bypass, Detection, bypass, detect
 from saddlepoint.evaluate.diagnose import Diagnosis, Finding, diagnose
 from saddlepoint.evaluate.distances import Distances, Quantile, distance
 from saddlepoint.evaluate.estimate import Estimate, estimate

@@ -17,15 +17,13 @@ from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.attacks.facade import check_combination
 from saddlepoint.attacks.registry import as_attack
 from saddlepoint.defenses.transforms import Gaussian
-from saddlepoint.detectors import Detector, Guarded, auc_limits, make, roc_auc
-from saddlepoint.detectors.base import row_fingerprints
+from saddlepoint.detectors import Detector, Guarded, Samples, auc_limits, average_precision, make, roc_auc
 from saddlepoint.engine import Attack, AttackResult, Budget
 from saddlepoint.errors import CapabilityError, InputError, ModelError
 from saddlepoint.evaluate.evaluation import binomial_limits
 from saddlepoint.goals import Goal
 from saddlepoint.models.base import Classifier
 from saddlepoint.models.freeze import global_random_state_kept
-from saddlepoint.models.torch_model import Labelled
 from saddlepoint.taxonomy import Access, Status
 from saddlepoint.threats import Threat
 
@@ -39,45 +37,6 @@ _QUERIES = 500  # of the adaptive attack on detectors without gradients
 _LEARN = 2000  # fitting samples that are attacked for detectors that learn from attacks
 _NOISE, _BLUR, _DARKER = 0.05, 0.7, 0.8  # of clean inputs that look odd
 _TIMED, _TIMED_SAMPLES = 3, 64
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Three sets of samples without one in common: to fit on, to choose thresholds on, and to judge on.
-
-    Errors: `InputError` where two of them share a sample.
-    """
-
-    fit: tuple[Tensor, Tensor]
-    calibrate: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-
-    def __post_init__(self) -> None:
-        prints = {name: row_fingerprints(getattr(self, name)[0]) for name in ("fit", "calibrate", "test")}
-        for first, second in (("fit", "calibrate"), ("fit", "test"), ("calibrate", "test")):
-            shared = int(torch.isin(prints[first], prints[second]).sum())
-            if shared:
-                raise InputError(
-                    f"{shared} samples are in both the {first} and the {second} part: split them, or Samples.split"
-                )
-
-    @staticmethod
-    def split(train: Labelled, test: Labelled, calibrate: int | None = None, most: int | None = None) -> Samples:
-        """Fit on training samples; the first `calibrate` test samples set thresholds (default a third), the next `most` judge.
-
-        Test samples that equal an earlier one, or a training sample, are left out.
-        """
-        prints, known = row_fingerprints(test.x), row_fingerprints(train.x)
-        first: dict[int, int] = {}
-        for place, value in enumerate(prints.tolist()):
-            first.setdefault(value, place)
-        own = torch.tensor(sorted(first.values()), dtype=torch.int64)
-        own = own[~torch.isin(prints[own], known)]
-        count = len(own) // 3 if calibrate is None else calibrate
-        if not 0 < count < len(own):
-            raise InputError(f"calibrate must leave some of the {len(own)} test samples to judge on; got {count}")
-        a, b = own[:count], own[count : None if most is None else count + most]
-        return Samples((train.x, train.y), (test.x[a], test.y[a]), (test.x[b], test.y[b]))
 
 
 @dataclass(frozen=True)
@@ -120,6 +79,11 @@ class Detected:
         return roc_auc(self.clean, self.fooling) if len(self.fooling) else None
 
     @property
+    def average_precision(self) -> float | None:
+        """Area under the precision-recall curve, for as many clean and successful inputs as there are."""
+        return average_precision(self.clean, self.fooling) if len(self.fooling) else None
+
+    @property
     def auc_failed(self) -> float | None:
         """The same for attempts that didn't fool the model: who flags them is no worse for it, who doesn't has lost nothing."""
         return roc_auc(self.clean, self.failed) if len(self.failed) else None
@@ -147,6 +111,7 @@ class Detected:
         return {
             "attack": self.attack, "seen": self.seen, "fooling": len(self.fooling), "failed": len(self.failed),
             "auc": self.auc, "auc_limits": self.limits, "auc_failed": self.auc_failed,
+            "average_precision": self.average_precision,
             "detected": [
                 {"fpr": fpr, "rate": self.rate(fpr), "limits": self.rate_limits(fpr)} for fpr in self.thresholds
             ],
@@ -370,19 +335,19 @@ def detect(
 ) -> Detection:
     """Fit detectors, and see what they notice: attacks that they learnt from and others, odd clean inputs, who knows them.
 
-    samples: `Samples.split(data.train, data.test)`. detectors: names with settings, such as "kernel-density:bandwidth=1", or
-    detectors. attacks: by name, an attack and its threat. seen: names of the attacks whose examples, made of fitting samples,
-    are shown to detectors that learn from attacks; default the first. adaptive: whether to attack model and detector together
-    in each ball among the threats, by their joint loss, by selective and by orthogonal gradients; where a detector has no
-    gradients, by scores. fpr: of the thresholds that the adaptive adversary must stay below. budget: of each attack for each
-    sample. on_row: is called after each detector. Ctrl-C ends early (`complete` False).
+    samples: `sp.detectors.Samples.split(data.train, data.test)`. detectors: names with settings, such as
+    "kernel-density:bandwidth=1", or detectors. attacks: by name, an attack and its threat. seen: names of the attacks whose
+    examples, made of fitting samples, are shown to detectors that learn from attacks; default the first. adaptive: whether to
+    attack model and detector together in each ball among the threats, by their joint loss, by selective and by orthogonal
+    gradients; where a detector has no gradients, by scores. fpr: of the thresholds that the adaptive adversary must stay
+    below. budget: of each attack for each sample. on_row: is called after each detector. Ctrl-C ends early (`complete` False).
 
     Only samples that the model gets right are attacked. Errors: `InputError`, `CapabilityError`, `UnknownNameError`.
 
     >>> import saddlepoint as sp
     >>> digits = sp.data.load("digits")
     >>> model = sp.train(sp.zoo.build("digits-cnn"), digits.train, epochs=5).model
-    >>> parts = sp.evaluate.detection.Samples.split(digits.train, digits.test, calibrate=100, most=30)
+    >>> parts = sp.detectors.Samples.split(digits.train, digits.test, calibrate=100, most=30)
     >>> found = sp.detect(model, parts, ["max-probability"], {"fgsm": ("fgsm", sp.Linf(0.1))}, adaptive=False)
     >>> found.rows[0].detected[0].attack
     'fgsm'

@@ -74,7 +74,8 @@ def detection_results(
     | --- | --- |
     | name, settings, fit_seconds, slowdown | what it is; seconds of fitting; time of a score by that of a prediction |
     | mean_auc | mean area under the ROC curve over the attacks |
-    | attacks | a list of {attack, seen, fooling, failed, auc, auc_limits, auc_failed, detected: {fpr, rate, limits}} |
+    | attacks | a list of {attack, seen, fooling, failed, auc, auc_limits, auc_failed, average_precision, detected} |
+    | attacks.detected | a list of {fpr, rate, limits} |
     | false_positives | a list of {inputs, fpr, rate}: clean inputs above the threshold for that rate |
     | adaptive | a list of {threat, attacks, evasion_rate, evasion_limits, auc, fooling} |
     | notes | what to know about the figures |

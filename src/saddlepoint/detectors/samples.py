@@ -1,0 +1,51 @@
+"""Samples to fit on, to choose thresholds on, and to judge on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saddlepoint.detectors.base import row_fingerprints
+from saddlepoint.errors import InputError
+from saddlepoint.models.torch_model import Labelled
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Three sets of samples without one in common: to fit on, to choose thresholds on, and to judge on.
+
+    Errors: `InputError` where two of them share a sample.
+    """
+
+    fit: tuple[Tensor, Tensor]
+    calibrate: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+    def __post_init__(self) -> None:
+        prints = {name: row_fingerprints(getattr(self, name)[0]) for name in ("fit", "calibrate", "test")}
+        for first, second in (("fit", "calibrate"), ("fit", "test"), ("calibrate", "test")):
+            shared = int(torch.isin(prints[first], prints[second]).sum())
+            if shared:
+                raise InputError(
+                    f"{shared} samples are in both the {first} and the {second} part: split them, or Samples.split"
+                )
+
+    @staticmethod
+    def split(train: Labelled, test: Labelled, calibrate: int | None = None, most: int | None = None) -> Samples:
+        """Fit on training samples; the first `calibrate` test samples set thresholds (default a third), the next `most` judge.
+
+        Test samples that equal an earlier one, or a training sample, are left out.
+        """
+        prints, known = row_fingerprints(test.x), row_fingerprints(train.x)
+        first: dict[int, int] = {}
+        for place, value in enumerate(prints.tolist()):
+            first.setdefault(value, place)
+        own = torch.tensor(sorted(first.values()), dtype=torch.int64)
+        own = own[~torch.isin(prints[own], known)]
+        count = len(own) // 3 if calibrate is None else calibrate
+        if not 0 < count < len(own):
+            raise InputError(f"calibrate must leave some of the {len(own)} test samples to judge on; got {count}")
+        a, b = own[:count], own[count : None if most is None else count + most]
+        return Samples((train.x, train.y), (test.x[a], test.y[a]), (test.x[b], test.y[b]))
