@@ -135,9 +135,9 @@ def _papers(shape: tuple[int, ...], classes: int) -> nn.Module:
     "An input decoded from its logits",
     "Hendrycks & Gimpel 2017, arXiv:1608.00530; Frosst, Sabour & Hinton 2018, arXiv:1811.06969",
     "two hidden layers of 256 GELU units, Adam 1e-3, 5 epochs in batches of 128; after it, a decoder of 256 GELU units from"
-    " logits and last hidden layer through a bottleneck of 10, 30 epochs of 20,000 images, Adam 1e-3; by class: 16 numbers each,"
-    " 512 and 1024 units, 4 epochs; 200 images, each towards a random class by Carlini-Wagner l2 with 6 searches of 50 steps, or by BIM"
-    f" with 100 steps of 1/255 at eps 0.3; {HIDDEN}, 50 images",
+    " logits and last hidden layer through a bottleneck of 10, 30 epochs of 20,000 images, Adam 1e-3; by class: 16 numbers"
+    " each, 512 and 1024 units, 4 epochs; 200 images, each towards a random class by Carlini-Wagner l2 with 6 searches of 50"
+    f" steps, or by BIM with 100 steps of 1/255 at eps 0.3; {HIDDEN}, 50 images",
 )
 def decoded_logits(context: Context) -> list[Figure]:
     """What the logits stand for is another digit, which the decoder draws."""
