@@ -96,6 +96,8 @@ class LogOdds(_Noisy):
     pairs where fewer than two are. sigma: of the noise, in the inputs' units; the paper looks at several. draws: 256 in the
     paper; they are made in fitting and then the same for all inputs, so that the score isn't random.
 
+    The paper shows it on CIFAR-10 and ImageNet. On digits and MNIST noise doesn't undo the examples: it detects none of them.
+
     Errors: `InputError` as of `NoiseConsistency`.
     Source: Roth, Kilcher & Hofmann (2019), The odds are odd: a statistical test for detecting adversarial examples,
     arXiv:1902.04818, section 3 (equations 5 to 8).

@@ -40,9 +40,9 @@ HIDDEN = (
 
 
 def _halves(context: Context) -> tuple[Split, Split]:
-    """Test images to judge on, and others to calibrate on."""
-    test, half = context.test, len(context.test) // 2
-    return test.take(half), Split(test.x[half:], test.y[half:])
+    """Test images to judge on, and others to calibrate on: every second one, for MNIST's first half is harder than its last."""
+    x, y = context.test.x, context.test.y
+    return Split(x[::2], y[::2]), Split(x[1::2], y[1::2])
 
 
 def _examples(context: Context, model: Model, split: Split, made: Attack, threat: Threat, goal: Goal | None = None) -> Tensor:
@@ -135,9 +135,9 @@ def _papers(shape: tuple[int, ...], classes: int) -> nn.Module:
     "An input decoded from its logits",
     "Hendrycks & Gimpel 2017, arXiv:1608.00530; Frosst, Sabour & Hinton 2018, arXiv:1811.06969",
     "two hidden layers of 256 GELU units, Adam 1e-3, 5 epochs in batches of 128; after it, a decoder of 256 GELU units from"
-    " logits and last hidden layer through a bottleneck of 10, 30 epochs of 20,000 images, Adam 1e-3; by class: 16 numbers each,"
-    " 512 and 1024 units, 4 epochs; 200 images, each towards a random class by Carlini-Wagner l2 with 6 searches of 50 steps, or by BIM"
-    f" with 100 steps of 1/255 at eps 0.3; {HIDDEN}, 50 images",
+    " logits and last hidden layer through a bottleneck of 10, 30 epochs of 20,000 images, Adam 1e-3; by class: 16 numbers"
+    " each, 512 and 1024 units, 4 epochs; 200 images, each towards a random class by Carlini-Wagner l2 with 6 searches of 50"
+    f" steps, or by BIM with 100 steps of 1/255 at eps 0.3; {HIDDEN}, 50 images",
 )
 def decoded_logits(context: Context) -> list[Figure]:
     """What the logits stand for is another digit, which the decoder draws."""
@@ -152,15 +152,15 @@ def decoded_logits(context: Context) -> list[Figure]:
     def told(by: Detector, examples: Tensor) -> float:
         return area(by.score(judged.x), by.score(examples))
 
-    together = "decoder and classifier trained together, gradient descent to a random class"
+    together = "decoder and classifier trained together, steps of 1/255 to a random class until it has half of the probability"
     return [
         Figure("clean accuracy", _accuracy(model, judged.x, judged.y)),
         Figure("clean images detected", _found(detector, judged.x), context.accept((0.0, 0.07))),
         Figure(
-            "Carlini-Wagner l2: area under the ROC curve", told(detector, shortest), context.accept((0.8, 1.0)),
+            "BIM: area under the ROC curve", told(detector, iterated), context.accept((0.8, 1.0)),
             paper=0.962, paper_note=together, goal=0.9,
         ),
-        Figure("BIM: area under the ROC curve", told(detector, iterated), paper=0.962, paper_note=together),
+        Figure("Carlini-Wagner l2: area under the ROC curve", told(detector, shortest)),
         Figure("by class, Carlini-Wagner l2: area under the ROC curve", told(by_class, shortest)),
         *_hidden(context, model, detector, judged.x, context.few(judged, 50)),
     ]  # fmt: skip
