@@ -26,7 +26,8 @@ from saddlepoint.detectors import (
     MaxProbability,
     SubsetScan,
 )
-from saddlepoint.detectors.density import at_most, likeliest_bandwidth, squared_distances
+from saddlepoint.detectors.density import at_most, likeliest_bandwidth
+from saddlepoint.detectors.layers import squared_distances
 from saddlepoint.errors import InputError
 
 DIGITS = sp.data.load("digits")

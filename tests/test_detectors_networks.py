@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import conv2d, gelu
 
 import saddlepoint as sp
-from saddlepoint.detectors.squeezing import area
+from saddlepoint.detectors import roc_auc
 from saddlepoint.errors import InputError, UnknownNameError
 
 DIGITS = sp.data.load("digits")
@@ -63,7 +63,7 @@ def one_more(model, shown) -> sp.detectors.ExtraClass:
 @pytest.mark.parametrize(("name", "least"), [("on_inputs", 0.95), ("on_a_layer", 0.95), ("one_more", 0.9)])
 def test_the_attack_that_was_shown_is_detected_on_unseen_images(request, name, least, unseen):
     detector = request.getfixturevalue(name)
-    assert area(detector.score(X), detector.score(unseen)) > least
+    assert roc_auc(detector.score(X), detector.score(unseen)) > least
 
 
 def test_images_are_seen_by_three_convolutions_of_standardised_inputs(on_inputs):
@@ -84,7 +84,7 @@ def test_rows_are_seen_by_a_hidden_layer():
     assert a["2.weight"].shape == (32, 64)
     h = gelu((X.flatten(1) - a["0.mean"]) / a["0.std"] @ a["2.weight"].T + a["2.bias"])
     torch.testing.assert_close(detector.score(X.flatten(1)), (h @ a["4.weight"].T + a["4.bias"])[:, 0], atol=1e-5, rtol=1e-4)
-    assert area(detector.score(X.flatten(1)), detector.score((X.flatten(1) + 0.2).clamp(max=1))) > 0.9
+    assert roc_auc(detector.score(X.flatten(1)), detector.score((X.flatten(1) + 0.2).clamp(max=1))) > 0.9
 
 
 def test_a_layers_network_sees_that_layer_by_default_one_in_the_middle(model, on_a_layer):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import gelu
 
 import saddlepoint as sp
-from saddlepoint.detectors.squeezing import area
+from saddlepoint.detectors import roc_auc
 from saddlepoint.errors import InputError, SaddlepointWarning
 
 DIGITS = sp.data.load("digits")
@@ -59,7 +59,7 @@ def rows(dtype=torch.float64) -> sp.Model:
 @pytest.mark.parametrize(("name", "least"), [("decoder", 0.75), ("by_class", 0.8), ("restoring", 0.9), ("diverging", 0.85)])
 def test_examples_are_detected(request, name, least, examples):
     detector = request.getfixturevalue(name)
-    assert area(detector.score(X), detector.score(examples)) > least
+    assert roc_auc(detector.score(X), detector.score(examples)) > least
 
 
 def learnt(detector) -> dict[str, torch.Tensor]:

@@ -44,7 +44,7 @@ def test_some_docstrings_have_examples():
 
 
 def test_readme_example_runs_and_shows_what_it_says(capsys):
-    first, figure, gate, second, black, defended = blocks("README.md", "python")
+    first, figure, gate, second, black, defended, detected = blocks("README.md", "python")
     names: dict[str, object] = {}
     exec(compile(first, "README.md", "exec"), names)  # the README's own example
     printed = capsys.readouterr().out
@@ -70,6 +70,9 @@ def test_readme_example_runs_and_shows_what_it_says(capsys):
     printed = capsys.readouterr().out
     assert "naive" in printed
     assert "adaptive" in printed
+    exec(compile(detected, "README.md", "exec"), names)
+    assert isinstance(names["guarded"], sp.Guarded)
+    assert 0 <= float(capsys.readouterr().out.splitlines()[-1]) <= 1
 
 
 def test_attacks_page_example(capsys):

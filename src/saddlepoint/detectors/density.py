@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saddlepoint.detectors.base import Detector
-from saddlepoint.detectors.layers import LAST, activations
+from saddlepoint.detectors.layers import LAST, activations, squared_distances
 from saddlepoint.errors import InputError
 
 _BANDWIDTHS, _HELD_OUT, _CHUNK = 20, 1000, 2**22  # tried, samples judged, and entries of a matrix of distances at once
@@ -71,13 +71,6 @@ class KernelDensity(Detector):
         logits, (phi,) = activations(self.model, x, (self.layer,))
         own = labels == logits.argmax(1)[:, None]
         return -_log_density(squared_distances(phi.flatten(1), points), own, h, points.shape[1])
-
-
-def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """|a_i - b_j|^2 of a (N, D) and b (M, D), (N, M), differentiable also where it is 0."""
-    centre = b.detach().mean(0)  # what all have in common would cost digits
-    a, b = a - centre, b - centre
-    return torch.addmm((a * a).sum(1)[:, None] + (b * b).sum(1), a, b.T, alpha=-2).clamp(min=0)
 
 
 def _log_density(distances: Tensor, own: Tensor, h: Tensor, dimension: int) -> Tensor:

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from saddlepoint.detectors.base import Detector
-from saddlepoint.detectors.density import squared_distances
-from saddlepoint.detectors.layers import activations, hidden_layers
-from saddlepoint.detectors.mahalanobis import checked_layers, layers_in
+from saddlepoint.detectors.layers import activations, checked_layers, hidden_layers, layers_in, squared_distances
 from saddlepoint.detectors.regression import Logistic, logistic_regression
 from saddlepoint.errors import InputError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -71,6 +71,30 @@ def hidden_layers(model: Classifier, x: Tensor) -> tuple[str, ...]:
     if not chosen:
         raise InputError("no hidden layers were found: name them, layers=(...), as in net.named_modules()")
     return tuple(chosen)
+
+
+def checked_layers(layers: object) -> tuple[str, ...] | None:
+    """Names of layers as a tuple; one name may stand alone, and be a number, as in text. Errors: `InputError`."""
+    named = (str(layers),) if isinstance(layers, str | int) else layers
+    if named is None:
+        return None
+    if not isinstance(named, tuple | list) or not named or not all(isinstance(name, str) for name in named):
+        raise InputError(f"layers must be names of modules, such as ('1', '3'), or None for all hidden ones; got {layers!r}")
+    if len(set(named)) < len(named):
+        raise InputError(f"each layer counts once; got {layers!r}")
+    return tuple(named)
+
+
+def layers_in(arrays: Mapping[str, Tensor], prefix: str) -> list[str]:
+    """The layers that arrays were learnt of, from the arrays' names."""
+    return sorted(name.removeprefix(prefix) for name in arrays if name.startswith(prefix))
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """|a_i - b_j|^2 of a (N, D) and b (M, D), (N, M), differentiable also where it is 0."""
+    centre = b.detach().mean(0)  # what all have in common would cost digits
+    a, b = a - centre, b - centre
+    return torch.addmm((a * a).sum(1)[:, None] + (b * b).sum(1), a, b.T, alpha=-2).clamp(min=0)
 
 
 def _modules(model: Classifier) -> dict[str, nn.Module]:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from saddlepoint.detectors.base import Detector
-from saddlepoint.detectors.density import squared_distances
-from saddlepoint.detectors.layers import activations, hidden_layers
+from saddlepoint.detectors.layers import activations, checked_layers, hidden_layers, layers_in, squared_distances
 from saddlepoint.errors import InputError
 
 
@@ -106,20 +105,3 @@ class Mahalanobis(Detector):
     def _features(self, x: Tensor, layers: Sequence[str]) -> list[Tensor]:
         """Of each layer the mean over all positions: (N, C, ...) -> (N, C)."""
         return [f.reshape(*f.shape[:2], -1).mean(2) for f in activations(self.model, x, layers)[1]]
-
-
-def checked_layers(layers: object) -> tuple[str, ...] | None:
-    """Names of layers as a tuple; one name may stand alone, and be a number, as in text. Errors: `InputError`."""
-    named = (str(layers),) if isinstance(layers, str | int) else layers
-    if named is None:
-        return None
-    if not isinstance(named, tuple | list) or not named or not all(isinstance(name, str) for name in named):
-        raise InputError(f"layers must be names of modules, such as ('1', '3'), or None for all hidden ones; got {layers!r}")
-    if len(set(named)) < len(named):
-        raise InputError(f"each layer counts once; got {layers!r}")
-    return tuple(named)
-
-
-def layers_in(arrays: Mapping[str, Tensor], prefix: str) -> list[str]:
-    """The layers that arrays were learnt of, from the arrays' names."""
-    return sorted(name.removeprefix(prefix) for name in arrays if name.startswith(prefix))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saddlepoint.defenses.transforms import BitDepth, Median, NonLocalMeans
 from saddlepoint.detectors.base import Detector
+from saddlepoint.detectors.metrics import roc_auc
 from saddlepoint.errors import InputError, UnknownNameError
 from saddlepoint.models.transforms import InputTransform
 from saddlepoint.taxonomy import Access
@@ -36,14 +37,6 @@ def check_change(norm: str) -> None:
     """Raise `UnknownNameError` for a norm that `change` doesn't have."""
     if norm not in get_args(Change):
         raise UnknownNameError("norm", norm, get_args(Change))
-
-
-def area(clean: Tensor, adversarial: Tensor) -> float:
-    """Area under the ROC curve: how often a score of `adversarial` is above one of `clean`, ties by half."""
-    ordered = clean.double().sort().values
-    found = adversarial.double()
-    below, up_to = (torch.searchsorted(ordered, found, right=right) for right in (False, True))
-    return float((below + up_to).double().mean()) / (2 * len(ordered))
 
 
 @dataclass(eq=False, kw_only=True)
@@ -153,7 +146,7 @@ class AdaptiveSqueezing(_Squeezing):
         candidates = self._candidates(clean)
         of_clean, of_attacks = (self.over(lambda part: self._changes(part, candidates), x) for x in (clean, adversarial))
         sets = [c for size in range(1, self.most + 1) for c in combinations(range(len(candidates)), size)]
-        best = max(sets, key=lambda chosen: area(self._joined(of_clean[:, chosen]), self._joined(of_attacks[:, chosen])))
+        best = max(sets, key=lambda chosen: roc_auc(self._joined(of_clean[:, chosen]), self._joined(of_attacks[:, chosen])))
         return {"chosen": torch.tensor(best)}
 
     @property

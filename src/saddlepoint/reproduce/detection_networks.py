@@ -20,7 +20,7 @@ from saddlepoint.detectors import (
     LogitsDecoder,
     ReconstructionError,
 )
-from saddlepoint.detectors.squeezing import area
+from saddlepoint.detectors.metrics import roc_auc
 from saddlepoint.engine import Attack
 from saddlepoint.goals import Goal, Targeted
 from saddlepoint.models import Defended, Model
@@ -81,7 +81,7 @@ def _hidden(context: Context, model: Model, detector: Detector, clean: Tensor, s
     return [
         Figure("adaptive: fool the classifier", len(fooled) / len(lowest)),
         Figure("adaptive: fool it unnoticed", unnoticed),
-        Figure("adaptive: area under the ROC curve", area(detector.score(clean), fooled), goal=0.5),
+        Figure("adaptive: area under the ROC curve", roc_auc(detector.score(clean), fooled), goal=0.5),
     ]
 
 
@@ -150,7 +150,7 @@ def decoded_logits(context: Context) -> list[Figure]:
     iterated = _examples(context, model, few, BIM(steps=100, step_size=1 / 255), Linf(EPS), Targeted("random"))
 
     def told(by: Detector, examples: Tensor) -> float:
-        return area(by.score(judged.x), by.score(examples))
+        return roc_auc(by.score(judged.x), by.score(examples))
 
     together = "decoder and classifier trained together, steps of 1/255 to a random class until it has half of the probability"
     return [

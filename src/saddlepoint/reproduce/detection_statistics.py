@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from saddlepoint import zoo
 from saddlepoint.attacks import BIM, FGSM
 from saddlepoint.attacks.facade import attack
-from saddlepoint.detectors import Detector, DropoutUncertainty, KernelDensity, TailVariance
+from saddlepoint.detectors import Detector, DropoutUncertainty, KernelDensity, TailVariance, roc_auc
 from saddlepoint.detectors.regression import logistic_regression
 from saddlepoint.engine import Attack, Keep
 from saddlepoint.goals import Targeted
@@ -28,11 +27,6 @@ def with_dropout(in_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     build = zoo.networks.cnn_s if min(in_shape[1:]) >= 28 else zoo.networks.digits_cnn
     *hidden, last = build(in_shape, num_classes).children()
     return nn.Sequential(*hidden, nn.Dropout(0.5), last)
-
-
-def area(usual: Tensor, unusual: Tensor) -> float:
-    """Area under the ROC curve of scores (N,) and (M,)."""
-    return float(roc_auc_score([0] * len(usual) + [1] * len(unusual), torch.cat([usual, unusual]).cpu()))
 
 
 @entry(
@@ -72,12 +66,12 @@ def densities(context: Context) -> list[Figure]:
         negative = torch.cat([clean, noisy])
         wanted = context.accept((least, 1.0), loose=(0.5, 1.0))
         figures += [
-            Figure(f"{name}: area by density, clean", area(clean[:, 0], adversarial[:, 0]), wanted),
-            Figure(f"{name}: area by density, clean and noisy", area(negative[:, 0], adversarial[:, 0])),
-            Figure(f"{name}: area by uncertainty, clean and noisy", area(negative[:, 1], adversarial[:, 1])),
+            Figure(f"{name}: area by density, clean", roc_auc(clean[:, 0], adversarial[:, 0]), wanted),
+            Figure(f"{name}: area by density, clean and noisy", roc_auc(negative[:, 0], adversarial[:, 0])),
+            Figure(f"{name}: area by uncertainty, clean and noisy", roc_auc(negative[:, 1], adversarial[:, 1])),
             Figure(
                 f"{name}: area by both, clean and noisy",
-                area(*(regression.log_odds(scores) for scores in (negative, adversarial))),
+                roc_auc(*(regression.log_odds(scores) for scores in (negative, adversarial))),
                 wanted,
                 paper=paper,
                 paper_note="of a wider network",
@@ -120,7 +114,7 @@ def tail_variance(context: Context) -> list[Figure]:
     clean = detector.score(test.x)
 
     def judged(examples: Tensor) -> float:
-        return area(clean, detector.score(examples))
+        return roc_auc(clean, detector.score(examples))
 
     wanted = context.accept((0.99, 1.0), loose=(0.6, 1.0))
     return [
