@@ -72,7 +72,7 @@ def _furthest(fits: object, inside: float, outside: float) -> float:
 def _checked(scores: Tensor) -> Tensor:
     if scores.dim() != 1 or not len(scores):
         raise InputError(f"scores must be (N,), at least one; got {tuple(scores.shape)}")
-    return scores.detach().double().cpu()
+    return scores.detach().double().cpu().contiguous()
 
 
 def _share_from(cuts: Tensor, scores: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from saddlepoint.attacks.facade import check_combination
 from saddlepoint.attacks.registry import as_attack
 from saddlepoint.defenses.transforms import Gaussian
 from saddlepoint.detectors import Detector, Guarded, Samples, auc_limits, average_precision, make, roc_auc
-from saddlepoint.engine import Attack, AttackResult, Budget
+from saddlepoint.engine import Attack, AttackResult, Budget, Keep
 from saddlepoint.errors import CapabilityError, InputError, ModelError
 from saddlepoint.evaluate.evaluation import binomial_limits
 from saddlepoint.goals import Goal
@@ -408,45 +408,56 @@ def bypass(
     y: Tensor,
     threat: Threat,
     *,
+    attacks: Sequence[Attack] | None = None,
+    rungs: int = 4,
+    goal: Goal | None = None,
     seed: int = 0,
     budget: Budget | None = None,
-    goal: Goal | None = None,
 ) -> Bypass | None:
     """Attack a calibrated detector and its model together: x (N, ...), y (N,), in a ball. None where no attack fits.
 
-    Only samples that are right and accepted are attacked. First they are to be accepted at the calibrated threshold; then, for
-    the AUC, to look cleaner than nine of ten clean inputs.
+    Only samples that are right and accepted are attacked. First come examples against the model alone; from there the attacks
+    go on against both, at the calibrated threshold. Then the first of them is run `rungs` times more, each time from the
+    best examples and under a lower threshold, down to one that rejects 90 % of clean inputs: for the AUC, what fools the
+    model with the lowest score counts.
+
+    attacks: default `APGD` on the joint margin and `OrthogonalPGD` with and without projection; where the detector has no
+    gradients, `Square`, with 500 queries each.
     """
     model = detector.model
     clean = detector.score(x).cpu()
-    start = ((model.predict(x) == y.to(model.device)).cpu()) & (clean <= detector.threshold)
-    x, y = x[start], y[start]
+    begin = ((model.predict(x) == y.to(model.device)).cpu()) & (clean <= detector.threshold)
+    x, y = x[begin], y[begin]
     guarded = Guarded(model, detector)
     suite, limit = _adaptive(guarded.access, budget)
-    suite = [attack for attack in suite if threat.norm in attack.declaration.norms]
+    suite = [one for one in (suite if attacks is None else attacks) if threat.norm in one.declaration.norms]
     if not suite or threat.minimizes or not len(x):
         return None
+    best, everyone = x.clone(), torch.arange(len(x))
     evaded = torch.zeros(len(x), dtype=torch.bool)
     lowest = torch.full((len(x),), math.inf, dtype=torch.float64)
 
-    def note(index: Tensor, result: AttackResult) -> None:
+    def run(on: Classifier, attack: Attack, index: Tensor, onwards: bool, keep: Keep | None) -> AttackResult:
+        start = best[index] if onwards and attack.takes_start else None
+        result = run_attack(on, x[index], y[index], attack, threat, goal, seed=seed, budget=limit, keep=keep, start=start)
         found = result.adversarial
         fooled = (model.predict(found) != y[index].to(model.device)).cpu()
-        scores = detector.score(found).double().cpu()
-        lowest[index] = torch.where(fooled, torch.minimum(lowest[index], scores), lowest[index])
+        scores = torch.where(fooled, detector.score(found).double().cpu(), math.inf)
+        lower = scores < lowest[index]
+        lowest[index[lower]], best[index[lower]] = scores[lower], found[lower]
+        return result
 
+    run(model, suite[0], everyone, False, "margin")
     for attack in suite:
-        index = (~evaded).nonzero()[:, 0]
-        if len(index):
-            result = run_attack(guarded, x[index], y[index], attack, threat, goal, seed=seed, budget=limit)
-            evaded[index] = result.success.cpu()
-            note(index, result)
-    below = detector.threshold_at(_LOW)
-    if below < detector.threshold:
-        everyone = torch.arange(len(x))
-        for attack in suite:
-            lower = Guarded(model, detector, threshold=below)
-            note(everyone, run_attack(lower, x, y, attack, threat, goal, seed=seed, budget=limit, keep="margin"))
+        for onwards in (True, False) if attack is suite[0] else (True,):
+            index = (~evaded).nonzero()[:, 0]
+            if len(index):
+                evaded[index] = run(guarded, attack, index, onwards, None).success.cpu()
+    if bool(lowest.isfinite().any()):
+        first, last = float(lowest[lowest.isfinite()].median()), detector.threshold_at(_LOW)
+        for rung in range(1, rungs + 1) if last < first else ():
+            lower = Guarded(model, detector, threshold=first + (last - first) * rung / rungs)
+            run(lower, suite[0], everyone, True, "margin")
     names = tuple(dict.fromkeys(str(attack) for attack in suite))
     return Bypass(threat, names, evaded, clean, lowest[lowest.isfinite()])
 
