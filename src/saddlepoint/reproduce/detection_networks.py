@@ -33,7 +33,7 @@ _FPR = 0.05
 HIDDEN = "adaptive: `sp.bypass` at eps 0.3, of each image's examples that fool the classifier the one with the lowest score"
 
 
-def _halves(context: Context) -> tuple[Split, Split]:
+def halves(context: Context) -> tuple[Split, Split]:
     """Test images to judge on, and others to calibrate on: every second one, for MNIST's first half is harder than its last."""
     x, y = context.test.x, context.test.y
     return Split(x[::2], y[::2]), Split(x[1::2], y[1::2])
@@ -54,7 +54,7 @@ def _found(detector: Detector, x: Tensor) -> float:
     return float(detector.predict(x).double().mean())
 
 
-def _hidden(context: Context, detector: Detector, split: Split) -> list[Figure]:
+def aware(context: Context, detector: Detector, split: Split) -> list[Figure]:
     """What an adversary who knows the detector makes of it."""
     strong = APGD(steps=20, loss="margin")
     few = context.few(split, 50)
@@ -78,7 +78,7 @@ def _hidden(context: Context, detector: Detector, split: Split) -> list[Figure]:
 )
 def squeezing(context: Context) -> list[Figure]:
     """One bit and a median betray every example, and eps 0.3 is too little to get round both."""
-    model, (judged, others) = undefended_network(context), _halves(context)
+    model, (judged, others) = undefended_network(context), halves(context)
     detector = FeatureSqueezing(seed=context.seed).fit(model, context.training(1000)).calibrate(others, fpr=_FPR)
     one_bit = Defended(model, [BitDepth(1)])
     many, few = context.few(judged, 500), context.few(judged, 100)
@@ -102,7 +102,7 @@ def squeezing(context: Context) -> list[Figure]:
             Figure(f"{name} detected", share, context.accept(least[name]), paper=0.982, paper_note=joint)
             for name, share in found.items()
         ),
-        *_hidden(context, detector, judged),
+        *aware(context, detector, judged),
     ]
 
 
@@ -124,7 +124,7 @@ def _papers(shape: tuple[int, ...], classes: int) -> nn.Module:
 )
 def decoded_logits(context: Context) -> list[Figure]:
     """What the logits stand for is another digit, which the decoder draws."""
-    model, (judged, others) = context.model(Recipe(_papers, epochs=5, bounds=UNIT)), _halves(context)
+    model, (judged, others) = context.model(Recipe(_papers, epochs=5, bounds=UNIT)), halves(context)
     part, few = context.training(20_000), context.few(judged, 200)
     epochs = (10, 2) if context.quick else (30, 4)
     detector = LogitsDecoder(epochs=epochs[0], seed=context.seed).fit(model, part).calibrate(others, fpr=_FPR)
@@ -145,7 +145,7 @@ def decoded_logits(context: Context) -> list[Figure]:
         ),
         Figure("Carlini-Wagner l2: area under the ROC curve", told(detector, shortest)),
         Figure("by class, Carlini-Wagner l2: area under the ROC curve", told(by_class, shortest)),
-        *_hidden(context, detector, judged),
+        *aware(context, detector, judged),
     ]  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def decoded_logits(context: Context) -> list[Figure]:
 )
 def inner_network(context: Context) -> list[Figure]:
     """It knows the attack that it was shown, and the weaker one less; who attacks both passes."""
-    model, (judged, others) = undefended_network(context), _halves(context)
+    model, (judged, others) = undefended_network(context), halves(context)
     attacks: dict[str, Attack] = {"FGSM": FGSM(), "BIM": BIM(steps=10, step_size=0.06)}
     shown, many = context.training(4000), context.few(judged, 500)
     unseen = {name: _examples(context, model, many, made, Linf(EPS)) for name, made in attacks.items()}
@@ -178,7 +178,7 @@ def inner_network(context: Context) -> list[Figure]:
                     paper=0.9 if same else None, paper_note="of CIFAR-10, where 10% are left right",
                 )
             )  # fmt: skip
-    return [*figures, *_hidden(context, detectors["BIM"], judged)]
+    return [*figures, *aware(context, detectors["BIM"], judged)]
 
 
 def _above(detector: Detector, x: Tensor) -> float:
@@ -196,7 +196,7 @@ def _above(detector: Detector, x: Tensor) -> float:
 )
 def magnet_detector(context: Context) -> list[Figure]:
     """What was made for the bare classifier is detected or put right; what was made for all three passes."""
-    model, part, (judged, others) = undefended_network(context), context.training(20_000), _halves(context)
+    model, part, (judged, others) = undefended_network(context), context.training(20_000), halves(context)
     epochs = max(1, round((48_000 if context.quick else 240_000) / len(part)))
     detector = _restoring(context, epochs).fit(model, part).calibrate(others, fpr=_FPR)
     defended = Defended(model, [detector.autoencoder.transform()])
@@ -212,7 +212,7 @@ def magnet_detector(context: Context) -> list[Figure]:
             "Carlini-Wagner, detected or put right", float(withstood.double().mean()), context.accept((0.9, 1.0)), paper=0.995
         ),
         Figure("Carlini-Wagner against all three", adaptive.robust_accuracy, context.accept((0.0, 0.2)), paper=0.01),
-        *_hidden(context, detector, judged),
+        *aware(context, detector, judged),
     ]
 
 

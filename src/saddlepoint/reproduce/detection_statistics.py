@@ -13,6 +13,7 @@ from saddlepoint.detectors.regression import logistic_regression
 from saddlepoint.engine import Attack, Keep
 from saddlepoint.goals import Targeted
 from saddlepoint.models import Model
+from saddlepoint.reproduce.detection_networks import HIDDEN, aware, halves
 from saddlepoint.reproduce.frame import Context, Figure, Recipe, entry
 from saddlepoint.reproduce.least import QUICKLY
 from saddlepoint.reproduce.masking import CNN, EPS, UNIT, undefended_network
@@ -37,7 +38,7 @@ def with_dropout(in_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     " bandwidth by leave-one-out likelihood; variance over 50 dropout masks; correctly classified test images, 1,000 for FGSM"
     " and BIM with 30 steps of 0.01 at eps 0.3, 200 for Carlini-Wagner l2 with 6 searches of 50 steps; successful examples"
     " beside their clean images and these with Gaussian noise of the same size; logistic regression fitted on the first half,"
-    " areas under the ROC curve on the second",
+    f" areas under the ROC curve on the second; density {HIDDEN}, 50 images, threshold for 5% false positives",
 )
 def densities(context: Context) -> list[Figure]:
     """Examples of most attacks lie where there are few samples of the class that they are taken for."""
@@ -77,7 +78,8 @@ def densities(context: Context) -> list[Figure]:
                 paper_note="of a wider network",
             ),
         ]
-    return figures
+    judged, others = halves(context)
+    return [*figures, *aware(context, found[0].calibrate(others.x), judged)]
 
 
 def _kinds(clean: Tensor, adversarial: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
