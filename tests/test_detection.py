@@ -35,7 +35,7 @@ def samples() -> Samples:
 def found(model: sp.Model, samples: Samples) -> Detection:
     regression = sp.detectors.Regression(parts=("max-probability", "tail-variance"))
     detectors = {"energy": sp.detectors.Energy(), "tail": sp.detectors.TailVariance(), "both": regression}
-    return detect(model, samples, detectors, ATTACKS)
+    return detect(model, samples, ATTACKS, detectors)
 
 
 # ---- splits
@@ -155,13 +155,13 @@ def test_no_attack_fits_a_search_for_the_smallest_or_l0(model: sp.Model, samples
 )
 def test_bad_input(model: sp.Model, samples: Samples, arguments: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
-        detect(model, samples, **{"detectors": ["energy"], **arguments})
+        detect(model, samples, **{"detectors": ["energy"], "attacks": ATTACKS, **arguments})
 
 
 def test_one_that_fails_does_not_stop_the_others(model: sp.Model, samples: Samples) -> None:
     rows: list[int] = []
     found = detect(
-        model, samples, ["dropout-uncertainty", "energy"], {"fgsm": ATTACKS["fgsm"]}, adaptive=False,
+        model, samples, {"fgsm": ATTACKS["fgsm"]}, ["dropout-uncertainty", "energy"], adaptive=False,
         on_row=lambda so_far: rows.append(len(so_far.rows)),
     )  # fmt: skip
     assert [row.name for row in found.rows] == ["energy"]
@@ -175,7 +175,7 @@ def test_ctrl_c_keeps_what_was_finished(model: sp.Model, samples: Samples, monke
         if len(so_far.rows) == 1:
             raise KeyboardInterrupt
 
-    found = detect(model, samples, ["energy", "tail-variance"], {"fgsm": ATTACKS["fgsm"]}, adaptive=False, on_row=stop)
+    found = detect(model, samples, {"fgsm": ATTACKS["fgsm"]}, ["energy", "tail-variance"], adaptive=False, on_row=stop)
     assert not found.complete
     assert len(found.rows) == 1
     assert "interrupted" in found.summary()
@@ -246,3 +246,42 @@ def _again(model: sp.Model, folder: Path) -> sp.Model:
 
 def test_suggested_detectors_exist() -> None:
     assert all(name in sp.detectors.DETECTORS for name in detection.SUGGESTED)
+
+
+# ---- what newcomers ran into
+
+
+def test_targets_of_their_own_stay_with_their_samples(model: sp.Model, samples: Samples) -> None:
+    """Rows that are wrong, flagged or evaded already are left out, and the others keep their targets."""
+    energy = sp.detectors.Energy().fit(model, samples.fit).calibrate(samples.calibrate[0], 0.3)
+    x, y = samples.test
+    targets = (y + 5) % 10
+    past = bypass(energy, x, y, sp.Linf(0.3), attacks=[sp.attacks.APGD(steps=20, loss="margin")], goal=sp.Targeted(targets))
+    assert past is not None
+    predicted = model.predict(past.adversarial)
+    changed = (past.adversarial != x[past.index]).flatten(1).any(1)
+    assert int(changed.sum()) == len(past.scores) > 0
+    assert torch.equal(predicted[changed], targets[past.index][changed])
+    assert 0 < past.rate < 1
+
+
+def test_models_of_labels_are_bypassed_by_labels(samples: Samples, model: sp.Model) -> None:
+    labels = sp.Model(model.net, access=sp.Access.LABELS)
+    tail = sp.detectors.TailVariance().fit(labels, samples.fit).calibrate(samples.calibrate[0])
+    x, y = (column[:6] for column in samples.test)
+    past = bypass(tail, x, y, sp.Linf(0.5), budget=sp.Budget(queries=120))
+    assert past is not None
+    assert "RayS" in past.names
+
+
+def test_without_success_there_is_nothing_to_notice(model: sp.Model, samples: Samples) -> None:
+    found = detect(model, samples, {"fgsm": ("fgsm", sp.Linf(1e-5))}, ["energy"], adaptive=False)
+    assert "nothing to notice" in found.verdict
+    assert any("nobody who knows it" in note for note in found.rows[0].notes)
+
+
+def test_a_score_without_gradients_is_not_attacked_blindly(model: sp.Model, samples: Samples) -> None:
+    energy = sp.detectors.Energy().fit(model, samples.fit).calibrate(samples.calibrate[0])
+    energy.forward = lambda x: -model.forward(x).logsumexp(1).detach()  # type: ignore[method-assign]
+    with pytest.raises(InputError, match="differentiable = False"):
+        bypass(energy, *samples.test, sp.Linf(0.1))

@@ -382,7 +382,7 @@ def test_p_values_are_ranks(model: sp.Model, detector: Detector) -> None:
     [
         (lambda m: MaxProbability().fit(m, FIT.x[:1]), InputError, "at least two"),
         (lambda m: MaxProbability().fit(m.net, FIT), InputError, "sp.Model"),
-        (lambda m: MaxProbability().fit(m, (FIT.x, FIT.y[:3])), InputError, "clean must be"),
+        (lambda m: MaxProbability().fit(m, (FIT.x, FIT.y[:3])), InputError, "one is needed for each"),
         (lambda m: MaxProbability().fit(m, FIT, FIT.x[:5, :, :4]), InputError, "adversarial inputs have shape"),
         (lambda m: MaxProbability().fit(m, FIT).calibrate(CALIBRATE, 0.0), InputError, "fpr"),
         (lambda m: MaxProbability().fit(m, FIT).calibrate(CALIBRATE[:5], 0.01), InputError, "at least 99 samples"),
@@ -432,3 +432,50 @@ def test_a_fit_that_fails_leaves_the_old_one(model: sp.Model) -> None:
 def test_access_is_asked_for(model: sp.Model) -> None:
     with pytest.raises(CapabilityError, match="scores"):
         MaxProbability().fit(sp.Model(model.net, access=sp.Access.LABELS), FIT)
+
+
+# ---- what newcomers ran into
+
+
+def test_lists_and_layers_in_text(model: sp.Model) -> None:
+    both = make("any-of:parts=energy+tail-variance")
+    assert [part.name for part in both.detectors] == ["energy", "tail-variance"]  # type: ignore[attr-defined]
+    assert make("mahalanobis:layers=1+3").layers == ("1", "3")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda m: make("kernel-density:bandwidth=abc"), InputError, "a number or None"),
+        (lambda m: make("layer-network:epochs=1.5"), InputError, "a whole number"),
+        (lambda m: make("any-of"), InputError, "any-of:parts="),
+        (lambda m: AnyOf(parts="energy"), InputError, "detectors or names|their names"),
+        (lambda m: make("energy").fit(m, FIT).score(X.flatten(1)), InputError, r"fitted on \(1, 8, 8\)"),
+        (lambda m: make("energy").fit(m, torch.rand(5, 3, 8, 8)), ModelError, "fails on inputs of shape"),
+        (lambda m: make("energy").fit(m, (FIT.x, FIT.y + 90)), InputError, "classes 0 to 9"),
+        (lambda m: make("energy").fit(m, (FIT.x, FIT.y[:5])), InputError, "one is needed for each"),
+        (lambda m: make("energy").fit(m, FIT).calibrate(CALIBRATE, "a"), InputError, "fpr must be a number"),
+        (lambda m: sp.Evade("kd"), InputError, "one of sp.detectors"),
+        (lambda m: load("/tmp", m), DataError, "no such file"),
+    ],
+)
+def test_misuse(model: sp.Model, call: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        call(model)
+
+
+def test_a_model_with_other_weights_is_another_model(model: sp.Model, detector: Detector, tmp_path: Any) -> None:
+    MaxProbability().fit(model, FIT).save(tmp_path / "d.safetensors")
+    with pytest.raises(DataError, match="weights changed"):
+        load(tmp_path / "d.safetensors", sp.Model(sp.zoo.build("digits-cnn", seed=5)))
+
+
+def test_what_is_rejected_is_not_right(model: sp.Model, detector: Detector) -> None:
+    guarded = Guarded(model, detector, threshold=float(detector.score(X).median()))
+    found = sp.attack(guarded, X, Y, sp.attacks.APGD(steps=3), sp.Linf(1e-4))
+    assert found.robust_accuracy <= found.clean_accuracy < 0.7
+
+
+def test_a_guarded_model_is_not_guarded_again(model: sp.Model, detector: Detector) -> None:
+    with pytest.raises(InputError, match="has a detector already"):
+        make("energy").fit(Guarded(model, detector), FIT)

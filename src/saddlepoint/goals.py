@@ -163,6 +163,10 @@ class Evade:
     detector: Guard
     goal: Goal | None = None
 
+    def __post_init__(self) -> None:
+        if not hasattr(self.detector, "guard"):
+            raise InputError(f"Evade takes a calibrated detector, one of sp.detectors; got {type(self.detector).__name__}")
+
 
 def _checked(aim: Aim) -> Aim:
     """The aim, if its goal can be missed as well as reached: `InputError` where there are fewer rivals than top_k."""

@@ -68,7 +68,7 @@ listing = typer.Typer(help="What there is: attacks, data, networks, losses.", no
 fetching = typer.Typer(help="Datasets on this computer.", no_args_is_help=True)
 app.add_typer(listing, name="list")
 app.add_typer(fetching, name="data")
-errors = Console(stderr=True, highlight=False)
+errors = Console(stderr=True, highlight=False, emoji=False)
 _ATTACKS = ("uniformnoise", "fgm", "pgd")
 
 

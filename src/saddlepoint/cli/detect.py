@@ -21,7 +21,6 @@ from saddlepoint.cli.options import (
     ModelText,
     NormText,
     Root,
-    Samples,
     Seed,
     Std,
     console,
@@ -30,7 +29,7 @@ from saddlepoint.cli.options import (
     warn_of_random_weights,
     write_json,
 )
-from saddlepoint.detectors import Samples as Parts
+from saddlepoint.detectors import Samples
 from saddlepoint.engine import Budget
 from saddlepoint.errors import InputError
 from saddlepoint.evaluate import detection
@@ -67,7 +66,9 @@ def detect(
     adaptive: Annotated[bool, typer.Option(help="Attack model and detector together, too.")] = True,
     fpr: Annotated[float, typer.Option(help="False-positive rate that the adaptive adversary's threshold is for.")] = 0.05,
     passes: Annotated[int | None, typer.Option(min=1, help="At most so many passes a sample in each attack.")] = None,
-    samples: Samples = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Judge on the N test samples after those that set thresholds; default all others.")
+    ] = None,
     calibration: Annotated[
         int | None, typer.Option(min=1, help="Test samples that thresholds are chosen on; default a third.")
     ] = None,
@@ -102,7 +103,7 @@ def detect(
     learnt = None if seen is None else [key for key in attacks if key.rpartition(" ")[0] in each([seen]) or key in each([seen])]
     if learnt is not None and not learnt:
         raise InputError(f"--seen {seen} names none of the attacks: {', '.join(attacks)}")
-    parts = Parts.split(found.train, found.test, calibration, samples)
+    parts = Samples.split(found.train, found.test, calibration, samples)
     told: set[str] = set()
 
     def write(so_far: Detection) -> Path:
@@ -126,7 +127,7 @@ def detect(
 
     budget = None if passes is None else Budget(passes=passes)
     judged = detection.detect(
-        victim, parts, chosen, attacks, seen=learnt, adaptive=adaptive, seed=seed, fpr=fpr, budget=budget, on_row=on_row
+        victim, parts, attacks, chosen, seen=learnt, adaptive=adaptive, seed=seed, fpr=fpr, budget=budget, on_row=on_row
     )
     if not judged.rows:
         for who, why in judged.failed:

@@ -16,7 +16,7 @@ from saddlepoint.errors import DataError
 from saddlepoint.files import write_file
 from saddlepoint.taxonomy import Norm
 
-console = Console(highlight=False)
+console = Console(highlight=False, emoji=False)
 
 MODELS = "FILE.py:NAME, FILE.onnx or zoo:NAME[+weights.safetensors]"
 ModelText = Annotated[str, typer.Option("--model", help=f"{MODELS}.", show_default=False)]

@@ -18,9 +18,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from saddlepoint.defenses.recipes import named_settings
+from saddlepoint.engine.source import check_labels
 from saddlepoint.errors import DataError, InputError, ModelError, SaddlepointError, UnknownNameError
 from saddlepoint.files import write_file
 from saddlepoint.models.base import Classifier
+from saddlepoint.models.fingerprint import fingerprint
 from saddlepoint.models.freeze import frozen, global_random_state_kept
 from saddlepoint.models.torch_model import Labelled
 from saddlepoint.models.transforms import InputTransform
@@ -64,7 +66,10 @@ class Detector(ABC):
             DETECTORS[cls.name] = cls
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_number(type(self).__name__, field.name, str(field.type), getattr(self, field.name))
         self._model: Classifier | None = None
+        self._shape = torch.Size()
         self._arrays: dict[str, Tensor] = {}
         self._seen = torch.empty(0, dtype=torch.int64)
         self._calibration: _Calibration | None = None
@@ -140,13 +145,22 @@ class Detector(ABC):
         if not isinstance(model, Classifier):
             raise InputError(f"model must be a Saddlepoint model: sp.Model(net, ...); got {type(model).__name__}")
         self.check_access(model)
-        x, y = _samples(clean, "clean")
+        x, y = inputs_and_labels(clean, "clean")
         model.check_inputs(x)
         if len(x) < 2:
             raise InputError(f"fitting needs at least two clean samples; got {len(x)}")
+        if model.rejects:
+            raise InputError("the model has a detector already: fit on guarded.model, or combine detectors, AnyOf(parts=...)")
+        try:
+            classes = model.probe(x).num_classes
+            model.predict(x[:1])  # the probe may be of other inputs
+        except (SaddlepointError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # whatever the user's network raises
+            raise ModelError(f"the network fails on inputs of shape {tuple(x.shape)}: {error}") from error
         bad = None
         if adversarial is not None:
-            bad = _samples(adversarial, "adversarial")[0]
+            bad = inputs_and_labels(adversarial, "adversarial")[0]
             model.check_inputs(bad)
             if bad.shape[1:] != x.shape[1:]:
                 raise InputError(f"adversarial inputs have shape {tuple(bad.shape[1:])}, clean ones {tuple(x.shape[1:])}")
@@ -156,7 +170,7 @@ class Detector(ABC):
                 "result.adversarial[result.success])"
             )
         before = self._model, self._arrays
-        y = model.predict(x) if y is None else y.to(model.device)
+        y = model.predict(x) if y is None else check_labels(y, len(x), classes).to(model.device)
         try:
             self._model, self._arrays = model, {}
             with model.frozen(), global_random_state_kept():
@@ -167,6 +181,7 @@ class Detector(ABC):
         except BaseException:
             self._model, self._arrays = before
             raise
+        self._shape = x.shape[1:]
         self._seen = torch.cat([row_fingerprints(part) for part in (x, bad) if part is not None])
         self._calibration = None
         return self
@@ -176,6 +191,9 @@ class Detector(ABC):
         """Take on what `learn` gave for this model, now or earlier."""
         self._model = model
         # contiguous, as files give them: another layout is multiplied with other rounding
+        for name, array in learnt.items():
+            if not isinstance(array, Tensor):
+                raise ModelError(f"{type(self).__name__}.learn must give tensors; {name!r} is {type(array).__name__}")
         self._arrays = {name: array.detach().to(model.device).contiguous() for name, array in learnt.items()}
         with global_random_state_kept():  # new networks draw weights, before they get the learnt ones
             self.restore()
@@ -200,15 +218,23 @@ class Detector(ABC):
         Errors: `InputError` for inputs that the model doesn't take, `ModelError` where a score is NaN.
         """
         self.model.check_inputs(x)
+        if x.shape[1:] != self._shape:
+            raise InputError(f"inputs have shape {tuple(x.shape[1:])}; this detector was fitted on {tuple(self._shape)}")
         if not len(x):
             return torch.empty(0, device=self.model.device)
         with self.frozen(), global_random_state_kept():
             torch.manual_seed(self.seed)
-            scores = self.over(self.forward, x, batch_size)
-        if scores.shape != (len(x),):
-            raise ModelError(f"{type(self).__name__}.forward must give one score an input, ({len(x)},); got {scores.shape}")
+            scores = self.over(self._scored, x, batch_size)
         if bool(scores.isnan().any()):
             raise ModelError(f"{type(self).__name__} gives NaN for {int(scores.isnan().sum())} of {len(x)} inputs")
+        return scores
+
+    @final
+    def _scored(self, x: Tensor) -> Tensor:
+        scores = self.forward(x)
+        if not isinstance(scores, Tensor) or scores.shape != (len(x),):
+            found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ModelError(f"{type(self).__name__}.forward must give one score an input, ({len(x)},); got {found}")
         return scores
 
     @final
@@ -219,9 +245,8 @@ class Detector(ABC):
         (split conformal prediction, Vovk et al. 2005). Returns the detector itself.
         Errors: `InputError` for samples that it was fitted on, and where n + 1 < 1 / fpr, for then no threshold would do.
         """
-        if not 0 < fpr < 1:
-            raise InputError(f"fpr must lie in (0, 1); got {fpr}")
-        x, _ = _samples(clean, "clean")
+        check_rate(fpr)
+        x, _ = inputs_and_labels(clean, "clean")
         self.check_unseen(x, "calibration")
         rank = math.ceil((len(x) + 1) * (1 - fpr))
         if rank > len(x):
@@ -310,6 +335,7 @@ class Detector(ABC):
         if path.suffix != ".safetensors":
             raise DataError(f"{path}: detectors are written as safetensors; end the name in .safetensors")
         head: dict[str, Any] = {"settings": self.settings(), "model": self.model.describe(), "version": 1}
+        head |= {"fingerprint": fingerprint(self.model), "shape": list(self._shape)}
         content = {f"learnt.{name}": array.cpu().clone().contiguous() for name, array in self.arrays.items()}
         content["seen"] = self._seen
         if self._calibration is not None:
@@ -351,10 +377,13 @@ def load(path: str | Path, model: Classifier) -> Detector:
     except Exception as error:  # corrupt bytes make the reader raise whatever it stumbles over
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"{path}: not a saved detector, or truncated ({reason})") from error
-    now = json.loads(json.dumps(model.describe(), default=str))
-    if _without_classes(now) != _without_classes(head["model"]):
-        raise DataError(f"{path}: fitted for another model: {json.dumps(head['model'])[:200]}")
-    detector._seen = seen
+    if not isinstance(model, Classifier):
+        raise InputError(f"model must be the Saddlepoint model that the detector was fitted for; got {type(model).__name__}")
+    if fingerprint(model) != head["fingerprint"]:
+        raise DataError(
+            f"{path}: fitted for another model, or before its weights changed: {json.dumps(head['model'])[:160]}; fit it again"
+        )
+    detector._seen, detector._shape = seen, torch.Size(head["shape"])
     detector.attach(
         model, {name.removeprefix("learnt."): array for name, array in content.items() if name.startswith("learnt.")}
     )
@@ -363,8 +392,16 @@ def load(path: str | Path, model: Classifier) -> Detector:
     return detector
 
 
+def check_rate(fpr: float) -> None:
+    """Raise `InputError` unless it is a rate between 0 and 1."""
+    if not isinstance(fpr, int | float) or not 0 < fpr < 1:
+        raise InputError(f"fpr must be a number in (0, 1); got {fpr!r}")
+
+
 def make(text: str) -> Detector:
-    """A detector by name, with settings: `kernel-density:bandwidth=1.2`. Errors: `UnknownNameError`, `InputError`.
+    """A detector by name, with settings: `kernel-density:bandwidth=1.2`, lists with plus signs: `any-of:parts=energy+entropy`.
+
+    Errors: `UnknownNameError`, `InputError`.
 
     >>> import saddlepoint as sp
     >>> sp.detectors.make("kernel-density:bandwidth=0.5").bandwidth
@@ -377,7 +414,20 @@ def make(text: str) -> Detector:
     for key in settings:
         if key not in known:
             raise UnknownNameError(f"setting of {name}", key, known)
-    return DETECTORS[name](**settings)
+    hints = {field.name: str(field.type) for field in dataclasses.fields(DETECTORS[name])}
+    lists = {key: tuple(str(value).split("+")) for key, value in settings.items() if "tuple" in hints[key]}
+    return DETECTORS[name](**settings | lists)
+
+
+def _check_number(owner: str, name: str, hint: str, value: object) -> None:
+    """Raise `InputError` for a setting that must be a number (or None, where the hint says so), and isn't."""
+    kinds = {kind.strip() for kind in hint.split("|")}
+    if not kinds <= {"int", "float", "None"}:
+        return
+    number = isinstance(value, int if kinds <= {"int", "None"} else int | float) and not isinstance(value, bool)
+    if not number and not (value is None and "None" in kinds):
+        what = "a whole number" if kinds <= {"int", "None"} else "a number"
+        raise InputError(f"{owner}'s {name} must be {what}{' or None' if 'None' in kinds else ''}; got {value!r}")
 
 
 def row_fingerprints(x: Tensor) -> Tensor:
@@ -391,13 +441,18 @@ def row_fingerprints(x: Tensor) -> Tensor:
     return mixed
 
 
-def _samples(given: Given, name: str) -> tuple[Tensor, Tensor | None]:
+def inputs_and_labels(given: Given, name: str) -> tuple[Tensor, Tensor | None]:
     """Inputs, and labels if there are some."""
     if isinstance(given, Tensor):
         return given, None
-    x, y = (given if isinstance(given, tuple | list) else (getattr(given, "x", None), getattr(given, "y", None)))[:2]
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or y.shape != (len(x),):
-        raise InputError(f"{name} must be inputs (N, ...), or samples with .x and .y (N,); got {type(given).__name__}")
+    pair = tuple(given) if isinstance(given, tuple | list) else (getattr(given, "x", None), getattr(given, "y", None))
+    x, y = pair if len(pair) == 2 else (None, None)
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        raise InputError(
+            f"{name} must be inputs (N, ...), a pair of inputs and labels, or have .x and .y; got {type(given).__name__}"
+        )
+    if y.shape != (len(x),):
+        raise InputError(f"{name} has {len(x)} inputs, and labels of shape {tuple(y.shape)}: one is needed for each")
     return x, y
 
 
@@ -421,10 +476,3 @@ def _revived(value: Any) -> Any:  # Any: JSON, and settings
 def _subclasses(cls: type) -> list[type]:
     own: list[type] = cls.__subclasses__()
     return own + [found for sub in own for found in _subclasses(sub)]
-
-
-def _without_classes(description: Any) -> Any:  # Any: JSON
-    """The description less the number of classes, which is known only after the first prediction."""
-    if isinstance(description, dict):
-        return {key: _without_classes(value) for key, value in description.items() if key != "num_classes"}
-    return description

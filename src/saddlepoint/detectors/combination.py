@@ -31,8 +31,15 @@ class Combination(Detector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.parts, str) or not all(isinstance(part, str | Detector) for part in self.parts):
+            raise InputError(
+                f"parts must be detectors or their names, such as ('energy', 'kernel-density'); got {self.parts!r}"
+            )
         if len(self.parts) < 2:
-            raise InputError(f"a combination takes at least two detectors; got {len(self.parts)}")
+            raise InputError(
+                f"a combination takes at least two detectors, parts=('energy', 'kernel-density'), in text "
+                f"{self.name}:parts=energy+kernel-density; got {len(self.parts)}"
+            )
         self.parts = tuple(make(part) if isinstance(part, str) else part for part in self.parts)
         if any(part.fitted for part in self.detectors):
             raise InputError("a combination fits its parts itself: give detectors that are not fitted")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import final
 
 import torch
@@ -53,6 +54,8 @@ class Guarded(Classifier):
             raise InputError("the model has a detector already: combine detectors, sp.detectors.AnyOf(...)")
         if detector.model is not model:
             raise InputError("the detector was fitted for another model: fit it for this one, or guard detector.model")
+        if threshold is not None and (not isinstance(threshold, int | float) or math.isnan(threshold)):
+            raise InputError(f"threshold must be a number; got {threshold!r}")
         self.threshold = detector.threshold if threshold is None else float(threshold)
         access = model.access if detector.differentiable else min(model.access, Access.SCORES)
         if draws is None:
@@ -76,8 +79,8 @@ class Guarded(Classifier):
 
     def describe(self) -> dict[str, object]:
         return {
-            "name": "Guarded", "detector": self.detector.settings(), "threshold": self.threshold, "draws": self.draws,
-            "model": self.model.describe(),
+            "name": "Guarded", "rejects": True, "detector": self.detector.settings(), "threshold": self.threshold,
+            "draws": self.draws, "model": self.model.describe(),
         }  # fmt: skip
 
     def predict_or_abstain(self, x: Tensor) -> Tensor:

@@ -271,7 +271,7 @@ class LayerNetwork(_Binary):
     layer: str | None = None
 
     def learn(self, clean: Tensor, labels: Tensor, adversarial: Tensor | None) -> Mapping[str, Tensor]:
-        layer = self.layer
+        layer = None if self.layer is None else str(self.layer)  # in text, a number is one
         if layer is None:
             layers = hidden_layers(self.model, clean)
             layer = layers[len(layers) // 2]

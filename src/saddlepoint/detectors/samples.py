@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saddlepoint.detectors.base import row_fingerprints
+from saddlepoint.detectors.base import Given, inputs_and_labels, row_fingerprints
 from saddlepoint.errors import InputError
-from saddlepoint.models.torch_model import Labelled
 
 
 @dataclass(frozen=True)
@@ -33,12 +32,14 @@ class Samples:
                 )
 
     @staticmethod
-    def split(train: Labelled, test: Labelled, calibrate: int | None = None, most: int | None = None) -> Samples:
+    def split(train: Given, test: Given, calibrate: int | None = None, most: int | None = None) -> Samples:
         """Fit on training samples; the first `calibrate` test samples set thresholds (default a third), the next `most` judge.
 
         Test samples that equal an earlier one, or a training sample, are left out.
         """
-        prints, known = row_fingerprints(test.x), row_fingerprints(train.x)
+        x, y = _labelled(test, "test")
+        fit = _labelled(train, "train")
+        prints, known = row_fingerprints(x), row_fingerprints(fit[0])
         first: dict[int, int] = {}
         for place, value in enumerate(prints.tolist()):
             first.setdefault(value, place)
@@ -47,5 +48,14 @@ class Samples:
         count = len(own) // 3 if calibrate is None else calibrate
         if not 0 < count < len(own):
             raise InputError(f"calibrate must leave some of the {len(own)} test samples to judge on; got {count}")
+        if most is not None and most < 1:
+            raise InputError(f"most must leave a sample to judge on; got {most}")
         a, b = own[:count], own[count : None if most is None else count + most]
-        return Samples((train.x, train.y), (test.x[a], test.y[a]), (test.x[b], test.y[b]))
+        return Samples(fit, (x[a], y[a]), (x[b], y[b]))
+
+
+def _labelled(given: Given, name: str) -> tuple[Tensor, Tensor]:
+    x, y = inputs_and_labels(given, name)
+    if y is None:
+        raise InputError(f"{name} must have labels: a pair of inputs and labels, or .x and .y")
+    return x, y

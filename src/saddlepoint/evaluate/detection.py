@@ -5,23 +5,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from saddlepoint.attacks import APGD, OrthogonalPGD, Square
+from saddlepoint.attacks import APGD, HopSkipJump, OrthogonalPGD, RayS, Square
 from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.attacks.facade import check_combination
 from saddlepoint.attacks.registry import as_attack
 from saddlepoint.defenses.transforms import Gaussian
 from saddlepoint.detectors import Detector, Guarded, Samples, auc_limits, average_precision, make, roc_auc
+from saddlepoint.detectors.base import check_rate
 from saddlepoint.engine import Attack, AttackResult, Budget, Keep
 from saddlepoint.errors import CapabilityError, InputError, ModelError
 from saddlepoint.evaluate.evaluation import binomial_limits
-from saddlepoint.goals import Goal
+from saddlepoint.goals import Goal, Targeted, Untargeted, bind
 from saddlepoint.models.base import Classifier
 from saddlepoint.models.freeze import global_random_state_kept
 from saddlepoint.taxonomy import Access, Status
@@ -124,7 +125,8 @@ class Bypass:
 
     evaded (N,) bool: of the test samples that are right and accepted, which were made wrong and accepted, at the calibrated
     threshold. scores (M,): of examples that fool the model and were to look as clean as they can, the lowest for each sample.
-    attacks: who took part.
+    attacks: who took part. index (N,): where these samples are among those given; adversarial (N, ...): the example with the
+    lowest score that reaches the goal, or the input itself.
     """
 
     threat: Threat
@@ -132,6 +134,8 @@ class Bypass:
     evaded: Tensor
     clean: Tensor
     scores: Tensor
+    index: Tensor
+    adversarial: Tensor
 
     @property
     def names(self) -> str:
@@ -180,8 +184,12 @@ class Judged:
 
     @property
     def mean_auc(self) -> float:
-        """Mean AUC over the attacks that fooled the model at all; NaN if none did."""
-        found = [one.auc for one in self.detected if one.auc is not None]
+        """Mean AUC over attacks that it was not shown in fitting (all of them, if it was), and that fooled the model at all.
+
+        NaN if none did.
+        """
+        unseen = [one for one in self.detected if not one.seen] or list(self.detected)
+        found = [one.auc for one in unseen if one.auc is not None]
         return sum(found) / len(found) if found else math.nan
 
     @property
@@ -207,6 +215,8 @@ class Judged:
             )
         if self.bypasses and self.evasion_rate >= _FALLEN:
             found.append(f"who knows it gets {self.evasion_rate:.0%} of the samples through")
+        if not self.bypasses:
+            found.append("nobody who knows it was tried")
         if any(len(one.fooling) < 20 for one in self.detected if len(one.fooling)):
             found.append("fewer than 20 successful examples for an attack: mind the limits")
         return tuple(found)
@@ -253,14 +263,16 @@ class Detection:
         """What came out, in words; names of detectors are in backquotes."""
         if not self.rows:
             return "No detector was fitted."
-        best = max(self.rows, key=lambda row: _last(row.mean_auc) if not math.isnan(row.mean_auc) else 0.0)
+        if not any(len(one.fooling) for one in self.examples):
+            return "No attack fooled the model, so there was nothing to notice: take a larger eps, or other attacks."
+        best = max(self.rows, key=lambda row: row.mean_auc if not math.isnan(row.mean_auc) else 0.0)
         words = [f"`{best.name}` tells attacks that don't know it best: a mean AUC of {_figure(best.mean_auc)}."]
         known = [row for row in self.ranking if row.bypasses]
         if known:
             first = known[0]
             words.append(
                 f"Who knows the detector gets {first.evasion_rate:.0%} of the samples past `{first.name}`"
-                + (f", and more past each of the {len(known) - 1} others." if len(known) > 1 else ".")
+                + (", and no fewer past the others." if len(known) > 1 else ".")
             )
         fallen = [f"`{row.name}`" for row in known if row.evasion_rate >= _FALLEN]
         if fallen:
@@ -323,8 +335,8 @@ def _figure(value: float | None) -> str:
 def detect(
     model: Classifier,
     samples: Samples,
+    attacks: Mapping[str, tuple[Attack | str, Threat]],
     detectors: Sequence[str | Detector] | Mapping[str, Detector] = SUGGESTED,
-    attacks: Mapping[str, tuple[Attack | str, Threat]] | None = None,
     *,
     seen: Sequence[str] | None = None,
     adaptive: bool = True,
@@ -339,8 +351,9 @@ def detect(
     "kernel-density:bandwidth=1", or detectors. attacks: by name, an attack and its threat. seen: names of the attacks whose
     examples, made of fitting samples, are shown to detectors that learn from attacks; default the first. adaptive: whether to
     attack model and detector together in each ball among the threats, by their joint loss, by selective and by orthogonal
-    gradients; where a detector has no gradients, by scores. fpr: of the thresholds that the adaptive adversary must stay
-    below. budget: of each attack for each sample. on_row: is called after each detector. Ctrl-C ends early (`complete` False).
+    gradients; where a detector has no gradients, by scores or labels. fpr: of the thresholds that the adaptive adversary must
+    stay below. budget: of each attack for each sample. on_row: is called after each detector. Ctrl-C ends early (`complete`
+    False).
 
     Only samples that the model gets right are attacked. Errors: `InputError`, `CapabilityError`, `UnknownNameError`.
 
@@ -348,13 +361,18 @@ def detect(
     >>> digits = sp.data.load("digits")
     >>> model = sp.train(sp.zoo.build("digits-cnn"), digits.train, epochs=5).model
     >>> parts = sp.detectors.Samples.split(digits.train, digits.test, calibrate=100, most=30)
-    >>> found = sp.detect(model, parts, ["max-probability"], {"fgsm": ("fgsm", sp.Linf(0.1))}, adaptive=False)
+    >>> found = sp.detect(model, parts, {"fgsm": ("fgsm", sp.Linf(0.1))}, ["max-probability"], adaptive=False)
     >>> found.rows[0].detected[0].attack
     'fgsm'
     """
+    if not isinstance(model, Classifier):
+        raise InputError(f"model must be a Saddlepoint model: sp.Model(net, ...); got {type(model).__name__}")
+    if not isinstance(samples, Samples):
+        raise InputError(f"samples must be sp.detectors.Samples.split(data.train, data.test); got {type(samples).__name__}")
+    if not isinstance(attacks, Mapping) or not attacks or not all(isinstance(one, tuple) for one in attacks.values()):
+        raise InputError('attacks must name at least one, with its threat: {"pgd": ("pgd", sp.Linf(0.1))}')
+    check_rate(fpr)
     named = _named(detectors)
-    if not attacks:
-        raise InputError('attacks must name at least one: {"pgd": ("pgd", sp.Linf(0.1))}')
     if not len(samples.test[0]):
         raise InputError("there are no test samples")
     chosen = {name: (as_attack(attack), threat) for name, (attack, threat) in attacks.items()}
@@ -422,12 +440,14 @@ def bypass(
     model with the lowest score counts.
 
     attacks: default `APGD` on the joint margin and `OrthogonalPGD` with and without projection; where the detector has no
-    gradients, `Square`, with 500 queries each.
+    gradients, `Square`, and of labels alone `RayS` and `HopSkipJump`, with 500 queries each.
     """
     model = detector.model
     clean = detector.score(x).cpu()
-    begin = ((model.predict(x) == y.to(model.device)).cpu()) & (clean <= detector.threshold)
-    x, y = x[begin], y[begin]
+    places = (((model.predict(x) == y.to(model.device)).cpu()) & (clean <= detector.threshold)).nonzero()[:, 0]
+    _check_gradients(detector, x[:1])
+    goal = goal if goal is not None else Untargeted()
+    x, y = x[places], y[places]
     guarded = Guarded(model, detector)
     suite, limit = _adaptive(guarded.access, budget)
     suite = [one for one in (suite if attacks is None else attacks) if threat.norm in one.declaration.norms]
@@ -439,27 +459,47 @@ def bypass(
 
     def run(on: Classifier, attack: Attack, index: Tensor, onwards: bool, keep: Keep | None) -> AttackResult:
         start = best[index] if onwards and attack.takes_start else None
-        result = run_attack(on, x[index], y[index], attack, threat, goal, seed=seed, budget=limit, keep=keep, start=start)
+        own = _of(goal, places[index])
+        result = run_attack(on, x[index], y[index], attack, threat, own, seed=seed, budget=limit, keep=keep, start=start)
         found = result.adversarial
-        fooled = (model.predict(found) != y[index].to(model.device)).cpu()
+        predicted = model.predict(found).cpu()
+        aim = bind(own, y[index].cpu(), result.targets.cpu(), model.probe(x).num_classes)
+        fooled = aim.wanted.gather(1, predicted[:, None])[:, 0]
         scores = torch.where(fooled, detector.score(found).double().cpu(), math.inf)
         lower = scores < lowest[index]
         lowest[index[lower]], best[index[lower]] = scores[lower], found[lower]
         return result
 
-    run(model, suite[0], everyone, False, "margin")
+    if len(suite) and guarded.access > Access.LABELS:
+        run(model, suite[0], everyone, False, "margin")
     for attack in suite:
         for onwards in (True, False) if attack is suite[0] else (True,):
             index = (~evaded).nonzero()[:, 0]
             if len(index):
                 evaded[index] = run(guarded, attack, index, onwards, None).success.cpu()
-    if bool(lowest.isfinite().any()):
+    if bool(lowest.isfinite().any()) and guarded.access > Access.LABELS:
         first, last = float(lowest[lowest.isfinite()].median()), detector.threshold_at(_LOW)
         for rung in range(1, rungs + 1) if last < first else ():
             lower = Guarded(model, detector, threshold=first + (last - first) * rung / rungs)
             run(lower, suite[0], everyone, True, "margin")
     names = tuple(dict.fromkeys(str(attack) for attack in suite))
-    return Bypass(threat, names, evaded, clean, lowest[lowest.isfinite()])
+    return Bypass(threat, names, evaded, clean, lowest[lowest.isfinite()], places, best)
+
+
+def _of(goal: Goal, places: Tensor) -> Goal:
+    """The goal for some of the samples: targets may be given for each."""
+    if isinstance(goal, Targeted) and isinstance(goal.classes, Tensor):
+        return replace(goal, classes=goal.classes[places.to(goal.classes.device)])
+    return goal
+
+
+def _check_gradients(detector: Detector, x: Tensor) -> None:
+    """Raise `InputError` where a detector that declares gradients has none: attacks would be blind, and the figure too good."""
+    if detector.differentiable and detector.model.access >= Access.GRADIENTS and len(x):
+        with detector.frozen(), torch.enable_grad():
+            scores = detector.forward(x.to(detector.model.device).clone().requires_grad_())
+        if not scores.requires_grad:
+            raise InputError(f"{type(detector).__name__} has no gradients: declare differentiable = False, or don't detach")
 
 
 def _adaptive(access: Access, budget: Budget | None) -> tuple[list[Attack], Budget | None]:
@@ -468,7 +508,7 @@ def _adaptive(access: Access, budget: Budget | None) -> tuple[list[Attack], Budg
         return [APGD(loss="margin"), OrthogonalPGD(orthogonal=False), OrthogonalPGD()], budget
     if access >= Access.SCORES:
         return [Square()], budget or Budget(queries=_QUERIES)
-    return [], budget
+    return [RayS(), HopSkipJump()], budget or Budget(queries=_QUERIES)
 
 
 def odd_inputs(model: Classifier, x: Tensor, examples: Sequence[Examples], seed: int) -> dict[str, Tensor]:
@@ -535,7 +575,8 @@ def _judged(
         return detector.score(inputs).cpu()
 
     detected = tuple(
-        Detected(one.name, one.seen, clean, scores(one.fooling), scores(one.failed), thresholds) for one in examples
+        Detected(one.name, one.seen and detector.learns_attacks, clean, scores(one.fooling), scores(one.failed), thresholds)
+        for one in examples
     )
     conditions = {"clean": clean, **{how: scores(inputs) for how, inputs in odd.items()}}
     alarms = {
