@@ -29,7 +29,7 @@ class Point:
     Declaration(
         summary="steps along the gradient of classifier or detector, whichever holds out, at right angles to the other's",
         reference="Bryniarski et al. 2022, arXiv:2106.15023",
-        norms=frozenset({Norm.LINF, Norm.L2, Norm.L1}),
+        norms=frozenset({Norm.LINF, Norm.L2}),
         linear_oracle=1.05,  # as PGD
     )
 )
