@@ -1,0 +1,215 @@
+"""Bounds of a network's outputs over boxes: intervals, and linear bounds carried backwards through the graph (CROWN)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from saddlepoint.errors import InputError, ModelError
+from saddlepoint.verify.graph import Graph, Node
+
+Method = Literal["ibp", "crown-ibp", "crown"]
+_ROWS = 2**24  # elements of the coefficients that are carried at once
+
+
+@dataclass(frozen=True)
+class Box:
+    """Lower and upper ends of a value for N boxes, (N, ...) each."""
+
+    lower: Tensor
+    upper: Tensor
+
+    def within(self, other: Box) -> Box:
+        """The intersection: both hold."""
+        return Box(torch.maximum(self.lower, other.lower), torch.minimum(self.upper, other.upper))
+
+
+@dataclass
+class Bounded:
+    """A graph with bounds of every value over N input boxes, as far as they are known."""
+
+    graph: Graph
+    boxes: dict[str, Box]
+    _zeros: dict[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def of(graph: Graph, lower: Tensor, upper: Tensor) -> Bounded:
+        """Interval bounds of every value, for inputs between lower and upper (N, ...). Errors: `InputError`."""
+        if lower.shape != upper.shape or lower.shape[1:] != graph.shape:
+            found, wanted = (tuple(lower.shape), tuple(upper.shape)), (lower.shape[0], *graph.shape)
+            raise InputError(f"lower and upper must both have shape {wanted}; got {found[0]} and {found[1]}")
+        if bool((lower > upper).any()):
+            raise InputError(f"lower is above upper in {int((lower > upper).sum())} places")
+        bounded = Bounded(graph, {graph.input: Box(lower, upper)})
+        for node in graph.nodes:
+            bounded.boxes[node.name] = bounded._interval(node)
+        return bounded
+
+    def _interval(self, node: Node) -> Box:
+        inputs = [self.boxes[name] for name in node.inputs]
+        if not node.affine:
+            return _relaxation(node).interval(inputs[0])
+        middles = [(box.lower + box.upper) / 2 for box in inputs]
+        radii = [(box.upper - box.lower) / 2 for box in inputs]
+        middle, radius = _batched(node.apply)(*middles), _radius(self, node, radii)
+        return Box(middle - radius, middle + radius)
+
+    def constant(self, node: Node) -> Tensor:
+        """What an affine node gives for zeros, (1, ...): its constant part."""
+        if node.name not in self._zeros:
+            zeros = [torch.zeros_like(self.boxes[name].lower[:1]) for name in node.inputs]
+            with torch.no_grad():
+                self._zeros[node.name] = node.apply(*zeros)
+        return self._zeros[node.name]
+
+    def refine(self, method: Method) -> None:
+        """Tighten the bounds of what goes into nonlinearities by linear bounds, layer by layer, only where they cross 0."""
+        if method != "crown":
+            return
+        for node in self.graph.nodes:
+            if node.affine:
+                continue
+            (name,) = node.inputs
+            self.boxes[name] = self.boxes[name].within(self._tightened(name))
+            self.boxes[node.name] = self._interval(node)
+
+    def _tightened(self, name: str) -> Box:
+        box = self.boxes[name]
+        if name == self.graph.input:
+            return box
+        open_ = ((box.lower < 0) & (box.upper > 0)).flatten(1)
+        rows = open_.any(0).nonzero()[:, 0]
+        lower, upper = box.lower.flatten(1).clone(), box.upper.flatten(1).clone()
+        width = lower.shape[1]
+        step = max(1, _ROWS // max(1, len(lower) * max(math.prod(node.shape) for node in self.graph.nodes)))
+        for part in rows.split(step):
+            start = torch.zeros(len(lower), len(part), width, dtype=lower.dtype, device=lower.device)
+            start[:, torch.arange(len(part)), part] = 1
+            start = start.view(len(lower), len(part), *box.lower.shape[1:])
+            lower[:, part] = self.backward(name, start)
+            upper[:, part] = -self.backward(name, -start)
+        return Box(lower.view_as(box.lower), upper.view_as(box.upper))
+
+    def backward(self, name: str, start: Tensor) -> Tensor:
+        """Lower bounds (N, R) of R linear functions, coefficients start (N, R, ...), of the value `name`."""
+        coefficients: dict[str, Tensor] = {name: start}
+        constant = start.new_zeros(start.shape[:2])
+        for node in reversed(self.graph.nodes):
+            a = coefficients.pop(node.name, None)
+            if a is None:
+                continue
+            if node.affine:
+                constant = constant + (a * self.constant(node)[None]).flatten(2).sum(2)
+                parts = _pulled(node, a, [self.boxes[one].lower[:1] for one in node.inputs])
+            else:
+                moved, offset = _relaxation(node).backward(a, self.boxes[node.inputs[0]])
+                constant, parts = constant + offset, [moved]
+            for one, part in zip(node.inputs, parts, strict=True):
+                coefficients[one] = coefficients[one] + part if one in coefficients else part
+        a = coefficients[self.graph.input]
+        box = self.boxes[self.graph.input]
+        middle, radius = (box.lower + box.upper) / 2, (box.upper - box.lower) / 2
+        return constant + (a * middle[:, None]).flatten(2).sum(2) - (a.abs() * radius[:, None]).flatten(2).sum(2)
+
+
+def bounds(graph: Graph, lower: Tensor, upper: Tensor, specification: Tensor | None = None, method: Method = "crown") -> Tensor:
+    """Lower bounds (N, R) of specification (N, R, C) times the outputs, over inputs between lower and upper (N, ...).
+
+    Without a specification those of the outputs themselves. ibp: intervals; crown-ibp: linear bounds backwards, with intervals
+    inside; crown: linear bounds everywhere (Zhang et al. 2018, arXiv:1811.00866).
+    """
+    with torch.no_grad():
+        bounded = Bounded.of(graph, lower, upper)
+        out = bounded.boxes[graph.output]
+        classes = out.lower.shape[1]
+        rows = torch.eye(classes).to(lower).expand(len(lower), -1, -1) if specification is None else specification.to(lower)
+        if method == "ibp" and specification is None:
+            return out.lower
+        if method == "ibp":
+            middle, radius = (out.lower + out.upper) / 2, (out.upper - out.lower) / 2
+            return (rows * middle[:, None]).sum(2) - (rows.abs() * radius[:, None]).sum(2)
+        bounded.refine(method)
+        return bounded.backward(graph.output, rows)
+
+
+# ---- affine operators
+
+
+def _batched(apply: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of batches of one as one of batches."""
+    return torch.vmap(lambda *values: apply(*(value[None] for value in values))[0])
+
+
+def _radius(bounded: Bounded, node: Node, radii: list[Tensor]) -> Tensor:
+    """How far the output can be from its middle: the sum over inputs of |W| radius."""
+    if node.op == "convolution":
+        _, weight, _, *settings = node.arguments
+        return torch.ops.aten.convolution(radii[0], weight.abs(), None, *settings)
+    if node.op in ("addmm", "linear", "mm"):
+        weight = node.arguments[2] if node.op == "addmm" else node.arguments[1]
+        return radii[0] @ (weight.abs() if node.op != "linear" else weight.abs().T)
+    zero = bounded.constant(node)
+    total: Tensor | None = None
+    for place, radius in enumerate(radii):  # other operators scale each element, or add with weights of one sign
+        alone = [radius if other == place else torch.zeros_like(one) for other, one in enumerate(radii)]
+        moved = (_batched(node.apply)(*alone) - zero).abs()
+        total = moved if total is None else total + moved
+    assert total is not None
+    return total
+
+
+def _pulled(node: Node, a: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Coefficients (N, R, ...) of the output as such of the inputs: the operator's own vector-Jacobian product."""
+    count, rows = a.shape[:2]
+    if node.op in ("addmm", "linear", "mm"):
+        weight = node.arguments[2].T if node.op == "addmm" else node.arguments[1] if node.op == "linear" else node.arguments[1].T
+        return [a @ weight]
+    _, pull = torch.func.vjp(node.apply, *(torch.zeros_like(one) for one in like))
+    parts = torch.vmap(pull)(a.reshape(count * rows, 1, *a.shape[2:]))
+    return [part.reshape(count, rows, *part.shape[2:]) for part in parts]
+
+
+# ---- nonlinearities
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """How a nonlinearity lies between two lines, elementwise, for inputs in a box.
+
+    lines: lower slope and offset, upper slope and offset, each like the box's ends.
+    """
+
+    interval: Callable[[Box], Box]
+    lines: Callable[[Box], tuple[Tensor, Tensor, Tensor, Tensor]]
+
+    def backward(self, a: Tensor, box: Box) -> tuple[Tensor, Tensor]:
+        """Coefficients (N, R, ...) of the output as such of the input, and what they add to the constant, (N, R)."""
+        low, low_offset, high, high_offset = (line[:, None] for line in self.lines(box))
+        up, down = a.clamp(min=0), a.clamp(max=0)
+        return up * low + down * high, (up * low_offset + down * high_offset).flatten(2).sum(2)
+
+
+def _relu_lines(box: Box) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    lower, upper = box.lower, box.upper
+    off, on = upper <= 0, lower >= 0
+    between = ~(off | on)
+    high = torch.where(between, upper / torch.where(between, upper - lower, 1), on.to(lower))
+    low = torch.where(between, (upper > -lower).to(lower), on.to(lower))
+    zero = torch.zeros_like(lower)
+    return low, zero, high, torch.where(between, -high * lower, zero)
+
+
+RELAXATIONS: Mapping[str, Relaxation] = {
+    "relu": Relaxation(lambda box: Box(box.lower.clamp(min=0), box.upper.clamp(min=0)), _relu_lines),
+}
+
+
+def _relaxation(node: Node) -> Relaxation:
+    if node.op not in RELAXATIONS:
+        raise ModelError(f"no bounds are known for the operator {node.op} (at {node.name})")
+    return RELAXATIONS[node.op]
