@@ -1,0 +1,1 @@
+"""Proofs: bounds of what a network can answer within a set."""

@@ -13,7 +13,11 @@ from torch import Tensor
 from saddlepoint.errors import InputError, ModelError
 from saddlepoint.verify.graph import Graph, Node
 
-Method = Literal["ibp", "crown-ibp", "crown"]
+Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown"]
+Slopes = dict[str, Tensor]
+"""Lower slopes of nonlinearities by node, (N, R, ...): one for each of R functions that are bounded."""
+
+_STEPS, _RATE, _DECAY = 20, 0.1, 0.98  # of the ascent on slopes
 _ROWS = 2**24  # elements of the coefficients that are carried at once
 
 
@@ -67,18 +71,19 @@ class Bounded:
                 self._zeros[node.name] = node.apply(*zeros)
         return self._zeros[node.name]
 
-    def refine(self, method: Method) -> None:
-        """Tighten the bounds of what goes into nonlinearities by linear bounds, layer by layer, only where they cross 0."""
-        if method != "crown":
-            return
+    def refine(self, steps: int = 0) -> None:
+        """Tighten the bounds of what goes into nonlinearities by linear bounds, layer by layer, only where they cross 0.
+
+        steps: of ascent on the lower slopes, for each bound its own; 0 for CROWN's.
+        """
         for node in self.graph.nodes:
             if node.affine:
                 continue
             (name,) = node.inputs
-            self.boxes[name] = self.boxes[name].within(self._tightened(name))
+            self.boxes[name] = self.boxes[name].within(self._tightened(name, steps))
             self.boxes[node.name] = self._interval(node)
 
-    def _tightened(self, name: str) -> Box:
+    def _tightened(self, name: str, steps: int) -> Box:
         box = self.boxes[name]
         if name == self.graph.input:
             return box
@@ -91,12 +96,65 @@ class Bounded:
             start = torch.zeros(len(lower), len(part), width, dtype=lower.dtype, device=lower.device)
             start[:, torch.arange(len(part)), part] = 1
             start = start.view(len(lower), len(part), *box.lower.shape[1:])
-            lower[:, part] = self.backward(name, start)
-            upper[:, part] = -self.backward(name, -start)
+            lower[:, part] = self.lowest(name, start, steps)
+            upper[:, part] = -self.lowest(name, -start, steps)
         return Box(lower.view_as(box.lower), upper.view_as(box.upper))
 
-    def backward(self, name: str, start: Tensor) -> Tensor:
-        """Lower bounds (N, R) of R linear functions, coefficients start (N, R, ...), of the value `name`."""
+    def by_intervals(self, rows: Tensor) -> Tensor:
+        """Lower bounds (N, R) of rows (N, R, C) times the outputs, from the intervals before the last affine operators.
+
+        Those are joined with the rows first: a difference of two outputs is narrower than the outputs' intervals say.
+        """
+        coefficients = {self.graph.output: rows}
+        bound = rows.new_zeros(rows.shape[:2])
+        for node in reversed(self.graph.nodes):
+            a = coefficients.pop(node.name, None)
+            if a is None:
+                continue
+            if not node.affine:
+                bound = bound + _least(a, self.boxes[node.name])
+                continue
+            bound = bound + (a * self.constant(node)[None]).flatten(2).sum(2)
+            parts = _pulled(node, a, [self.boxes[one].lower[:1] for one in node.inputs])
+            for one, part in zip(node.inputs, parts, strict=True):
+                coefficients[one] = coefficients[one] + part if one in coefficients else part
+        left = coefficients.get(self.graph.input)
+        return bound if left is None else bound + _least(left, self.boxes[self.graph.input])
+
+    def lowest(self, name: str, start: Tensor, steps: int) -> Tensor:
+        """Lower bounds (N, R) of R linear functions of the value `name`, with the best lower slopes that `steps` of Adam find.
+
+        Every slope in [0, 1] gives a sound bound, so the best one seen of each function counts (Xu et al. 2021,
+        arXiv:2011.13824).
+        """
+        slopes: Slopes = {}
+        best = self.backward(name, start, slopes)
+        if not steps or not slopes:
+            return best
+        with torch.enable_grad():
+            free = {key: value.detach().clone().requires_grad_() for key, value in slopes.items()}
+            optimizer = torch.optim.Adam(free.values(), lr=_RATE)
+            for step in range(steps):
+                bound = self.backward(name, start, free)
+                best = torch.maximum(best, bound.detach())
+                if step + 1 == steps:
+                    break
+                optimizer.zero_grad()
+                (-bound.sum()).backward()  # type: ignore[no-untyped-call]  # untyped in torch
+                optimizer.step()
+                with torch.no_grad():
+                    for value in free.values():
+                        value.clamp_(0, 1)
+                for group in optimizer.param_groups:
+                    group["lr"] *= _DECAY
+        return best
+
+    def backward(self, name: str, start: Tensor, slopes: Slopes | None = None) -> Tensor:
+        """Lower bounds (N, R) of R linear functions, coefficients start (N, R, ...), of the value `name`.
+
+        slopes: of nonlinearities where they are free; an empty one is filled with CROWN's.
+        """
+        begin = not slopes
         coefficients: dict[str, Tensor] = {name: start}
         constant = start.new_zeros(start.shape[:2])
         for node in reversed(self.graph.nodes):
@@ -107,34 +165,39 @@ class Bounded:
                 constant = constant + (a * self.constant(node)[None]).flatten(2).sum(2)
                 parts = _pulled(node, a, [self.boxes[one].lower[:1] for one in node.inputs])
             else:
-                moved, offset = _relaxation(node).backward(a, self.boxes[node.inputs[0]])
+                rule, box = _relaxation(node), self.boxes[node.inputs[0]]
+                if slopes is not None and begin:
+                    slopes[node.name] = rule.lines(box)[0][:, None].expand(a.shape)
+                moved, offset = rule.backward(a, box, None if slopes is None else slopes[node.name])
                 constant, parts = constant + offset, [moved]
             for one, part in zip(node.inputs, parts, strict=True):
                 coefficients[one] = coefficients[one] + part if one in coefficients else part
-        a = coefficients[self.graph.input]
-        box = self.boxes[self.graph.input]
-        middle, radius = (box.lower + box.upper) / 2, (box.upper - box.lower) / 2
-        return constant + (a * middle[:, None]).flatten(2).sum(2) - (a.abs() * radius[:, None]).flatten(2).sum(2)
+        return constant + _least(coefficients[self.graph.input], self.boxes[self.graph.input])
 
 
 def bounds(graph: Graph, lower: Tensor, upper: Tensor, specification: Tensor | None = None, method: Method = "crown") -> Tensor:
     """Lower bounds (N, R) of specification (N, R, C) times the outputs, over inputs between lower and upper (N, ...).
 
     Without a specification those of the outputs themselves. ibp: intervals; crown-ibp: linear bounds backwards, with intervals
-    inside; crown: linear bounds everywhere (Zhang et al. 2018, arXiv:1811.00866).
+    inside; crown: linear bounds everywhere (Zhang et al. 2018, arXiv:1811.00866); alpha-crown: with lower slopes that are
+    optimised, layer by layer and for each bound (Xu et al. 2021, arXiv:2011.13824).
     """
     with torch.no_grad():
         bounded = Bounded.of(graph, lower, upper)
         out = bounded.boxes[graph.output]
         classes = out.lower.shape[1]
         rows = torch.eye(classes).to(lower).expand(len(lower), -1, -1) if specification is None else specification.to(lower)
-        if method == "ibp" and specification is None:
-            return out.lower
         if method == "ibp":
-            middle, radius = (out.lower + out.upper) / 2, (out.upper - out.lower) / 2
-            return (rows * middle[:, None]).sum(2) - (rows.abs() * radius[:, None]).sum(2)
-        bounded.refine(method)
-        return bounded.backward(graph.output, rows)
+            return bounded.by_intervals(rows)
+        if method in ("crown", "alpha-crown"):
+            bounded.refine(_STEPS if method == "alpha-crown" else 0)
+        return bounded.lowest(graph.output, rows, _STEPS if method == "alpha-crown" else 0)
+
+
+def _least(a: Tensor, box: Box) -> Tensor:
+    """The least of R linear functions (N, R, ...) over boxes, (N, R)."""
+    middle, radius = (box.lower + box.upper) / 2, (box.upper - box.lower) / 2
+    return (a * middle[:, None]).flatten(2).sum(2) - (a.abs() * radius[:, None]).flatten(2).sum(2)
 
 
 # ---- affine operators
@@ -167,7 +230,9 @@ def _pulled(node: Node, a: Tensor, like: list[Tensor]) -> list[Tensor]:
     """Coefficients (N, R, ...) of the output as such of the inputs: the operator's own vector-Jacobian product."""
     count, rows = a.shape[:2]
     if node.op in ("addmm", "linear", "mm"):
-        weight = node.arguments[2].T if node.op == "addmm" else node.arguments[1] if node.op == "linear" else node.arguments[1].T
+        weight = (
+            node.arguments[2].T if node.op == "addmm" else node.arguments[1] if node.op == "linear" else node.arguments[1].T
+        )
         return [a @ weight]
     _, pull = torch.func.vjp(node.apply, *(torch.zeros_like(one) for one in like))
     parts = torch.vmap(pull)(a.reshape(count * rows, 1, *a.shape[2:]))
@@ -187,9 +252,14 @@ class Relaxation:
     interval: Callable[[Box], Box]
     lines: Callable[[Box], tuple[Tensor, Tensor, Tensor, Tensor]]
 
-    def backward(self, a: Tensor, box: Box) -> tuple[Tensor, Tensor]:
-        """Coefficients (N, R, ...) of the output as such of the input, and what they add to the constant, (N, R)."""
+    def backward(self, a: Tensor, box: Box, slope: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Coefficients (N, R, ...) of the output as such of the input, and what they add to the constant, (N, R).
+
+        slope: of the lower line where it is free, i.e. where the box holds 0 inside.
+        """
         low, low_offset, high, high_offset = (line[:, None] for line in self.lines(box))
+        if slope is not None:
+            low = torch.where(((box.lower < 0) & (box.upper > 0))[:, None], slope, low)
         up, down = a.clamp(min=0), a.clamp(max=0)
         return up * low + down * high, (up * low_offset + down * high_offset).flatten(2).sum(2)
 

@@ -17,11 +17,11 @@ aten = torch.ops.aten
 
 AFFINE: frozenset[str] = frozenset({
     "linear", "addmm", "mm", "bmm", "matmul", "convolution", "conv1d", "conv2d", "view", "reshape", "_unsafe_view", "permute",
-    "transpose", "t", "add", "sub", "rsub", "neg", "mul", "div", "mean", "sum", "cat", "slice", "select", "unsqueeze", "squeeze",
-    "expand", "constant_pad_nd", "avg_pool2d", "_adaptive_avg_pool2d", "clone", "alias", "_to_copy", "flip", "upsample_nearest2d",
-    "_native_batch_norm_legit_no_training", "detach",
+    "transpose", "t", "add", "sub", "rsub", "neg", "mul", "div", "mean", "sum", "cat", "slice", "select", "unsqueeze",
+    "squeeze", "expand", "constant_pad_nd", "avg_pool2d", "_adaptive_avg_pool2d", "clone", "alias", "_to_copy", "flip",
+    "upsample_nearest2d", "_native_batch_norm_legit_no_training", "detach",
 })  # fmt: skip
-"""Operators of ATen that are affine in each input that depends on the network's; mul, div and matrix products in one at a time."""
+"""Operators of ATen that are affine in each input that depends on the network's; products in one at a time."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _node(node: fx.Node, inputs: tuple[str, ...], known: Mapping[str, Any]) -> N
 
     value = node.meta["val"]
     shape = (value[0] if isinstance(value, tuple | list) else value).shape
-    name = getattr(target, "_schema").name.partition("::")[2] if hasattr(target, "_schema") else str(target)
+    name = target._schema.name.partition("::")[2] if hasattr(target, "_schema") else str(target)
     filled = tuple(known.get(a.name, a.name) if isinstance(a, fx.Node) else a for a in args)
     return Node(node.name, name, inputs, apply, shape[1:], filled)
 
