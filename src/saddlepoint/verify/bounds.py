@@ -154,8 +154,18 @@ class Bounded:
 
         slopes: of nonlinearities where they are free; an empty one is filled with CROWN's.
         """
+        return self.linear(name, start, slopes).lowest(self.boxes[self.graph.input])
+
+    def linear(
+        self, name: str, start: Tensor, slopes: Slopes | None = None, multipliers: Mapping[str, Tensor] | None = None
+    ) -> Linear:
+        """A linear function of the input below each of R linear functions of the value `name`; see `backward`.
+
+        multipliers: by nonlinearity, what is taken off the coefficients (N, R, ...) of its input: those of constraints.
+        """
         begin = not slopes
         coefficients: dict[str, Tensor] = {name: start}
+        inner: dict[str, Tensor] = {}
         constant = start.new_zeros(start.shape[:2])
         for node in reversed(self.graph.nodes):
             a = coefficients.pop(node.name, None)
@@ -166,13 +176,36 @@ class Bounded:
                 parts = _pulled(node, a, [self.boxes[one].lower[:1] for one in node.inputs])
             else:
                 rule, box = _relaxation(node), self.boxes[node.inputs[0]]
+                inner[node.name] = a
                 if slopes is not None and begin:
                     slopes[node.name] = rule.lines(box)[0][:, None].expand(a.shape)
                 moved, offset = rule.backward(a, box, None if slopes is None else slopes[node.name])
+                if multipliers is not None and node.name in multipliers:
+                    moved = moved - multipliers[node.name]
                 constant, parts = constant + offset, [moved]
             for one, part in zip(node.inputs, parts, strict=True):
                 coefficients[one] = coefficients[one] + part if one in coefficients else part
-        return constant + _least(coefficients[self.graph.input], self.boxes[self.graph.input])
+        return Linear(coefficients[self.graph.input], constant, inner)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """R linear functions of the input: coefficients (N, R, ...) and constants (N, R).
+
+    inner: the coefficients of each nonlinearity's output on the way.
+    """
+
+    coefficients: Tensor
+    constant: Tensor
+    inner: Mapping[str, Tensor]
+
+    def lowest(self, box: Box) -> Tensor:
+        """Their least values over boxes, (N, R)."""
+        return self.constant + _least(self.coefficients, box)
+
+    def lowest_at(self, box: Box) -> Tensor:
+        """Where they are least: corners of the boxes, (N, R, ...)."""
+        return torch.where(self.coefficients > 0, box.lower[:, None], box.upper[:, None])
 
 
 def bounds(graph: Graph, lower: Tensor, upper: Tensor, specification: Tensor | None = None, method: Method = "crown") -> Tensor:
