@@ -67,7 +67,7 @@ def main() -> None:
     if args.weights is not None:
         sp.zoo.save_weights(training.model.net, args.weights)
 
-    few = 256 if args.quick else 128 * 200
+    few = 256 if args.quick else 128 * 20
     started = time.perf_counter()
     trained(tuple(column[:few] for column in data), LONG, 1, 0.0, args.seed)  # type: ignore[arg-type]  # two columns
     longer = (time.perf_counter() - started) / few * epochs * len(data[0]) / 60

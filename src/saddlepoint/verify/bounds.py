@@ -92,7 +92,7 @@ class Bounded:
         lower, upper = box.lower.flatten(1).clone(), box.upper.flatten(1).clone()
         width = lower.shape[1]
         step = max(1, _ROWS // max(1, len(lower) * max(math.prod(node.shape) for node in self.graph.nodes)))
-        for part in rows.split(step):
+        for part in torch.split(rows, step):
             start = torch.zeros(len(lower), len(part), width, dtype=lower.dtype, device=lower.device)
             start[:, torch.arange(len(part)), part] = 1
             start = start.view(len(lower), len(part), *box.lower.shape[1:])
@@ -140,7 +140,7 @@ class Bounded:
                 if step + 1 == steps:
                     break
                 optimizer.zero_grad()
-                (-bound.sum()).backward()  # type: ignore[no-untyped-call]  # untyped in torch
+                torch.autograd.backward(-bound.sum())
                 optimizer.step()
                 with torch.no_grad():
                     for value in free.values():
@@ -245,10 +245,11 @@ def _radius(bounded: Bounded, node: Node, radii: list[Tensor]) -> Tensor:
     """How far the output can be from its middle: the sum over inputs of |W| radius."""
     if node.op == "convolution":
         _, weight, _, *settings = node.arguments
-        return torch.ops.aten.convolution(radii[0], weight.abs(), None, *settings)
+        spread: Tensor = torch.ops.aten.convolution(radii[0], weight.abs(), None, *settings)
+        return spread
     if node.op in ("addmm", "linear", "mm"):
-        weight = node.arguments[2] if node.op == "addmm" else node.arguments[1]
-        return radii[0] @ (weight.abs() if node.op != "linear" else weight.abs().T)
+        matrix: Tensor = node.arguments[2] if node.op == "addmm" else node.arguments[1]
+        return radii[0] @ (matrix.abs() if node.op != "linear" else matrix.abs().T)
     zero = bounded.constant(node)
     total: Tensor | None = None
     for place, radius in enumerate(radii):  # other operators scale each element, or add with weights of one sign
@@ -261,7 +262,7 @@ def _radius(bounded: Bounded, node: Node, radii: list[Tensor]) -> Tensor:
 
 def _pulled(node: Node, a: Tensor, like: list[Tensor]) -> list[Tensor]:
     """Coefficients (N, R, ...) of the output as such of the inputs: the operator's own vector-Jacobian product."""
-    count, rows = a.shape[:2]
+    count, rows = a.shape[0], a.shape[1]
     if node.op in ("addmm", "linear", "mm"):
         weight = (
             node.arguments[2].T if node.op == "addmm" else node.arguments[1] if node.op == "linear" else node.arguments[1].T

@@ -20,7 +20,10 @@ _STEPS, _SLOPE_RATE, _SIGN_RATE, _DECAY = 20, 0.1, 0.1, 0.98
 
 @dataclass(frozen=True)
 class Found:
-    """What a search came to. bound: the least lower bound left; counterexample (...) or None; domains: how many were bounded."""
+    """What a search came to.
+
+    bound: the least lower bound that is left; counterexample (...) or None; domains: how many were bounded.
+    """
 
     verdict: Verdict
     bound: float
@@ -47,17 +50,26 @@ class _Domains:
 
     def take(self, index: Tensor) -> _Domains:
         """Some of them."""
-        parts = ({key: value[index] for key, value in table.items()} for table in (self.signs, self.slopes, self.multipliers))
-        return _Domains(self.rows[index], *parts, self.bound[index])
+
+        def some(table: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {key: value[index] for key, value in table.items()}
+
+        return _Domains(self.rows[index], some(self.signs), some(self.slopes), some(self.multipliers), self.bound[index])
 
     @staticmethod
     def join(parts: list[_Domains]) -> _Domains:
         """All together."""
-        tables = (
-            {key: torch.cat([getattr(part, name)[key] for part in parts]) for key in getattr(parts[0], name)}
-            for name in ("signs", "slopes", "multipliers")
+
+        def all_of(tables: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+            return {key: torch.cat([table[key] for table in tables]) for key in tables[0]}
+
+        return _Domains(
+            torch.cat([part.rows for part in parts]),
+            all_of([part.signs for part in parts]),
+            all_of([part.slopes for part in parts]),
+            all_of([part.multipliers for part in parts]),
+            torch.cat([part.bound for part in parts]),
         )
-        return _Domains(torch.cat([p.rows for p in parts]), *tables, torch.cat([p.bound for p in parts]))
 
 
 class Search:
@@ -127,7 +139,7 @@ class Search:
             if bool((best > 0).all()) or step + 1 == _STEPS or self.counterexample is not None:
                 break
             optimizer.zero_grad()
-            (-bound[best <= 0].sum()).backward()
+            torch.autograd.backward(-bound[best <= 0].sum())
             optimizer.step()
             with torch.no_grad():
                 for value in slopes.values():
@@ -136,8 +148,8 @@ class Search:
                     value.clamp_(min=0)
             for group in optimizer.param_groups:
                 group["lr"] *= _DECAY
-        detached = ({key: value.detach() for key, value in table.items()} for table in (slopes, betas))
-        return _Domains(domains.rows, domains.signs, *detached, best)
+        slopes, betas = ({key: value.detach() for key, value in table.items()} for table in (slopes, betas))
+        return _Domains(domains.rows, domains.signs, slopes, betas, best)
 
     def _try(self, points: Tensor, rows: Tensor) -> None:
         """Whether one of these inputs is a counterexample."""

@@ -1,0 +1,166 @@
+"""VNNLIB: the competition's files for properties. Boxes of inputs, and what outputs must not be."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saddlepoint.errors import DataError
+
+_TOKEN = re.compile(r"[()]|[^\s()]+")
+_VARIABLE = re.compile(r"([XY])_(\d+)$")
+Tree = Any  # a token, or a list of trees
+Atom = tuple[dict[str, float], float]  # coefficients by variable, and a constant: their sum is <= 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs between lower and upper (D,) are unsafe where rows (K, C) times the outputs plus constants (K,) are all <= 0."""
+
+    lower: Tensor
+    upper: Tensor
+    rows: Tensor
+    constants: Tensor
+
+    def margin(self, outputs: Tensor) -> Tensor:
+        """How far outputs (N, C) are from unsafe, (N,): <= 0 where they are."""
+        return (outputs @ self.rows.T.to(outputs) + self.constants.to(outputs)).amax(1)
+
+
+@dataclass(frozen=True)
+class Property:
+    """A property of a network: none of its cases, each a box of inputs with a set of outputs, may occur."""
+
+    cases: tuple[Case, ...]
+    inputs: int
+    outputs: int
+
+    def __str__(self) -> str:
+        most = max(len(case.rows) for case in self.cases)
+        return f"{len(self.cases)} cases of {self.inputs} inputs and {self.outputs} outputs, at most {most} conditions each"
+
+
+def read_vnnlib(path: str | Path) -> Property:
+    """Read a .vnnlib file, or .vnnlib.gz. Errors: `DataError` for files that are missing, damaged or ask for something else."""
+    path = Path(path).expanduser()
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
+    except (OSError, EOFError, UnicodeDecodeError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: cannot be read as VNNLIB ({error})") from error
+    try:
+        return _property(text)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _property(text: str) -> Property:
+    declared: dict[str, int] = {"X": 0, "Y": 0}
+    choices: list[list[list[Atom]]] = []
+    for tree in _trees(text):
+        match tree:
+            case ["declare-const", str(name), _] if found := _VARIABLE.match(name):
+                declared[found[1]] = max(declared[found[1]], int(found[2]) + 1)
+            case ["assert", condition]:
+                choices.append(_alternatives(condition))
+            case _:
+                raise DataError(f"expected a declaration or an assertion, found {str(tree)[:80]}")
+    if not declared["X"] or not declared["Y"]:
+        raise DataError("no inputs X_0, ... or outputs Y_0, ... are declared")
+    certain = [atom for choice in choices if len(choice) == 1 for atom in choice[0]]
+    open_ = [choice for choice in choices if len(choice) > 1]
+    cases = (_case([*certain, *itertools.chain(*chosen)], declared) for chosen in itertools.product(*open_))
+    return Property(tuple(cases), declared["X"], declared["Y"])
+
+
+def _trees(text: str) -> Iterator[Tree]:
+    """The S-expressions of the text, without comments."""
+    stack: list[list[Tree]] = [[]]
+    for token in _TOKEN.findall(re.sub(r";[^\n]*", "", text)):
+        if token == "(":
+            stack.append([])
+        elif token == ")":
+            if len(stack) < 2:
+                raise DataError("a bracket is closed that was not opened")
+            done = stack.pop()
+            stack[-1].append(done)
+        else:
+            stack[-1].append(token)
+    if len(stack) > 1:
+        raise DataError("a bracket is not closed: is the file truncated?")
+    yield from stack[0]
+
+
+def _alternatives(tree: Tree) -> list[list[Atom]]:
+    """A condition as alternatives, each a list of atoms that hold together."""
+    match tree:
+        case ["or", *parts]:
+            return [alternative for part in parts for alternative in _alternatives(part)]
+        case ["and", *parts]:
+            return [list(itertools.chain(*chosen)) for chosen in itertools.product(*map(_alternatives, parts))]
+        case ["<=" | "<", left, right]:
+            return [[_less(left, right)]]
+        case [">=" | ">", left, right]:
+            return [[_less(right, left)]]
+    raise DataError(f"expected or, and, <= or >=, found {str(tree)[:80]}")
+
+
+def _less(left: Tree, right: Tree) -> Atom:
+    coefficients: dict[str, float] = {}
+    constant = 0.0
+    for side, sign in ((left, 1.0), (right, -1.0)):
+        if not isinstance(side, str):
+            raise DataError(f"only variables and numbers can be compared, not {str(side)[:60]}")
+        if _VARIABLE.match(side):
+            coefficients[side] = coefficients.get(side, 0.0) + sign
+        else:
+            try:
+                constant += sign * float(side)
+            except ValueError:
+                raise DataError(f"{side!r} is neither a variable nor a number") from None
+    return coefficients, constant
+
+
+def _case(atoms: list[Atom], declared: dict[str, int]) -> Case:
+    lower = torch.full((declared["X"],), -torch.inf, dtype=torch.float64)
+    upper = torch.full((declared["X"],), torch.inf, dtype=torch.float64)
+    rows, constants = [], []
+    for coefficients, constant in atoms:
+        kinds = {name[0] for name in coefficients}
+        if kinds == {"X"} and len(coefficients) == 1:
+            ((name, sign),) = coefficients.items()
+            place, end = int(name[2:]), -constant / sign
+            if place >= len(lower):
+                raise DataError(f"{name} is not declared")
+            if sign > 0:
+                upper[place] = min(float(upper[place]), end)
+            else:
+                lower[place] = max(float(lower[place]), end)
+        elif kinds == {"Y"}:
+            row = torch.zeros(declared["Y"], dtype=torch.float64)
+            for name, sign in coefficients.items():
+                if int(name[2:]) >= len(row):
+                    raise DataError(f"{name} is not declared")
+                row[int(name[2:])] += sign
+            rows.append(row)
+            constants.append(constant)
+        else:
+            raise DataError(
+                f"a condition on {', '.join(sorted(coefficients)) or 'numbers alone'} is neither a box nor one of outputs"
+            )
+    open_ = (~(lower.isfinite() & upper.isfinite())).nonzero()[:, 0].tolist()
+    if open_:
+        raise DataError(f"X_{open_[0]} has no lower or no upper end")
+    if bool((lower > upper).any()):
+        raise DataError(f"X_{int((lower > upper).nonzero()[0])} has a lower end above its upper one")
+    if not rows:
+        raise DataError("there is no condition on outputs")
+    return Case(lower, upper, torch.stack(rows), torch.tensor(constants, dtype=torch.float64))
