@@ -268,7 +268,7 @@ def _pulled(node: Node, a: Tensor, like: list[Tensor]) -> list[Tensor]:
             node.arguments[2].T if node.op == "addmm" else node.arguments[1] if node.op == "linear" else node.arguments[1].T
         )
         return [a @ weight]
-    _, pull = torch.func.vjp(node.apply, *(torch.zeros_like(one) for one in like))
+    pull = torch.func.vjp(node.apply, *(torch.zeros_like(one) for one in like))[1]
     parts = torch.vmap(pull)(a.reshape(count * rows, 1, *a.shape[2:]))
     return [part.reshape(count, rows, *part.shape[2:]) for part in parts]
 
