@@ -31,7 +31,7 @@ def apgd(loss: str, runs: int, **settings: object) -> Attack:
 
 
 CE, DLR = "cross_entropy", "dlr"
-FAB_T, SQUARE = A.FAB(targets=9, search=0), A.Square(steps=5000)
+FAB_T, SQUARE = A.FAB(targets=9, search=0), A.Square(steps=5000, p_init=0.8)
 ONE_BALL = {"multi_eps": False}  # of set_version() only "standard" sets use_largereps, which l1 alone looks at
 PUBLISHED = {  # github.com/fra31/auto-attack, autoattack.py, set_version(), at a39220048b3c
     ("standard", "linf"): (apgd(CE, 1), A.APGDT(targets=9), FAB_T, SQUARE),
@@ -64,7 +64,7 @@ def test_it_is_that_sequence(norm: str, model: sp.Model, samples: Samples) -> No
         A.Restarts(A.APGD(steps=3), 5 if norm == "l1" else 1),
         A.APGDT(steps=3, targets=5 if norm == "l1" else 9),
         A.FAB(steps=3, targets=9, search=0),
-        A.Square(steps=6),
+        A.Square(steps=6, p_init=0.8),
     )
     runs = [sp.attack(model, *samples, attack, THREATS[norm], seed=2) for attack in (AutoAttack(**SHORT), parts)]
     same(*runs)

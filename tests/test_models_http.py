@@ -80,7 +80,7 @@ def first_time(fault: str) -> Callable[[int, int], str | None]:
 
 def square(model: sp.Classifier, samples: Samples, **settings: Any) -> sp.AttackResult:
     budget = sp.Budget(queries=40)
-    return sp.attack(model, *samples, sp.attacks.Square(steps=50), sp.Linf(0.1), budget=budget, **settings)
+    return sp.attack(model, *samples, sp.attacks.Square(steps=50, p_init=0.8), sp.Linf(0.1), budget=budget, **settings)
 
 
 def rows_of(result: sp.AttackResult) -> int:

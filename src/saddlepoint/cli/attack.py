@@ -114,8 +114,8 @@ def attack(
             )  # fmt: skip
         except (Interrupted, ModelError) as stop:
             if not isinstance(stop.result, AttackResult) or not len(stop.result):
-                if isinstance(stop, Interrupted):
-                    console.print("no sample was finished, so nothing is kept; with a small --batch-size some finish early")
+                hint = "; with a small --batch-size some finish early" if isinstance(stop, Interrupted) else ""
+                console.print(f"no sample was finished, so nothing is kept{hint}")
                 raise
             result, stopped = stop.result, stop
         folder = _fresh(out / "result")
