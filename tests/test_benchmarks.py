@@ -66,3 +66,23 @@ def test_the_table_of_evaluations(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "| 4 | 75.00% | 1000 | 50.00% | 25 | 40 | 40 | 2 | 1 |" in done.stdout
     assert "| 4 | 32 | sp.evaluate | 25 | 2.0 | 3 |" in done.stdout
+
+
+def test_the_costs_of_detectors(tmp_path: Path) -> None:
+    written = tmp_path / "figures.json"
+    command = [sys.executable, str(SCRIPT.with_name("detection.py")), "--quick", "--json", str(written)]
+    environment = {name: value for name, value in os.environ.items() if name != "SADDLEPOINT_DATA"}
+    names = [
+        "max-probability",
+        "mahalanobis",
+        "tail-variance",
+        "dropout-uncertainty:passes=3",
+        "local-intrinsic-dimensionality",
+    ]
+    done = subprocess.run([*command, *names], capture_output=True, text=True, env=environment, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = {row["detector"].partition(":")[0]: row for row in json.loads(written.read_text())["table"]}
+    assert [row["score_forward"] for row in rows.values()] == [1, 1, 0, 3, 1]
+    assert rows["dropout-uncertainty"]["network"] == "smallcnn"
+    assert rows["local-intrinsic-dimensionality"]["fit_forward"] > 1  # and the examples
+    assert all(row["score"] > 0 for row in rows.values())

@@ -10,7 +10,7 @@ import torch
 from test_cli import call
 
 import saddlepoint as sp
-from saddlepoint.cli.defend import _each
+from saddlepoint.cli.options import each
 from saddlepoint.evaluate import tournament
 
 NET = """
@@ -153,7 +153,7 @@ def test_errors_are_one_line(here, capsys, words, says):
 
 
 def test_lists_of_defenses_with_settings():
-    assert _each(["trades:beta=1,steps=3,jpeg", "pgd-training:steps=4, alpha=2+jpeg:quality=5,median"]) == [
+    assert each(["trades:beta=1,steps=3,jpeg", "pgd-training:steps=4, alpha=2+jpeg:quality=5,median"]) == [
         "trades:beta=1,steps=3",
         "jpeg",
         "pgd-training:steps=4,alpha=2+jpeg:quality=5",

@@ -44,7 +44,7 @@ def test_some_docstrings_have_examples():
 
 
 def test_readme_example_runs_and_shows_what_it_says(capsys):
-    first, figure, gate, second, black, defended = blocks("README.md", "python")
+    first, figure, gate, second, black, defended, detected = blocks("README.md", "python")
     names: dict[str, object] = {}
     exec(compile(first, "README.md", "exec"), names)  # the README's own example
     printed = capsys.readouterr().out
@@ -70,6 +70,9 @@ def test_readme_example_runs_and_shows_what_it_says(capsys):
     printed = capsys.readouterr().out
     assert "naive" in printed
     assert "adaptive" in printed
+    exec(compile(detected, "README.md", "exec"), names)
+    assert isinstance(names["guarded"], sp.Guarded)
+    assert 0 <= float(capsys.readouterr().out.splitlines()[-1]) <= 1
 
 
 def test_attacks_page_example(capsys):
@@ -175,3 +178,17 @@ def test_defenses_page_example(capsys):
     (code,) = blocks("docs/defenses.md", "python")
     exec(compile(code, "docs/defenses.md", "exec"), {"__name__": "defenses_page"})
     assert "halves: BPDA, identity" in capsys.readouterr().out
+
+
+def test_detection_page_names_every_detector() -> None:
+    page = (ROOT / "docs" / "detection.md").read_text()
+    assert not {name for name in sp.detectors.DETECTORS if f"`{name}`" not in page}
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_detection_page_examples(number, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sp.detectors.base, "DETECTORS", dict(sp.detectors.DETECTORS))
+    code = blocks("docs/detection.md", "python")[number]
+    exec(compile(code, "docs/detection.md", "exec"), {"__name__": "detection_page"})
+    assert len(capsys.readouterr().out.splitlines()) > (0 if number else 10)

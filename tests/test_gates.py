@@ -300,7 +300,7 @@ def test_ctrl_c_stops_pytest(inner: Callable[..., pytest.RunResult], pytester: p
         def test_it(assert_robust):
             model = sp.Model(Stopped(4, 3))
             x = torch.full((2, 4), 0.5)
-            assert_robust(model, x, model.predict(x), sp.Linf(1e-6), at_least=0.5)
+            assert_robust(model, x, model.predict(x), sp.Linf(1e-6), at_least=0.5, effort="quick")
 
         def test_after():
             print("not reached")
@@ -322,7 +322,7 @@ def test_long_names(pytester: pytest.Pytester, inner: Callable[..., pytest.RunRe
         def test_it(assert_robust, text, last):
             model = sp.Model(torch.nn.Linear(4, 3))
             x = torch.full((2, 4), 0.5)
-            assert_robust(model, x, model.predict(x), sp.Linf(1e-6), at_least=0.5)
+            assert_robust(model, x, model.predict(x), sp.Linf(1e-6), at_least=0.5, effort="quick")
     """)
     inner("--saddlepoint", "--saddlepoint-out", "out").assert_outcomes(passed=2)
     names = [folder.name for folder in (pytester.path / "out").iterdir()]

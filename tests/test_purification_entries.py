@@ -1,22 +1,13 @@
 """What the entries for purification count; the entries themselves run in test_reproduce.py."""
 
-import pytest
 import torch
-from sklearn.metrics import roc_auc_score
 
 import saddlepoint as sp
 from saddlepoint.data import Split
 from saddlepoint.reproduce import ENTRIES, Context
-from saddlepoint.reproduce.purification import _area, _last_hidden, _seen
+from saddlepoint.reproduce.purification import _last_hidden, _seen
 
 DIGITS = sp.data.load("digits")
-
-
-def test_the_area_under_the_curve_is_scikit_learns():
-    generator = torch.Generator().manual_seed(0)
-    clean, examples = torch.randint(2, 9, (40,), generator=generator), torch.randint(0, 7, (30,), generator=generator)
-    is_clean = [1] * 40 + [0] * 30
-    assert _area(clean, examples) == pytest.approx(roc_auc_score(is_clean, torch.cat([clean, examples]).numpy()))
 
 
 def test_epochs_are_those_in_which_so_many_images_are_seen():

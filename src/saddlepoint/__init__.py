@@ -8,9 +8,10 @@
 8
 """
 
-from saddlepoint import attacks, data, defenses, models, zoo
+from saddlepoint import attacks, data, defenses, detectors, models, zoo
 from saddlepoint.attacks.facade import attack, perturb
 from saddlepoint.defenses import Adversarial, Hardening, Standard, Training, harden, train, transforms
+from saddlepoint.detectors import Detector, Guarded
 from saddlepoint.engine import AttackResult, Budget, Interrupted
 from saddlepoint.errors import (
     CapabilityError,
@@ -27,6 +28,7 @@ from saddlepoint.evaluate import (
     AdversarialSet,
     Campaign,
     Comparison,
+    Detection,
     Diagnosis,
     Distances,
     Estimate,
@@ -37,10 +39,12 @@ from saddlepoint.evaluate import (
     Trace,
     TransferMatrix,
     WorstCase,
+    bypass,
     compare,
     compare_campaigns,
     compare_defended,
     defend,
+    detect,
     diagnose,
     distance,
     estimate,
@@ -51,7 +55,7 @@ from saddlepoint.evaluate import (
     substitute,
     transfer_matrix,
 )
-from saddlepoint.goals import FalsePositive, Targeted, Untargeted
+from saddlepoint.goals import Evade, FalsePositive, Targeted, Untargeted
 from saddlepoint.models import Classifier, Defended, Ensemble, HttpModel, Model, Transform
 from saddlepoint.taxonomy import Access, Norm, Scope, Status
 from saddlepoint.threats import L0, L1, L2, Linf, Minimize
@@ -73,12 +77,16 @@ __all__ = [
     "Comparison",
     "DataError",
     "Defended",
+    "Detection",
+    "Detector",
     "Diagnosis",
     "Distances",
     "Ensemble",
     "Estimate",
+    "Evade",
     "Evaluation",
     "FalsePositive",
+    "Guarded",
     "Hardening",
     "HttpModel",
     "InputError",
@@ -108,12 +116,15 @@ __all__ = [
     "WorstCase",
     "attack",
     "attacks",
+    "bypass",
     "compare",
     "compare_campaigns",
     "compare_defended",
     "data",
     "defend",
     "defenses",
+    "detect",
+    "detectors",
     "diagnose",
     "distance",
     "estimate",

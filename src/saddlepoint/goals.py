@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -27,15 +27,32 @@ UNRESOLVED = -1  # target of a sample whose target waits for the first predictio
 
 @dataclass(frozen=True)
 class Aim:
-    """A goal bound to a batch: which classes (B, C) shall win, and which shall lose. Sums are per sample."""
+    """A goal bound to a batch: which classes (B, C) shall win, and which shall lose. Sums are per sample.
+
+    rejects: whether the last column is no class but stands for inputs that the model rejects; it is always among the losers.
+    """
 
     goal: Goal = field(metadata=SHARED)
     wanted: Tensor  # (B, C) bool
     unwanted: Tensor  # (B, C) bool
+    rejects: bool = field(default=False, metadata=SHARED)
 
     def margin(self, logits: Tensor) -> Tensor:
-        """By how much the goal is reached, in logits: positive when it is. (B,)"""
-        return self.goal.margin(logits, self)
+        """By how much the goal is reached, in logits: positive when it is. (B,)
+
+        A model that rejects must besides accept the input: the smaller of both margins counts.
+        """
+        return torch.minimum(*self.margins(logits)) if self.rejects else self.goal.margin(logits, self)
+
+    def margins(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the model rejects: the goal's margin among the classes, and by how much the input is accepted, (B,) each."""
+        classes = logits[:, :-1]
+        among = Aim(self.goal, self.wanted[:, :-1], self.unwanted[:, :-1])
+        return self.goal.margin(classes, among), classes.amax(1) - logits[:, -1]
+
+    def bound_again(self, labels: Tensor, targets: Tensor) -> Aim:
+        """The same goal with other targets (B,)."""
+        return bind(self.goal, labels, targets, self.wanted.shape[1], self.rejects)
 
     def best(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The largest value among the wanted and among the unwanted classes, (B,) each."""
@@ -47,7 +64,7 @@ class Aim:
         For untargeted attacks that run from target to target; what counts as success stays with the goal.
         """
         wanted = _one_hot(classes, self.wanted.shape[1])
-        return Aim(_DIRECTED, wanted, self.unwanted & ~wanted)
+        return Aim(_DIRECTED, wanted, self.unwanted & ~wanted, self.rejects)
 
     @staticmethod
     def _largest(values: Tensor, allowed: Tensor) -> Tensor:
@@ -117,6 +134,38 @@ class Goal(ABC):
             "confidence": self.confidence,
             "top_k": self.top_k,
         }
+
+
+def bind(goal: Goal, labels: Tensor, targets: Tensor, num_classes: int, rejects: bool = False) -> Aim:
+    """The goal's aim (B, num_classes). rejects: the last of them is no class; see `Aim`."""
+    aim = goal.aim(labels, targets, num_classes - rejects)
+    if not rejects:
+        return aim
+    column = aim.wanted.new_zeros(len(aim.wanted), 1)
+    return Aim(goal, torch.cat([aim.wanted, column], 1), torch.cat([aim.unwanted, ~column], 1), rejects=True)
+
+
+class Guard(Protocol):
+    """What tells adversarial inputs from clean ones, and can be put before a model."""
+
+    def guard(self, model: Any) -> Any:  # Any: models are not known here
+        """The model, which then rejects what is told to be adversarial."""
+
+
+@dataclass(frozen=True)
+class Evade:
+    """Reach a goal and go unnoticed by a detector: fool both (Carlini & Wagner 2017, arXiv:1705.07263).
+
+    `sp.attack(model, ..., goal=Evade(detector))` is an attack on `Guarded(model, detector)`: what is rejected is no success.
+    goal: what is to be reached, default any wrong class.
+    """
+
+    detector: Guard
+    goal: Goal | None = None
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.detector, "guard"):
+            raise InputError(f"Evade takes a calibrated detector, one of sp.detectors; got {type(self.detector).__name__}")
 
 
 def _checked(aim: Aim) -> Aim:

@@ -273,6 +273,8 @@ def test_best_of_all_evaluated(case: Case, keep: str, mlp: nn.Module, samples: S
 @each_case
 def test_independence(case: Case, model: sp.Model, samples: Samples) -> None:
     x, y = samples[0].double(), samples[1]  # for a search that turns at a rounding error goes elsewhere
+    if case.asks_for_labels:  # one by one, their thousands of questions take long
+        x, y = x[:8], y[:8]
     model = sp.Model(copy.deepcopy(model.net).double())
     ids = torch.arange(len(x)) * 7 + 3
     whole = run(case, model, x, y, ids=ids, batch_size=64)
@@ -283,7 +285,7 @@ def test_independence(case: Case, model: sp.Model, samples: Samples) -> None:
     assert (permuted.status == whole.status[order.numpy()]).all()
     torch.testing.assert_close(permuted.distance, whole.distance[order], rtol=1e-4, atol=1e-4)
     if case in ONE_EACH:
-        parts = [run(case, model, x[s], y[s], ids=ids[s]) for s in (slice(0, 5), slice(5, 24))]
+        parts = [run(case, model, x[s], y[s], ids=ids[s]) for s in (slice(0, 5), slice(5, None))]
         assert [*parts[0].status, *parts[1].status] == whole.status.tolist()
         torch.testing.assert_close(torch.cat([p.distance for p in parts]), whole.distance, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(torch.cat([p.adversarial for p in parts]), whole.adversarial, rtol=1e-3, atol=1e-3)

@@ -240,6 +240,7 @@ ELSEWHERE = {
     "test_attacks_estimation.py": {"NES", "SPSA", "Bandits", "NAttack"},
     "test_attacks_coordinates.py": {"ZOO", "SimBA"},
     "test_attacks_evolution.py": {"FewPixel", "GenAttack", "CMAES"},
+    "test_detectors_guarded.py": {"OrthogonalPGD"},
     "test_attacks_transfer.py": {"DIFGSM", "TIFGSM", "SINIFGSM", "VMIFGSM", "VNIFGSM"},
 }
 

@@ -61,6 +61,8 @@ def test_distances_are_true(case: Case, model: sp.Model, samples: Samples) -> No
 @each_case
 def test_independence(case: Case, model: sp.Model, samples: Samples) -> None:
     x, y = samples[0].double(), samples[1]  # in float32 two roundings can lead to two boundaries
+    if case.asks_for_labels:  # one by one, their thousands of questions take long
+        x, y = x[:8], y[:8]
     model = sp.Model(copy.deepcopy(model.net).double())
     ids = torch.arange(len(x)) * 7 + 3
     whole = run(case, model, x, y, ids=ids, batch_size=64)

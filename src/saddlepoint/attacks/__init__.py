@@ -12,6 +12,7 @@ from saddlepoint.attacks.coordinates import ZOO, SimBA
 from saddlepoint.attacks.deepfool import DeepFool, SparseFool, SuperDeepFool
 from saddlepoint.attacks.dual import DualAveraging
 from saddlepoint.attacks.estimation import NES, SPSA, Bandits, NAttack
+from saddlepoint.attacks.evasion import OrthogonalPGD
 from saddlepoint.attacks.evolution import CMAES, FewPixel, GenAttack
 from saddlepoint.attacks.external import External
 from saddlepoint.attacks.fab import FAB
@@ -87,6 +88,7 @@ __all__ = [
     "LeafBoxes",
     "LinearClosedForm",
     "NAttack",
+    "OrthogonalPGD",
     "RayS",
     "Restarts",
     "SaltAndPepperNoise",

@@ -25,7 +25,7 @@ from saddlepoint.engine import (
 from saddlepoint.engine.problem import Evaluator, Found, Gradient, Jacobian, Weights, input_gradient
 from saddlepoint.engine.source import Batches, fingerprint
 from saddlepoint.errors import CapabilityError, InputError, UnknownNameError
-from saddlepoint.goals import Aim, Goal, Loss, Targeted, loss_named
+from saddlepoint.goals import Aim, Evade, Goal, Loss, Targeted, bind, loss_named
 from saddlepoint.models.base import Classifier
 from saddlepoint.models.freeze import frozen
 from saddlepoint.rng import Keys
@@ -63,7 +63,7 @@ def attack(
     y: Tensor | None,
     attack: Attack | str,
     threat: Threat,
-    goal: Goal | None = None,
+    goal: Goal | Evade | None = None,
     *,
     batch_size: int | None = None,
     seed: int = 0,
@@ -80,7 +80,8 @@ def attack(
     model: what is attacked (`sp.Model(net)`). x: inputs (N, ...) inside the model's bounds, or an iterable of (x, y) batches (a
     DataLoader), which is then streamed. y: true classes (N,), None with a stream or where the goal needs none.
     attack: an attack or its name; "minimal" is `sp.attacks.minimal(norm)`, fitted to the budget.
-    threat: the set to stay in, or `Minimize(norm)`. goal: default the attack's own, mostly `Untargeted()`.
+    threat: the set to stay in, or `Minimize(norm)`. goal: default the attack's own, mostly `Untargeted()`; `Evade(detector)` is
+    to fool the model and a detector at once.
     batch_size: samples under attack at once; default by size. seed: with the sample's id, the source of all randomness.
     budget: limits per sample and in seconds. progress: show a bar. keep: which point is returned, default "smallest" for
     `Minimize` and "first" otherwise (a sample is done at its first success). ids: names of the samples (N,) for the random
@@ -96,6 +97,8 @@ def attack(
         raise InputError(f"threat must be such as sp.Linf(8 / 255) or sp.Minimize('l2'); got {threat!r}")
     if not isinstance(model, Classifier):
         raise InputError(f"model must be a Saddlepoint model: sp.Model(net, ...); got {type(model).__name__}")
+    if isinstance(goal, Evade):
+        model, goal = goal.detector.guard(model), goal.goal
     chosen = resolved(attack, threat.norm, budget, model.access)
     if keep is not None and keep not in get_args(Keep):
         raise UnknownNameError("keep", keep, KEEPS)
@@ -140,9 +143,11 @@ class _Plain(Evaluator):
     """Evaluates for training loops: no bookkeeping."""
 
     def __init__(
-        self, net: Callable[[Tensor], Tensor], origin: Tensor, y: Tensor, goal: Goal, keys: Keys, loss: PerSampleLoss | None
-    ) -> None:
+        self, net: Callable[[Tensor], Tensor], origin: Tensor, y: Tensor, goal: Goal, keys: Keys, loss: PerSampleLoss | None,
+        rejects: bool,
+    ) -> None:  # fmt: skip
         self.net, self.origin, self.y, self.goal, self.keys, self.loss = net, origin, y, goal, keys, loss
+        self.rejects = rejects
         self._aim: Aim | None = None
 
     @property
@@ -159,8 +164,9 @@ class _Plain(Evaluator):
             if isinstance(given, Tensor):
                 targets = given.to(self.y.device)
             else:
-                targets = self.goal.targets(self.y, classes, self.keys.absorb(-1))
-            self._aim = self.goal.aim(self.y, self.goal.resolve(targets, logits.detach(), self.y), classes)
+                targets = self.goal.targets(self.y, classes - self.rejects, self.keys.absorb(-1))
+            known = logits.detach()[:, :-1] if self.rejects else logits.detach()
+            self._aim = bind(self.goal, self.y, self.goal.resolve(targets, known, self.y), classes, self.rejects)
         return self._aim
 
     def forward(self, points: Tensor, owner: Tensor | None) -> Tensor:
@@ -251,7 +257,7 @@ def perturb(
         if mode == "train":
             for module in modules:
                 module.train()
-        evaluator = _Plain(forward, region.origin, y, goal, keys, loss)
+        evaluator = _Plain(forward, region.origin, y, goal, keys, loss, isinstance(net, Classifier) and net.rejects)
         k = torch.zeros(len(x), dtype=torch.int64)
         state = attack.init(Problem(region, y, k, keys, evaluator))
         for step in range(attack.iterations):

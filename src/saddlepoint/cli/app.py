@@ -24,6 +24,7 @@ from saddlepoint.cli.attack import attack
 from saddlepoint.cli.cascade import Cascade
 from saddlepoint.cli.config import ConfigFile
 from saddlepoint.cli.defend import defend
+from saddlepoint.cli.detect import detect
 from saddlepoint.cli.distance import distance
 from saddlepoint.cli.options import (
     BatchSize,
@@ -46,6 +47,7 @@ from saddlepoint.defenses import RECIPES, Adversarial, EpochRecord, Hardening, O
 from saddlepoint.defenses import defense as trained_by
 from saddlepoint.defenses import harden as run_harden
 from saddlepoint.defenses import train as run_train
+from saddlepoint.detectors import DETECTORS
 from saddlepoint.engine import Budget
 from saddlepoint.errors import InputError, SaddlepointError, SaddlepointWarning, UnknownNameError
 from saddlepoint.evaluate import Cell, Comparison, Evaluation, compare
@@ -66,7 +68,7 @@ listing = typer.Typer(help="What there is: attacks, data, networks, losses.", no
 fetching = typer.Typer(help="Datasets on this computer.", no_args_is_help=True)
 app.add_typer(listing, name="list")
 app.add_typer(fetching, name="data")
-errors = Console(stderr=True, highlight=False)
+errors = Console(stderr=True, highlight=False, emoji=False)
 _ATTACKS = ("uniformnoise", "fgm", "pgd")
 
 
@@ -322,6 +324,7 @@ def harden(
 
 
 app.command()(defend)
+app.command()(detect)
 app.command()(attack)
 app.command()(distance)
 app.command()(transfer)
@@ -386,6 +389,16 @@ def list_losses() -> None:
     """Losses by name, for attacks' loss=NAME."""
     for name, loss in LOSSES.items():
         console.print(f"{name:<20} {(loss.__doc__ or '').splitlines()[0]}", markup=False)
+
+
+@listing.command("detectors")
+def list_detectors() -> None:
+    """Detectors by name, for saddlepoint detect --detector NAME:setting=value."""
+    for name, cls in DETECTORS.items():
+        console.print(
+            f"[bold]{name:<28}[/] {'learns from attacks' if cls.learns_attacks is True else 'learns from clean inputs'}"
+        )
+        console.print(f"{'':<30} {escape(cls.summary)} ({escape(cls.reference)})", soft_wrap=True)
 
 
 @fetching.command("fetch")

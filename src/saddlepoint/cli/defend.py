@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +30,7 @@ from saddlepoint.cli.options import (
     Seed,
     Std,
     console,
+    each,
     make_way,
     warn_of_random_weights,
     write_json,
@@ -87,7 +87,7 @@ def defend(
 
     After an interruption, the same command goes on where it stopped.
     """
-    chosen = _each(defense or SUGGESTED)
+    chosen = each(defense or SUGGESTED)
     context.params["defense"] = chosen  # the configuration that is written shows them
     found = inputs.dataset(data, root)
     if found.train is None:
@@ -149,17 +149,6 @@ def defend(
     if not tournament.complete:
         console.print("interrupted: the report holds what was finished; the same command goes on where it stopped")
         raise typer.Exit(130)
-
-
-def _each(texts: list[str] | tuple[str, ...]) -> list[str]:
-    """The defenses of a list with commas; a comma before `key=` belongs to the settings of the one before."""
-    found: list[str] = []
-    for part in (part.strip() for text in texts for part in text.split(",")):
-        if found and re.match(r"\w+\s*=", part):
-            found[-1] += f",{part}"
-        elif part:
-            found.append(part)
-    return found
 
 
 def _beginning(text: str, given: Model, found: data_module.Dataset, from_weights: bool) -> Model | Callable[[int], Model]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from saddlepoint.errors import DataError
 from saddlepoint.files import write_file
 from saddlepoint.taxonomy import Norm
 
-console = Console(highlight=False)
+console = Console(highlight=False, emoji=False)
 
 MODELS = "FILE.py:NAME, FILE.onnx or zoo:NAME[+weights.safetensors]"
 ModelText = Annotated[str, typer.Option("--model", help=f"{MODELS}.", show_default=False)]
@@ -62,6 +63,17 @@ def write_json(path: Path | None, document: Any) -> None:  # Any: JSON values
 
         with writing(path):
             write_file(path, json.dumps(plain(document), indent=1).encode())
+
+
+def each(texts: Sequence[str]) -> list[str]:
+    """What a list with commas names; a comma before `key=` belongs to the settings of the one before."""
+    found: list[str] = []
+    for part in (part.strip() for text in texts for part in text.split(",")):
+        if found and re.match(r"\w+\s*=", part):
+            found[-1] += f",{part}"
+        elif part:
+            found.append(part)
+    return found
 
 
 def warn_of_random_weights(texts: Sequence[str]) -> None:

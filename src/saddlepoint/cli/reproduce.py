@@ -17,8 +17,8 @@ from saddlepoint.cli.config import ConfigFile
 from saddlepoint.reproduce import Context, Entry, Figure, Outcome, find, find_data
 
 SCHEMA = 1
-_output = Console(highlight=False)
-_messages = Console(stderr=True, highlight=False)
+_output = Console(highlight=False, emoji=False)
+_messages = Console(stderr=True, highlight=False, emoji=False)
 
 
 def reproduce(

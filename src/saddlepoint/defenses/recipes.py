@@ -296,7 +296,7 @@ def defense(text: str) -> Defense:
     before: list[tuple[str, dict[str, Any]]] = []
     votes: dict[str, Any] | None = None
     for part in re.split(r"\+(?=\s*[A-Za-z])", text):
-        name, settings = _part(part)
+        name, settings = named_settings(part)
         if name in _BEFORE:
             before.append((name, settings))
         elif name == SMOOTHING and votes is None:
@@ -311,14 +311,14 @@ def defense(text: str) -> Defense:
     return Defense(text.strip(), training, tuple(before), votes)
 
 
-def _part(text: str) -> tuple[str, dict[str, Any]]:
-    """Name and settings."""
+def named_settings(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and settings of text such as `trades:beta=1`. Errors: `InputError`."""
     name, _, rest = text.strip().partition(":")
     settings = {}
     for item in filter(None, rest.split(",")):
         key, equals, value = item.partition("=")
         if not equals:
-            raise InputError(f"write the settings of a defense as {name}:{key}=VALUE; got {text!r}")
+            raise InputError(f"write settings as {name}:{key}=VALUE; got {text!r}")
         settings[key.strip()] = _value(value.strip())
     return name.lower(), settings
 

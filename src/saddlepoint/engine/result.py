@@ -115,7 +115,8 @@ class AttackResult:
         A sample that was attacked towards several targets is robust if it survived all of them.
         """
         survived = self.having(Status.SURVIVED)
-        if self.config["goal"]["targeted"]:  # untargeted goals know samples that are wrong already by their status
+        # untargeted goals know samples that are wrong already by their status, but for those that a model rejects
+        if self.config["goal"]["targeted"] or self.config["model"].get("rejects"):
             survived &= (self.clean_predicted == self.labels) | (self.labels < 0)
         _, group = torch.unique(self.index, return_inverse=True)
         worst = torch.ones_like(self.index).scatter_reduce(0, group, survived.long(), "amin")

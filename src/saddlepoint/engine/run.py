@@ -21,7 +21,7 @@ from saddlepoint.engine.result import STATUSES, AttackResult, Queries, measure, 
 from saddlepoint.engine.slots import NO_CLASS, Keep, Pool, Recorder, Slots, beyond_confidence, split
 from saddlepoint.engine.source import Source, fingerprint
 from saddlepoint.errors import InputError, ModelError, SaddlepointError
-from saddlepoint.goals import UNRESOLVED, Goal, loss_named
+from saddlepoint.goals import UNRESOLVED, Goal, bind, loss_named
 from saddlepoint.models.base import Classifier, Probe
 from saddlepoint.progress import bar
 from saddlepoint.rng import Keys
@@ -205,8 +205,9 @@ class Run:
             keys = keys.absorb(targets)
         classes = self._probe.num_classes
         if bool((targets == UNRESOLVED).any()):
-            targets = torch.where(targets == UNRESOLVED, self.goal.targets(labels, classes, keys.absorb(-1)), targets)
-        aim = self.goal.aim(labels, targets, classes)
+            chosen = self.goal.targets(labels, classes - self.model.rejects, keys.absorb(-1))
+            targets = torch.where(targets == UNRESOLVED, chosen, targets)
+        aim = bind(self.goal, labels, targets, classes, self.model.rejects)
         slots = Slots.enter(
             samples.index.to(device), sample, samples.ids.to(device), labels, targets, region, aim, keys, state=None
         )
@@ -355,7 +356,7 @@ class Run:
         self._output_device = like.device
         x, none = like[:0], torch.zeros(0, dtype=torch.int64)
         region = self.threat.around(x, self.model.bounds, none)
-        aim = self.goal.aim(none, none, self._probe.num_classes)
+        aim = bind(self.goal, none, none, self._probe.num_classes, self.model.rejects)
         return self._leave(Slots.enter(none, none, none, none, none, region, aim, Keys.of(self.seed, none), state=None))
 
 

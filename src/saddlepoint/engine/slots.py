@@ -185,10 +185,10 @@ class Recorder:
         known = torch.where(torch.isfinite(logits).all(1), prediction, torch.full_like(prediction, NO_CLASS))
         slots.clean_prediction = slots.clean_prediction.index_copy(0, rows, known)
         open_targets = slots.targets[rows]
-        targets = goal.resolve(open_targets, logits, slots.labels[rows])
+        targets = goal.resolve(open_targets, logits[:, :-1] if slots.aim.rejects else logits, slots.labels[rows])
         if targets is not open_targets:
             slots.targets = slots.targets.index_copy(0, rows, targets)
-            slots.aim = goal.aim(slots.labels, slots.targets, logits.shape[1])
+            slots.aim = slots.aim.bound_again(slots.labels, slots.targets)
         if not goal.targeted:
             aim = take(slots.aim, rows)
             margin = aim.margin(logits)

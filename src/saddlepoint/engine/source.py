@@ -124,7 +124,7 @@ class Source:
             raise CapabilityError(f'L0(per="pixel") needs images (N, C, H, W); the inputs have shape {tuple(x.shape)}')
         x = x.detach()
         self._check_grid(x)
-        classes = self._model.num_classes or self._model.probe(x).num_classes
+        classes = (self._model.num_classes or self._model.probe(x).num_classes) - self._model.rejects
         if y is None:
             if self._goal.needs_labels:
                 raise InputError(f"{type(self._goal).__name__} needs the true labels y (N,)")

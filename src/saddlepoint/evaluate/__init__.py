@@ -4,6 +4,7 @@ from saddlepoint.evaluate.campaign import Campaign
 from saddlepoint.evaluate.cascade import Effort, evaluate
 from saddlepoint.evaluate.compare import Cell, Comparison, compare
 from saddlepoint.evaluate.defended import DefendedComparison, compare_defended
+from saddlepoint.evaluate.detection import Bypass, Detection, bypass, detect
 from saddlepoint.evaluate.diagnose import Diagnosis, Finding, diagnose
 from saddlepoint.evaluate.distances import Distances, Quantile, distance
 from saddlepoint.evaluate.estimate import Estimate, estimate
@@ -16,9 +17,47 @@ from saddlepoint.evaluate.tournament import Entry, Tournament, defend
 from saddlepoint.evaluate.transfer import Transfer, TransferMatrix, transfer_matrix
 
 __all__ = [
-    "AdversarialSet", "Campaign", "Case", "Cell", "Comparison", "DefendedComparison", "Diagnosis", "Distances", "Effort",
-    "Entry", "Estimate", "Evaluation", "Finding", "Interval", "Paired", "Quantile", "QueryCurve", "Round", "Stage",
-    "Substitute", "Tournament", "Trace", "Transfer", "TransferMatrix", "WorstCase", "compare", "compare_campaigns",
-    "compare_defended", "defend", "diagnose", "distance", "estimate", "evaluate", "export", "query_curve", "replay",
-    "substitute", "transfer_matrix",
+    "AdversarialSet",
+    "Bypass",
+    "Campaign",
+    "Case",
+    "Cell",
+    "Comparison",
+    "DefendedComparison",
+    "Detection",
+    "Diagnosis",
+    "Distances",
+    "Effort",
+    "Entry",
+    "Estimate",
+    "Evaluation",
+    "Finding",
+    "Interval",
+    "Paired",
+    "Quantile",
+    "QueryCurve",
+    "Round",
+    "Samples",
+    "Stage",
+    "Substitute",
+    "Tournament",
+    "Trace",
+    "Transfer",
+    "TransferMatrix",
+    "WorstCase",
+    "bypass",
+    "compare",
+    "compare_campaigns",
+    "compare_defended",
+    "defend",
+    "detect",
+    "diagnose",
+    "distance",
+    "estimate",
+    "evaluate",
+    "export",
+    "query_curve",
+    "replay",
+    "substitute",
+    "transfer_matrix",
 ]  # fmt: skip

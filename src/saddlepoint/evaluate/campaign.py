@@ -30,6 +30,7 @@ from saddlepoint.engine.source import fingerprint as data_fingerprint
 from saddlepoint.errors import CapabilityError, DataError, InputError, MissingExtraError, SaddlepointWarning
 from saddlepoint.files import sync_folder, write_file
 from saddlepoint.models.base import Classifier
+from saddlepoint.models.fingerprint import fingerprint, without_classes
 from saddlepoint.threats import Threat
 
 if TYPE_CHECKING:
@@ -390,28 +391,12 @@ def manifest(
     x (N, ...), y (N,): the samples. configuration: the rest, JSON values.
     """
     return {
-        "model": {"fingerprint": fingerprint(model), **_without_classes(model.describe())},
+        "model": {"fingerprint": fingerprint(model), **without_classes(model.describe())},
         "data": {"samples": len(x), "fingerprint": data_fingerprint(x, y)},
         "threat": threat.settings(),
         "seed": seed,
         "configuration": dict(configuration),
     }
-
-
-def fingerprint(model: Classifier) -> str:
-    """SHA-256 over a model's parameters, buffers, layers, normalisation and bounds, 64 hexadecimal digits.
-
-    It doesn't depend on the device. Of code it knows only the layers' names and settings (`repr`): another `forward` under the
-    same names, and plain functions, go unnoticed.
-    """
-    digest = hashlib.sha256(json.dumps(_without_classes(model.describe()), sort_keys=True, default=str).encode())
-    for net in model.networks():
-        digest.update(re.sub(r"0x[0-9a-fA-F]+", "", repr(net)).encode())  # addresses differ between processes
-        for name, tensor in (*net.named_parameters(), *net.named_buffers()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            data = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            digest.update(data.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[Difference, ...]:
@@ -494,17 +479,6 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:  # Any: JSON
     return {
         key: leaf for name, inner in value.items() for key, leaf in _leaves(inner, f"{path}.{name}" if path else name).items()
     }
-
-
-def _without_classes(description: Any) -> Any:  # Any: JSON
-    """A model's description without the number of classes, which a model may know only after its first prediction."""
-    match description:
-        case dict():
-            return {key: _without_classes(value) for key, value in description.items() if key != "num_classes"}
-        case list() | tuple():
-            return [_without_classes(value) for value in description]
-        case _:
-            return description
 
 
 def _short(value: Any) -> str:  # Any: JSON

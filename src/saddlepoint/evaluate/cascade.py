@@ -40,13 +40,14 @@ from saddlepoint.engine.problem import input_gradient
 from saddlepoint.engine.result import STATUSES, merge
 from saddlepoint.engine.slots import NO_CLASS
 from saddlepoint.errors import InputError, UnknownNameError
-from saddlepoint.evaluate.campaign import Campaign, fingerprint, manifest
+from saddlepoint.evaluate.campaign import Campaign, manifest
 from saddlepoint.evaluate.diagnose import Diagnosis, diagnose
 from saddlepoint.evaluate.evaluation import FAILED, STANDS, WRONG, Evaluation, Stage, WorstCase
 from saddlepoint.evaluate.naive import stands_naive
 from saddlepoint.goals import Untargeted
 from saddlepoint.models.base import Classifier, Probe
 from saddlepoint.models.compose import Borrowed, Defended
+from saddlepoint.models.fingerprint import fingerprint
 from saddlepoint.taxonomy import Access, Norm, Status
 from saddlepoint.threats import Threat
 
@@ -338,7 +339,10 @@ class _Cascade:
         rows = result.index
         if number == 0:
             self.clean_predicted[rows] = result.clean_predicted
-            self.broken_by[rows[result.having(Status.ALREADY_WRONG)]] = WRONG
+            wrong = result.having(Status.ALREADY_WRONG)
+            if self.model.rejects:  # what is refused isn't answered rightly
+                wrong |= result.clean_predicted == self.model.probe(self.x).num_classes - 1
+            self.broken_by[rows[wrong]] = WRONG
         stood = self.broken_by[rows] == STANDS
         fooled, error = stood & result.having(Status.FOOLED), stood & result.having(Status.ERROR)
         failed = error & (result.predicted == NO_CLASS)

@@ -25,7 +25,6 @@ from saddlepoint.defenses.training import check_scale, labelled
 from saddlepoint.defenses.training import train as run_train
 from saddlepoint.engine import Budget
 from saddlepoint.errors import DataError, InputError, ModelError
-from saddlepoint.evaluate.campaign import fingerprint
 from saddlepoint.evaluate.cascade import Effort, evaluate
 from saddlepoint.evaluate.defended import prediction_seconds
 from saddlepoint.evaluate.evaluation import Evaluation, binomial_limits
@@ -33,6 +32,7 @@ from saddlepoint.evaluate.naive import averaged_predictions, naive_examples
 from saddlepoint.evaluate.paired import mcnemar
 from saddlepoint.files import write_file
 from saddlepoint.models.base import Classifier
+from saddlepoint.models.fingerprint import fingerprint
 from saddlepoint.models.freeze import global_random_state_kept
 from saddlepoint.models.torch_model import Labelled, Model
 from saddlepoint.taxonomy import Norm

@@ -21,7 +21,7 @@ from saddlepoint.engine.result import attack_name
 from saddlepoint.engine.source import check_labels
 from saddlepoint.errors import CapabilityError, InputError, SaddlepointError, UnknownNameError
 from saddlepoint.evaluate.evaluation import binomial_limits
-from saddlepoint.goals import Goal, Targeted, Untargeted
+from saddlepoint.goals import Goal, Targeted, Untargeted, bind
 from saddlepoint.models.base import Classifier
 from saddlepoint.rng import Keys
 from saddlepoint.taxonomy import Norm
@@ -390,7 +390,7 @@ def _plan(
 def _reached(goal: Goal, labels: Tensor, targets: Tensor, predicted: Tensor, model: Classifier) -> Tensor:
     """Which predictions (N,) the goal wants."""
     assert model.num_classes is not None  # _labels saw to it
-    return goal.aim(labels, targets, model.num_classes).wanted.gather(1, predicted[:, None])[:, 0]
+    return bind(goal, labels, targets, model.num_classes, model.rejects).wanted.gather(1, predicted[:, None])[:, 0]
 
 
 def _noise(x: Tensor, y: Tensor, threat: Threat, length: float | None, bounds: Bounds, seed: int) -> tuple[str, Tensor] | None:

@@ -54,8 +54,12 @@ class Classifier(ABC):
     bounds: (low, high) of every input feature, None if unbounded. access: what it grants. draws: how many random
     draws a gradient averages over (1 unless it is a randomised defense). queries: rows counted so far.
 
+    rejects: whether the last column of the logits is no class: where it is the largest, the model refuses to answer.
+
     A subclass implements `forward` and `networks`; everything else is final.
     """
+
+    rejects: bool = False
 
     def __init__(
         self,

@@ -24,7 +24,9 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from torch import Tensor
 
-from saddlepoint.evaluate import Cell, Comparison, Distances, Evaluation
+from saddlepoint.detectors import roc_curve
+from saddlepoint.evaluate import Cell, Comparison, Detection, Distances, Evaluation
+from saddlepoint.evaluate.detection import RATES
 from saddlepoint.evaluate.queries import LEVELS, QueryCurve
 from saddlepoint.evaluate.tournament import Tournament
 from saddlepoint.evaluate.transfer import TransferMatrix
@@ -48,6 +50,8 @@ _IN_A_COLUMN = 20  # classes
 _GAP = 0.3  # above the row of noise in a heat map
 _LIGHTEST, _DARKER = 0.04, 0.6  # opacity of a cell of 0 %, and what 100 % adds: numbers stay legible on dark and on light paper
 _DASHES = ((0, (1, 1.6)), (0, (5, 2)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (8, 3)), (0, (2, 3)))
+_LEAST_RATE = 0.002  # false positives, where ROC curves begin
+_REACH = 6.0  # of the axis of scores, in logarithms of units
 _STYLE: Any = {  # Any: the newest matplotlib types every key, older ones none
     "font.family": "sans-serif",
     "font.size": 10,
@@ -428,6 +432,90 @@ def defenses(tournament: Tournament) -> Figure:
             loc="outside lower center", ncols=4, handlelength=1.2, columnspacing=1.6,
         )  # fmt: skip
         return figure
+
+
+def roc(detection: Detection) -> Figure:
+    """A ROC curve for each detector, a panel for each attack that fooled the model; low false-positive rates are drawn wide."""
+    attacks = [one.name for one in detection.examples if len(one.fooling)]
+    wide = min(3, max(1, len(attacks)))
+    with matplotlib.rc_context(_STYLE):
+        tall = max(1, math.ceil(len(attacks) / wide))
+        figure = Figure(figsize=(3.6 * wide + 0.4, 3.3 * tall + 0.7))
+        grid = figure.subplots(tall, wide, squeeze=False, sharey=True)
+        for axes in grid.flat:
+            axes.set_visible(False)
+        for axes, name in zip(grid.flat, attacks, strict=False):
+            axes.set_visible(True)
+            for place, row in enumerate(detection.ranking):
+                found = next(one for one in row.detected if one.attack == name)
+                false, true = roc_curve(found.clean, found.fooling)
+                axes.plot(false, true, drawstyle="steps-post", lw=1.6, **_line(place))
+            for rate in RATES:
+                axes.axvline(rate, color=MUTED, lw=0.8, ls=_LEVEL)
+            axes.plot(np.geomspace(_LEAST_RATE, 1), np.geomspace(_LEAST_RATE, 1), color=GRID, lw=1)
+            axes.set_xscale("log")
+            axes.set_xlim(_LEAST_RATE, 1)
+            axes.set_ylim(-0.02, 1.02)
+            axes.xaxis.set_major_formatter(PercentFormatter(1))
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+            axes.set_title(visible(name))
+            axes.set_xlabel("clean inputs flagged")
+        grid[0, 0].set_ylabel("examples noticed")
+        handles = [
+            Line2D([], [], lw=1.6, label=visible(row.name), **_line(place)) for place, row in enumerate(detection.ranking)
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(3, max(1, len(handles))), columnspacing=1.6)
+        return figure
+
+
+def detector_scores(detection: Detection) -> Figure:
+    """How the scores of clean inputs, of each attack's examples and of adaptive ones are spread, a panel for each detector.
+
+    In units of the clean scores: 0 is their median, 1 the 95th percentile.
+    """
+    rows = detection.ranking
+    with matplotlib.rc_context(_STYLE):
+        wide = min(2, max(1, len(rows)))
+        tall = max(1, math.ceil(len(rows) / wide))
+        figure = Figure(figsize=(5.2 * wide, 1.9 * tall + 0.7))
+        grid = figure.subplots(tall, wide, squeeze=False)
+        for axes in grid.flat:
+            axes.set_visible(False)
+        for axes, row in zip(grid.flat, rows, strict=False):
+            axes.set_visible(True)
+            low = float(row.clean.median())
+            unit = (float(row.clean.double().quantile(0.95)) - low) or 1.0
+            groups = [("clean", row.clean, MUTED)]
+            groups += [(one.attack, one.fooling, SERIES[place % len(SERIES)]) for place, one in enumerate(row.detected)]
+            groups += [("adaptive", one.scores, INK) for one in row.bypasses]
+            edges = np.linspace(-_REACH, _REACH, 61)
+            for name, scores, color in groups:
+                if not len(scores):
+                    continue
+                units = (scores.double() - low) / unit
+                squeezed = (units.sign() * units.abs().log1p()).clamp(-_REACH, _REACH).numpy()
+                shares, _ = np.histogram(squeezed, edges)
+                shares = shares / len(scores)
+                filled = {"alpha": _FAINT, "fill": True} if name == "clean" else {"fill": False}
+                axes.stairs(shares, edges, color=color, lw=1.2, ls="--" if name == "adaptive" else "-", **filled)
+            axes.axvline(math.log1p(1), color=MUTED, lw=0.8, ls=_LEVEL)
+            marks = (-10, -1, 0, 1, 10, 100)
+            axes.set_xticks([math.copysign(math.log1p(abs(mark)), mark) for mark in marks], [f"{mark:g}" for mark in marks])
+            axes.set_xlim(-_REACH / 2, _REACH)
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axes.set_title(visible(row.name))
+        handles = [Patch(color=MUTED, alpha=_HALF, lw=0, label="clean")]
+        for place, one in enumerate(detection.examples):
+            handles.append(Patch(fill=False, edgecolor=SERIES[place % len(SERIES)], label=visible(one.name)))
+        if any(row.bypasses for row in rows):
+            handles.append(Patch(fill=False, edgecolor=INK, ls="--", label="made to look clean"))
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)), columnspacing=1.6)
+        return figure
+
+
+def _line(place: int) -> dict[str, Any]:
+    """Colour and dashes of the curve at this place: colours return with other dashes."""
+    return {"color": SERIES[place % len(SERIES)], "ls": "-" if place < len(SERIES) else _DASHES[place % len(_DASHES)]}
 
 
 def queries(curves: Mapping[str, QueryCurve]) -> Figure:

@@ -8,6 +8,8 @@
 
 from saddlepoint.reproduce import (  # noqa: F401  # they register their entries
     boundary,
+    detection_networks,
+    detection_statistics,
     evaluation,
     evolved,
     goodfellow,

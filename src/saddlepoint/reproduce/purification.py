@@ -29,6 +29,7 @@ from saddlepoint.defenses.purification import (
     train_gan,
     train_pixelcnn,
 )
+from saddlepoint.detectors import roc_auc
 from saddlepoint.engine import Attack
 from saddlepoint.models import Defended, Model
 from saddlepoint.models.base import Classifier
@@ -165,16 +166,10 @@ def pixel_defend(context: Context) -> list[Figure]:
         Figure("BIM, undefended", before[2]),
         Figure("BIM, purified", after[2]),
         Figure("BIM, gained", after[2] - before[2], context.accept((0.2, 1.0)), paper=0.21, paper_note=fashion),
-        Figure("p-values: area under the ROC curve", _area(of_clean, of_examples), (0.8, 1.0)),
+        Figure("p-values: area under the ROC curve", roc_auc(of_examples, of_clean), (0.8, 1.0)),
         Figure("of an adversary who knows it", adaptive.robust_accuracy, paper=0.09, paper_note="of CIFAR-10, 8/255"),
         Figure("lost to such an adversary", after[2] - adaptive.robust_accuracy, context.accept((0.2, 1.0))),
     ]  # fmt: skip
-
-
-def _area(above: Tensor, below: Tensor) -> float:
-    """How often one of `above` is larger than one of `below`, ties by half."""
-    difference = above[:, None] - below
-    return float(((difference > 0).double() + (difference == 0).double() / 2).mean())
 
 
 @entry(
