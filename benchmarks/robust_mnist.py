@@ -3,7 +3,7 @@
     SADDLEPOINT_DATA=... python benchmarks/robust_mnist.py [--threads 2] [--epochs 7] [--steps 6] [--samples 1000] [--json FILE]
 
 Goal: at least 85 % within 45 CPU minutes of training (the published network has 88.50 % under AutoAttack after far longer).
-CPU minutes are those of all threads. Beside it: the same number of updates of PGD-40 training, extrapolated from some.
+CPU minutes are those of all threads. Beside it: the same number of updates of PGD-40 training, extrapolated from 20.
 --quick: digits and a few batches; whether it runs.
 """
 

@@ -86,3 +86,14 @@ def test_the_costs_of_detectors(tmp_path: Path) -> None:
     assert rows["dropout-uncertainty"]["network"] == "smallcnn"
     assert rows["local-intrinsic-dimensionality"]["fit_forward"] > 1  # and the examples
     assert all(row["score"] > 0 for row in rows.values())
+
+
+def test_robust_mnist_in_small(tmp_path: Path) -> None:
+    written = tmp_path / "figures.json"
+    command = [sys.executable, str(SCRIPT.with_name("robust_mnist.py")), "--quick", "--effort", "quick", "--json", str(written)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(written.read_text())
+    assert (report["epochs"], report["samples"]) == (1, 8)
+    assert report["robust_accuracy"] <= report["clean_accuracy"]
+    assert min(report["cpu_minutes"], report["pgd40_minutes"], report["factor"]) > 0
