@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from saddlepoint.errors import InputError, ModelError
+from saddlepoint.errors import InputError
 from saddlepoint.verify.graph import Graph, Node
+from saddlepoint.verify.relax import Relaxation, relaxation
 
 Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown"]
 Slopes = dict[str, Tensor]
@@ -57,7 +58,7 @@ class Bounded:
     def _interval(self, node: Node) -> Box:
         inputs = [self.boxes[name] for name in node.inputs]
         if not node.affine:
-            return _relaxation(node).interval(inputs[0])
+            return Box(*_rule(node).ends(inputs[0].lower, inputs[0].upper))
         middles = [(box.lower + box.upper) / 2 for box in inputs]
         radii = [(box.upper - box.lower) / 2 for box in inputs]
         middle, radius = _batched(node.apply)(*middles), _radius(self, node, radii)
@@ -87,7 +88,9 @@ class Bounded:
         box = self.boxes[name]
         if name == self.graph.input:
             return box
-        open_ = ((box.lower < 0) & (box.upper > 0)).flatten(1)
+        crossing = (box.lower < 0) & (box.upper > 0)  # all that ReLUs need; other nonlinearities profit everywhere
+        users = [node for node in self.graph.nodes if name in node.inputs and not node.affine]
+        open_ = (crossing if all(_rule(node).free for node in users) else torch.ones_like(crossing)).flatten(1)
         rows = open_.any(0).nonzero()[:, 0]
         lower, upper = box.lower.flatten(1).clone(), box.upper.flatten(1).clone()
         width = lower.shape[1]
@@ -175,11 +178,11 @@ class Bounded:
                 constant = constant + (a * self.constant(node)[None]).flatten(2).sum(2)
                 parts = _pulled(node, a, [self.boxes[one].lower[:1] for one in node.inputs])
             else:
-                rule, box = _relaxation(node), self.boxes[node.inputs[0]]
+                box = self.boxes[node.inputs[0]]
                 inner[node.name] = a
-                if slopes is not None and begin:
-                    slopes[node.name] = rule.lines(box)[0][:, None].expand(a.shape)
-                moved, offset = rule.backward(a, box, None if slopes is None else slopes[node.name])
+                if slopes is not None and begin and _rule(node).free:
+                    slopes[node.name] = _rule(node).lines(box.lower, box.upper)[0][:, None].expand(a.shape)
+                moved, offset = _through(node, a, box, None if slopes is None else slopes.get(node.name))
                 if multipliers is not None and node.name in multipliers:
                     moved = moved - multipliers[node.name]
                 constant, parts = constant + offset, [moved]
@@ -276,44 +279,18 @@ def _pulled(node: Node, a: Tensor, like: list[Tensor]) -> list[Tensor]:
 # ---- nonlinearities
 
 
-@dataclass(frozen=True)
-class Relaxation:
-    """How a nonlinearity lies between two lines, elementwise, for inputs in a box.
+def _rule(node: Node) -> Relaxation:
+    return relaxation(node.op, node.arguments, node.name)
 
-    lines: lower slope and offset, upper slope and offset, each like the box's ends.
+
+def _through(node: Node, a: Tensor, box: Box, slope: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Coefficients (N, R, ...) of the output as such of the input, and what they add to the constant, (N, R).
+
+    slope: of the lower line where it is free: of ReLUs whose box holds 0 inside.
     """
-
-    interval: Callable[[Box], Box]
-    lines: Callable[[Box], tuple[Tensor, Tensor, Tensor, Tensor]]
-
-    def backward(self, a: Tensor, box: Box, slope: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Coefficients (N, R, ...) of the output as such of the input, and what they add to the constant, (N, R).
-
-        slope: of the lower line where it is free, i.e. where the box holds 0 inside.
-        """
-        low, low_offset, high, high_offset = (line[:, None] for line in self.lines(box))
-        if slope is not None:
-            low = torch.where(((box.lower < 0) & (box.upper > 0))[:, None], slope, low)
-        up, down = a.clamp(min=0), a.clamp(max=0)
-        return up * low + down * high, (up * low_offset + down * high_offset).flatten(2).sum(2)
-
-
-def _relu_lines(box: Box) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    lower, upper = box.lower, box.upper
-    off, on = upper <= 0, lower >= 0
-    between = ~(off | on)
-    high = torch.where(between, upper / torch.where(between, upper - lower, 1), on.to(lower))
-    low = torch.where(between, (upper > -lower).to(lower), on.to(lower))
-    zero = torch.zeros_like(lower)
-    return low, zero, high, torch.where(between, -high * lower, zero)
-
-
-RELAXATIONS: Mapping[str, Relaxation] = {
-    "relu": Relaxation(lambda box: Box(box.lower.clamp(min=0), box.upper.clamp(min=0)), _relu_lines),
-}
-
-
-def _relaxation(node: Node) -> Relaxation:
-    if node.op not in RELAXATIONS:
-        raise ModelError(f"no bounds are known for the operator {node.op} (at {node.name})")
-    return RELAXATIONS[node.op]
+    rule = _rule(node)
+    low, low_offset, high, high_offset = (line[:, None] for line in rule.lines(box.lower, box.upper))
+    if slope is not None and rule.free:
+        low = torch.where(((box.lower < 0) & (box.upper > 0))[:, None], slope, low)
+    up, down = a.clamp(min=0), a.clamp(max=0)
+    return up * low + down * high, (up * low_offset + down * high_offset).flatten(2).sum(2)

@@ -157,6 +157,8 @@ def _node(node: fx.Node, inputs: tuple[str, ...], known: Mapping[str, Any]) -> N
         found = target(*_filled(args, table), **_filled(kwargs, table))  # type: ignore[operator]
         return _first(found)
 
+    if "batch_norm" in str(target):
+        apply = _scaling(args, known)
     value = node.meta["val"]
     shape = (value[0] if isinstance(value, tuple | list) else value).shape
     name = target._schema.name.partition("::")[2] if hasattr(target, "_schema") else str(target)
@@ -164,6 +166,11 @@ def _node(node: fx.Node, inputs: tuple[str, ...], known: Mapping[str, Any]) -> N
     return Node(node.name, name, inputs, apply, shape[1:], filled)
 
 
-def perturbed(arguments: Sequence[Any], names: Sequence[str]) -> list[int]:
-    """Which positional arguments are values that depend on the input."""
-    return [place for place, argument in enumerate(arguments) if isinstance(argument, str) and argument in names]
+def _scaling(arguments: Sequence[Any], known: Mapping[str, Any]) -> Callable[..., Tensor]:
+    """Batch normalisation with stored statistics is a factor and a summand for each channel."""
+    _, weight, bias, mean, variance, _, eps = (
+        known[a.name] if isinstance(a, fx.Node) and a.name in known else a for a in arguments
+    )
+    factor = (variance + eps).rsqrt() * (1 if weight is None else weight)
+    summand = (0 if bias is None else bias) - mean * factor
+    return lambda x: x * factor.view(-1, *([1] * (x.dim() - 2))) + summand.view(-1, *([1] * (x.dim() - 2)))
