@@ -1,0 +1,122 @@
+"""Bounds hold at sampled points of random networks, relaxations on dense grids, and margins equal those of auto_LiRPA."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import saddlepoint as sp
+from saddlepoint.errors import InputError, ModelError
+from saddlepoint.verify.bounds import Method, bounds
+from saddlepoint.verify.graph import read
+from saddlepoint.verify.relax import relaxation
+from saddlepoint.verify.vnnlib import read_vnnlib
+
+DATA = Path(os.environ.get("SADDLEPOINT_DATA", "nowhere")) / "verification"
+METHODS: tuple[Method, ...] = ("ibp", "crown-ibp", "crown", "alpha-crown")
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs SADDLEPOINT_DATA/verification")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+class Residual(nn.Module):
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.norm, self.last, self.activation = nn.BatchNorm2d(3), nn.Linear(48, 4), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.activation(self.norm(self.first(x)))
+        h = self.activation(self.second(h) + h)
+        return self.last(nn.functional.pad(nn.functional.avg_pool2d(h, 2), (1, 1, 1, 1)).flatten(1))
+
+
+def residual(seed: int, activation: nn.Module) -> sp.Model:
+    torch.manual_seed(seed)
+    net = Residual(activation).double().eval()
+    assert net.norm.running_mean is not None
+    net.norm.running_mean.uniform_(-1, 1)
+    nn.init.uniform_(net.norm.weight, -1, 1)
+    return sp.Model(net, bounds=None)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Tanh(), nn.Sigmoid(), nn.LeakyReLU(0.1)], ids=str)
+def test_every_bound_holds_at_every_point(activation: nn.Module) -> None:
+    for seed in range(3):
+        model = residual(seed, activation)
+        x = torch.rand(3, 1, 4, 4, dtype=torch.float64)
+        lower, upper = x - 0.2, x + 0.2
+        inside = lower + 0.4 * torch.rand(200, *x.shape, dtype=torch.float64)
+        corners = torch.where(torch.rand(200, *x.shape) > 0.5, lower, upper)
+        least = torch.stack([model.logits(point) for point in (*inside, *corners)]).amin(0)
+        graph = read(model, x)
+        found = {method: bounds(graph, lower, upper, method=method) for method in METHODS}
+        for method, bound in found.items():
+            assert (bound <= least + 1e-9).all(), method
+        assert (found["crown"] >= found["ibp"] - 1e-9).all()
+        assert (found["alpha-crown"] >= found["crown"] - 1e-9).all()
+
+
+def test_a_point_has_its_own_outputs() -> None:
+    model = residual(0, nn.ReLU())
+    x = torch.rand(2, 1, 4, 4, dtype=torch.float64)
+    for method in METHODS:
+        torch.testing.assert_close(bounds(read(model, x), x, x, method=method), model.logits(x))
+
+
+@pytest.mark.parametrize(("op", "arguments"), [("relu", ()), ("sigmoid", ()), ("tanh", ()), ("leaky_relu", ("x", 0.2))])
+def test_lines_hold_on_grids(op: str, arguments: tuple[object, ...]) -> None:
+    rule = relaxation(op, arguments, "here")
+    generator = torch.Generator().manual_seed(0)
+    lower = 4 * torch.randn(2000, generator=generator, dtype=torch.float64)
+    upper = lower + 8 * torch.rand(2000, generator=generator, dtype=torch.float64) ** 3
+    upper[:50], upper[50:100] = lower[:50], lower[50:100] + 1e-9
+    x = lower[:, None] + (upper - lower)[:, None] * torch.linspace(0, 1, 401, dtype=torch.float64)
+    y = rule.value(x)
+    low, low_offset, high, high_offset = (line[:, None] for line in rule.lines(lower, upper))
+    assert float((low * x + low_offset - y).max()) < 1e-12
+    assert float((y - high * x - high_offset).max()) < 1e-12
+    least, most = rule.ends(lower, upper)
+    assert bool(((least[:, None] <= y + 1e-12) & (y <= most[:, None] + 1e-12)).all())
+
+
+@needs_data
+def test_margins_are_those_of_auto_lirpa() -> None:
+    """On mnist_fc; alpha-CROWN is at least as tight."""
+    text = (DATA / "peer_bounds.csv").read_text().splitlines()
+    rows = [row for row in csv.DictReader(text) if row["onnx"] == "mnist-net_256x2.onnx"]
+    model = sp.Model(str(DATA / "mnist_fc" / "onnx" / "mnist-net_256x2.onnx.gz"), bounds=None)
+    graph, checked = None, 0
+    for row in rows:
+        method = {"ibp": "ibp", "crown_ibp": "crown-ibp", "crown": "crown", "alpha_crown_20": "alpha-crown"}.get(row["method"])
+        if method is None or not row["vnnlib"].startswith(("prop_0_", "prop_3_")):
+            continue
+        cases = read_vnnlib(DATA / "mnist_fc" / "vnnlib" / f"{row['vnnlib']}.gz").cases
+        shape = (1, *model.net.shape)  # type: ignore[union-attr]  # an ONNX network has one
+        lower, upper = cases[0].lower.float().view(shape), cases[0].upper.float().view(shape)
+        graph = graph or read(model, lower)
+        specification = torch.cat([case.rows for case in cases]).float()[None]
+        margin = float(bounds(graph, lower, upper, specification, method).min())  # type: ignore[arg-type]
+        peer = float(row["margin"])
+        loose = 1e-2 if method == "alpha-crown" else 1e-4  # TODO 20 joint steps of theirs are tighter on prop_0_0.05
+        assert margin >= peer - loose * max(1, abs(peer))
+        if method in ("ibp", "crown-ibp"):
+            assert margin == pytest.approx(peer, rel=1e-4)
+        checked += 1
+    assert checked == 16
+
+
+def test_bad_input() -> None:
+    model = residual(0, nn.ReLU())
+    x = torch.rand(2, 1, 4, 4, dtype=torch.float64)
+    graph = read(model, x)
+    with pytest.raises(InputError, match="lower is above upper in 32 places"):
+        bounds(graph, x + 1, x)
+    with pytest.raises(InputError, match="shape"):
+        bounds(graph, x.flatten(1), x.flatten(1))
+    with pytest.raises(ModelError, match="no bounds are known for the operator exp"):
+        bounds(read(residual(0, nn.Softplus()), x), x, x)
