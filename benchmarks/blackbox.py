@@ -458,9 +458,8 @@ def costs(groups: Sequence[tuple[str, str, list[Line]]]) -> list[Row]:
         over = sorted(row["seconds"] / row["inside"] for row in mine)
         art = sorted(f"{row['attack']} {row['art_over_ours']:.1f}" for row in mine if row["art_over_ours"] is not None)
         if over:
-            print(
-                f"- {network}: {statistics.median(over):.1f} ({over[0]:.2f} to {over[-1]:.1f}); {', '.join(art) or 'no attack of ART'}"
-            )
+            spread = f"{statistics.median(over):.1f} ({over[0]:.2f} to {over[-1]:.1f})"
+            print(f"- {network}: {spread}; {', '.join(art) or 'no attack of ART'}")
     return report
 
 
