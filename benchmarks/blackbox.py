@@ -27,6 +27,7 @@ import math
 import os
 import platform
 import re
+import statistics
 import sys
 import tempfile
 import time
@@ -400,6 +401,28 @@ def table(network: str, norm: str, access: str, measure: str, lines: list[Line],
     return {"network": network, "norm": norm, "access": access, "measure": measure, "rows": report, "best_no_worse": good}
 
 
+def best(groups: Sequence[tuple[str, str, str, str, list[Line]]], checkpoints: Sequence[int]) -> None:
+    """Print the best of ours and the best of the peers in each group, on the images that all of both were run on."""
+    print("\n### The best of each\n")
+    print("| network | norm | asked | measure | images | of | " + " | ".join(f"{q} queries" for q in checkpoints) + " |")
+    print("| --- | --- | --- | --- | ---: | --- |" + " ---: |" * len(checkpoints))
+    for network, norm, access, measure, lines in groups:
+        sides = [[line for line in lines if line.ours == own] for own in (True, False)]
+        common = sorted(set.intersection(*(set(line.rows) for line in lines)))
+        if not all(sides) or not common:
+            continue
+        head = [network, norm, access, "fooled" if measure == "success" else "median distance", str(len(common))]
+        for name, side in zip(("ours", "peers"), sides, strict=True):
+            cells = []
+            for queries in checkpoints:
+                values = {line.title: line.value(measure, queries, common) for line in side}
+                top = (max if measure == "success" else min)(values.values())
+                who = "" if top in (0, math.inf) else f" {next(title for title, value in values.items() if value == top)}"
+                cells.append(show(top, measure, norm) + who)
+            print("| " + " | ".join([*head, name, *cells]) + " |")
+            head = [""] * len(head)
+
+
 def costs(groups: Sequence[tuple[str, str, list[Line]]]) -> list[Row]:
     """Print CPU seconds for 1000 queries about one image, ours beside ART's."""
     print("\n### CPU seconds for 1000 queries about one image\n")
@@ -429,6 +452,14 @@ def costs(groups: Sequence[tuple[str, str, list[Line]]]) -> list[Row]:
                 + " | ".join([*cells, "" if math.isnan(ratio) else f"{ratio:.1f}"])
                 + " |"
             )
+    print("\nOurs, median over attacks (least to most) of seconds / inside; ART's / ours, attack by attack and norm by norm:\n")
+    for network in dict.fromkeys(row["network"] for row in report):
+        mine = [row for row in report if row["network"] == network and row["who"] == OURS and row["inside"]]
+        over = sorted(row["seconds"] / row["inside"] for row in mine)
+        art = sorted(f"{row['attack']} {row['art_over_ours']:.1f}" for row in mine if row["art_over_ours"] is not None)
+        if over:
+            spread = f"{statistics.median(over):.1f} ({over[0]:.2f} to {over[-1]:.1f})"
+            print(f"- {network}: {spread}; {', '.join(art) or 'no attack of ART'}")
     return report
 
 
@@ -541,7 +572,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as scratch, chdir(scratch):  # ART leaves files where it is
             run(store, options)
 
-    tables, timed, curves = [], [], []
+    tables, timed, curves, grouped = [], [], [], []
     for network in options.networks:
         pictures = []
         for norm in options.norms:
@@ -549,11 +580,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for access, measure, group in groups_of(lines):
                 tables.append(table(network, norm, access, measure, group, options.queries))
                 pictures.append((norm, access, measure, group))
+                grouped.append((network, norm, access, measure, group))
             timed.append((network, norm, lines))
             curves += [row for line in lines for row in line.rows.values()]
         if options.plot and pictures:
             options.plot.mkdir(parents=True, exist_ok=True)
             plot(network, pictures, options.queries, options.plot / f"{network}.png")
+    best(grouped, options.queries)
     seconds = costs(timed)
     if options.json:
         facts = {

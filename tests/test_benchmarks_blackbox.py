@@ -101,6 +101,9 @@ def test_tables_compare_on_the_same_images(blackbox: ModuleType, tmp_path: Path)
     assert "| Square (torchattacks) | 2 | **50%** | **50%** |" in done.stdout
     assert "after 100 queries" in done.stdout
     assert "| Square | 1 | 1.200 | 1.000 | 1.20 | 6.0 |" in done.stdout
+    assert "| mnist_lenet_standard | linf | scores | fooled | 2 | ours | 0% | 100% Square |" in done.stdout  # of two, not three
+    assert "|  |  |  |  |  | peers | 50% Square (torchattacks) | 50% Square (torchattacks) |" in done.stdout
+    assert "- mnist_lenet_standard: 1.2 (1.20 to 1.2); square 6.0" in done.stdout
     report = json.loads(written.read_text())
     assert report["tables"][0]["best_no_worse"] == [100]
     assert len(report["curves"]) == len(rows)

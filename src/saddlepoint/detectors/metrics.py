@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -58,9 +59,8 @@ def auc_limits(auc: float, clean: int, adversarial: int) -> tuple[float, float]:
     return _furthest(fits, auc, 0.0), _furthest(fits, auc, 1.0)
 
 
-def _furthest(fits: object, inside: float, outside: float) -> float:
+def _furthest(fits: Callable[[float], bool], inside: float, outside: float) -> float:
     """The last point from `inside` towards `outside` that fits."""
-    assert callable(fits)
     if fits(outside):
         return outside
     for _ in range(_HALVINGS):

@@ -470,7 +470,7 @@ def bypass(
         lowest[index[lower]], best[index[lower]] = scores[lower], found[lower]
         return result
 
-    if len(suite) and guarded.access > Access.LABELS:
+    if guarded.access > Access.LABELS:
         run(model, suite[0], everyone, False, "margin")
     for attack in suite:
         for onwards in (True, False) if attack is suite[0] else (True,):
