@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from saddlepoint.verify.bounds import Bounded, Box, Slopes
-from saddlepoint.verify.graph import Graph, Node
+from saddlepoint.propagation.bounds import Bounded, Box, Slopes
+from saddlepoint.propagation.graph import Graph, Node
 
 Verdict = Literal["robust", "falsified", "unknown"]
 _BATCH = 256

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from saddlepoint.errors import InputError
-from saddlepoint.verify.graph import Graph, Node
-from saddlepoint.verify.relax import Relaxation, relaxation
+from saddlepoint.propagation.graph import Graph, Node
+from saddlepoint.propagation.relax import Relaxation, relaxation
 
 Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown"]
 Slopes = dict[str, Tensor]
@@ -68,8 +68,7 @@ class Bounded:
         """What an affine node gives for zeros, (1, ...): its constant part."""
         if node.name not in self._zeros:
             zeros = [torch.zeros_like(self.boxes[name].lower[:1]) for name in node.inputs]
-            with torch.no_grad():
-                self._zeros[node.name] = node.apply(*zeros)
+            self._zeros[node.name] = node.apply(*zeros)
         return self._zeros[node.name]
 
     def refine(self, steps: int = 0) -> None:

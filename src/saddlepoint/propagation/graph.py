@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,12 +77,49 @@ class _Whole(nn.Module):
         return self.model[0].forward(x)
 
 
-def read(model: Classifier, x: Tensor) -> Graph:
-    """The graph of a model for inputs like x (1, ...), by `torch.export`.
+@dataclass(frozen=True)
+class Exported:
+    """What `torch.export` gives for a model and inputs of one shape; its parameters are the model's own.
 
-    Errors: `ModelError` for networks that can't be exported, or give no logits.
+    So a graph of it is one of the weights as they are now, and training needs to export only once.
     """
-    with model.frozen():
+
+    program: torch.export.ExportedProgram
+    shape: torch.Size
+
+    def graph(self, *, gradients: bool = False) -> Graph:
+        """The graph. gradients: with respect to the parameters, and follow them; else constants are evaluated once."""
+        program = self.program
+        nodes: list[Node] = []
+        known = _constants(program, gradients)  # what doesn't depend on the input
+        depends: set[str] = set()
+        (entry,) = (spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT")
+        output = ""
+        for node in program.graph.nodes:
+            if node.op == "placeholder" and node.name == entry:
+                depends.add(node.name)
+            elif node.op == "call_function":
+                ours = [argument.name for argument in node.all_input_nodes if argument.name in depends]
+                if not ours:
+                    with torch.set_grad_enabled(gradients):
+                        known[node.name] = _call(node, known)
+                    continue
+                depends.add(node.name)
+                if node.target is operator.getitem:  # of operators with several outputs, the first is meant
+                    nodes.append(Node(node.name, "alias", tuple(ours), _first, node.meta["val"].shape[1:], ()))
+                    continue
+                nodes.append(_node(node, tuple(dict.fromkeys(ours)), known))
+            elif node.op == "output":
+                output = node.args[0][0].name
+        if output not in depends:
+            raise ModelError("the network's output does not depend on its input")
+        return Graph(tuple(nodes), entry, output, self.shape)
+
+
+def export(model: Classifier, x: Tensor) -> Exported:
+    """A model for inputs like x (1, ...), in evaluation mode. Errors: `ModelError` for networks that can't be exported."""
+    with model.frozen(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch.export about itself
         with torch.no_grad():
             model.forward(x[:1])  # what models keep for later calls must not be the tracer's
         try:
@@ -89,48 +127,26 @@ def read(model: Classifier, x: Tensor) -> Graph:
         except Exception as error:  # export raises whatever its tracer stumbles over
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ModelError(f"the network can't be read by torch.export: {reason}") from error
-    constants = _constants(program)
-    nodes: list[Node] = []
-    known: dict[str, Any] = {}  # what doesn't depend on the input
-    depends: set[str] = set()
-    (entry,) = (spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT")
-    output = ""
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            if node.name == entry:
-                depends.add(node.name)
-            else:
-                known[node.name] = constants[node.name]
-        elif node.op == "call_function":
-            ours = [argument.name for argument in node.all_input_nodes if argument.name in depends]
-            if not ours:
-                known[node.name] = _call(node, known)
-                continue
-            depends.add(node.name)
-            if node.target is operator.getitem:  # of operators with several outputs, the first is meant
-                nodes.append(Node(node.name, "alias", tuple(ours), _first, node.meta["val"].shape[1:], ()))
-                continue
-            nodes.append(_node(node, tuple(dict.fromkeys(ours)), known))
-        elif node.op == "output":
-            output = node.args[0][0].name
-    if output not in depends:
-        raise ModelError("the network's output does not depend on its input")
-    return Graph(tuple(nodes), entry, output, x.shape[1:])
+    return Exported(program, x.shape[1:])
 
 
-def _constants(program: torch.export.ExportedProgram) -> Mapping[str, Tensor]:
-    found: dict[str, Tensor] = {}
+def read(model: Classifier, x: Tensor) -> Graph:
+    """The graph of a model, as it is now, for inputs like x (1, ...); see `export`."""
+    return export(model, x).graph()
+
+
+def _constants(program: torch.export.ExportedProgram, gradients: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for spec in program.graph_signature.input_specs:
         if spec.kind.name in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR") and spec.target is not None:
             table = program.state_dict if spec.target in program.state_dict else program.constants
             value = table[spec.target]
-            found[spec.arg.name] = value.detach() if isinstance(value, Tensor) else value
+            found[spec.arg.name] = value.detach() if isinstance(value, Tensor) and not gradients else value
     return found
 
 
 def _call(node: fx.Node, known: Mapping[str, Any]) -> Any:
-    with torch.no_grad():
-        return node.target(*_filled(node.args, known), **_filled(dict(node.kwargs), known))  # type: ignore[operator]
+    return node.target(*_filled(node.args, known), **_filled(dict(node.kwargs), known))  # type: ignore[operator]
 
 
 def _filled(argument: Any, known: Mapping[str, Any]) -> Any:  # Any: arguments of any operator

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 import saddlepoint as sp
 from saddlepoint.errors import InputError, ModelError
-from saddlepoint.verify.bounds import Method, bounds
-from saddlepoint.verify.graph import read
-from saddlepoint.verify.relax import relaxation
+from saddlepoint.propagation.bounds import Method, bounds
+from saddlepoint.propagation.graph import read
+from saddlepoint.propagation.relax import relaxation
 from saddlepoint.verify.vnnlib import read_vnnlib
 
 DATA = Path(os.environ.get("SADDLEPOINT_DATA", "nowhere")) / "verification"
 METHODS: tuple[Method, ...] = ("ibp", "crown-ibp", "crown", "alpha-crown")
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs SADDLEPOINT_DATA/verification")
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 class Residual(nn.Module):

@@ -1,0 +1,1 @@
+"""A network as a graph, and bounds carried through it: what verification, certified training and bound-guided attacks share."""
