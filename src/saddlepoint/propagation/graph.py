@@ -57,6 +57,18 @@ class Graph:
     output: str
     shape: torch.Size
 
+    def before(self, name: str) -> frozenset[str]:
+        """The values that `name` depends on, and itself."""
+        found = {name}
+        for node in reversed(self.nodes):
+            if node.name in found:
+                found.update(node.inputs)
+        return frozenset(found)
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """The network's outputs (N, ...) for inputs (N, ...)."""
+        return torch.vmap(lambda one: self.values(one[None])[self.output][0])(x)
+
     def values(self, x: Tensor) -> dict[str, Tensor]:
         """What every node gives for one input (1, ...)."""
         found = {self.input: x}

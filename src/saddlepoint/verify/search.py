@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from saddlepoint.propagation.bounds import Bounded, Box, Slopes
+from saddlepoint.propagation.bounds import Bounded, Box, Linear
 from saddlepoint.propagation.graph import Graph, Node
+from saddlepoint.verify.cases import Cases
 
 Verdict = Literal["robust", "falsified", "unknown"]
 _BATCH = 256
 _CANDIDATES = 4
 _STEPS, _SLOPE_RATE, _SIGN_RATE, _DECAY = 20, 0.1, 0.1, 0.98
+_WIDTH = 2**22  # numbers of a value that are carried at once
+_NUMBERS = 2**28  # that open domains may hold together before the easiest come first, so that they become fewer
 
 
 @dataclass(frozen=True)
 class Found:
     """What a search came to.
 
-    bound: the least lower bound that is left; counterexample (...) or None; domains: how many were bounded.
+    bound: the least lower bound that is left, positive where everything is proved. counterexample: an input (...), or None.
+    domains: how many parts were bounded. seconds: by the clock that was given. reason: why the verdict is "unknown".
     """
 
     verdict: Verdict
@@ -30,172 +35,226 @@ class Found:
     counterexample: Tensor | None
     domains: int
     seconds: float
+    reason: str = ""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Domains:
-    """D parts of the input's box, each with the sign of some ReLUs' inputs fixed, and one function to bound.
+    """D parts of cases' boxes: the signs of some ReLUs' inputs are fixed.
 
-    signs, slopes, multipliers: by node, (D, ...) each. rows (D, C); bound (D,).
+    case (D,): which one. signs (D, F) int8: of the ReLUs that are not fixed at the root. slopes, multipliers (D, K, F): for
+    each of the case's rows. bound (D,).
     """
 
-    rows: Tensor
-    signs: dict[str, Tensor]
-    slopes: dict[str, Tensor]
-    multipliers: dict[str, Tensor]
+    case: Tensor
+    signs: Tensor
+    slopes: Tensor
+    multipliers: Tensor
     bound: Tensor
 
     def __len__(self) -> int:
-        return len(self.bound)
+        return len(self.case)
 
     def take(self, index: Tensor) -> _Domains:
         """Some of them."""
-
-        def some(table: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {key: value[index] for key, value in table.items()}
-
-        return _Domains(self.rows[index], some(self.signs), some(self.slopes), some(self.multipliers), self.bound[index])
+        return _Domains(*(getattr(self, part.name)[index] for part in fields(self)))
 
     @staticmethod
     def join(parts: list[_Domains]) -> _Domains:
         """All together."""
-
-        def all_of(tables: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-            return {key: torch.cat([table[key] for table in tables]) for key in tables[0]}
-
-        return _Domains(
-            torch.cat([part.rows for part in parts]),
-            all_of([part.signs for part in parts]),
-            all_of([part.slopes for part in parts]),
-            all_of([part.multipliers for part in parts]),
-            torch.cat([part.bound for part in parts]),
-        )
+        return _Domains(*(torch.cat([getattr(part, one.name) for part in parts]) for one in fields(_Domains)))
 
 
 class Search:
-    """Branch and bound over one input box, for rows (R, C) all of which must stay positive."""
+    """Branch and bound over cases whose boxes' bounds are known.
 
-    def __init__(self, graph: Graph, root: Bounded, rows: Tensor, deadline: float) -> None:
-        self.graph, self.root, self.deadline = graph, root, deadline
-        self.relus: list[Node] = [node for node in graph.nodes if not node.affine]
-        self.rows, self.count = rows, 0
+    Each domain is bounded by ascent on lower slopes and on the multipliers of its signs together (beta-CROWN, Wang et al. 2021,
+    arXiv:2103.06624), its inner bounds are the root's, cut by the signs. The ReLU to split is, of the few that lose most in the
+    bound (Bunel et al. 2020, arXiv:1909.06588), the one whose children are best. Every minimiser of a bound is tried as a
+    counterexample.
+
+    root: bounds of the boxes, (B, ...) each; box (D,): which one belongs to each case. check: of inputs (Q, ...) for the cases
+    with these numbers (Q,), a counterexample or None. deadline: on `clock`. name: the value that the rows speak of, if it isn't
+    the output. fair: whether cases take turns, so that the bound of each grows, where otherwise the worst comes first.
+    bounds (D,): after `run`, what is proved of each case. The search is deterministic.
+    """
+
+    def __init__(
+        self, root: Bounded, cases: Cases, box: Tensor, check: Callable[[Tensor, Tensor], Tensor | None], *,
+        deadline: float, clock: Callable[[], float] = time.perf_counter, tolerance: float = 0.0, name: str = "",
+        fair: bool = False,
+    ) -> None:  # fmt: skip
+        self.graph: Graph = root.graph
+        self.name, self.fair = name or self.graph.output, fair
+        self.root, self.cases, self.box, self.check = root, cases, box, check
+        self.deadline, self.clock, self.tolerance = deadline, clock, tolerance
+        before = self.graph.before(self.name)
+        self.relus: list[Node] = [node for node in self.graph.nodes if node.op == "relu" and node.name in before]
+        self.free: dict[str, Tensor] = {}  # by ReLU, which of its elements are open in any box
+        for node in self.relus:
+            ends = root.boxes[node.inputs[0]]
+            self.free[node.name] = ((ends.lower < 0) & (ends.upper > 0)).flatten(1).any(0).nonzero()[:, 0]
+        self.sizes = [len(self.free[node.name]) for node in self.relus]
+        self.count = 0
+        widest = max((node.shape.numel() for node in self.graph.nodes), default=1) * cases.rows.shape[1]
+        self.batch = max(1, min(_BATCH, _WIDTH // widest))
         self.counterexample: Tensor | None = None
 
-    def run(self) -> Found:
-        """Until everything is bounded above 0, a counterexample is found, or time is up."""
-        started = time.perf_counter()
-        size = len(self.rows)
-        empty = {node.name: torch.zeros(size, *node.shape, dtype=torch.int8) for node in self.relus}
-        slopes: Slopes = {}
-        self._bounded(empty).linear(self.graph.output, self.rows[:, None], slopes)
-        first = {key: value[:, 0].detach().clone() for key, value in slopes.items()}
-        none = {node.name: torch.zeros(size, *node.shape) for node in self.relus}
-        open_ = self._solved(_Domains(self.rows, empty, first, none, torch.zeros(size)))
-        open_ = open_.take((open_.bound <= 0).nonzero()[:, 0])
-        while len(open_) and self.counterexample is None and time.perf_counter() < self.deadline:
-            order = open_.bound.argsort()
-            worst, rest = open_.take(order[:_BATCH]), open_.take(order[_BATCH:])
-            children = self._solved(self._split(worst))
-            children = children.take((children.bound <= 0).nonzero()[:, 0])
+    def run(self, most: int | None = None) -> Found:
+        """Until everything is proved, a counterexample is found, time is up, or more than `most` parts were bounded."""
+        started, size, rows, width = self.clock(), len(self.cases), self.cases.rows.shape[1], sum(self.sizes)
+        like = self.cases.rows
+        signs = torch.zeros(size, width, dtype=torch.int8, device=like.device)
+        zero = like.new_zeros(size, rows, width)
+        start = _Domains(torch.arange(size, device=like.device), signs, zero, zero, like.new_full((size,), -torch.inf))
+        slopes: dict[str, Tensor] = {}
+        self._bounded(start).linear(self.name, self.cases.rows, slopes)
+        first = torch.cat([slopes[node.name].flatten(2)[..., self.free[node.name]] for node in self.relus], 2)
+        start = _Domains(start.case, signs, first.detach(), zero, start.bound)
+        open_ = _Domains.join([self._left(self._solved(start.take(part))) for part in torch.split(start.case, self.batch)])
+        reason = ""
+        while len(open_) and self.counterexample is None:
+            if self.clock() >= self.deadline:
+                reason = f"time is up; {len(open_)} parts of {self.count} are open"
+                break
+            if most is not None and self.count > most:
+                reason = f"{most} parts are bounded; {len(open_)} are open"
+                break
+            easy = len(open_) * (2 * rows + 1) * width > _NUMBERS
+            order = open_.bound.argsort(descending=easy)
+            if self.fair:
+                order = order[_ranks(open_.case[order]).argsort(stable=True)]
+            worst, rest = open_.take(order[: self.batch]), open_.take(order[self.batch :])
+            splittable = self._splittable(worst)
+            if not bool(splittable.any()):
+                reason = "every ReLU of a part is fixed, and its bound is not above 0"
+                break
+            children = self._left(self._solved(self._split(worst)))
             open_ = _Domains.join([children, rest])
         verdict: Verdict = "falsified" if self.counterexample is not None else "unknown" if len(open_) else "robust"
-        bound = float(open_.bound.min()) if len(open_) else 0.0
-        return Found(verdict, bound, self.counterexample, self.count, time.perf_counter() - started)
+        self.bounds = like.new_full((size,), self.tolerance).scatter_reduce(0, open_.case, open_.bound, "amin")
+        bound = float(open_.bound.min()) if len(open_) else self.tolerance
+        return Found(verdict, bound, self.counterexample, self.count, self.clock() - started, reason)
 
-    def _bounded(self, signs: dict[str, Tensor]) -> Bounded:
-        """The root's bounds, for each domain, cut by its signs."""
-        size = len(next(iter(signs.values())))
-        boxes = {name: Box(box.lower.expand(size, *box.lower.shape[1:]), box.upper.expand(size, *box.upper.shape[1:]))
-                 for name, box in self.root.boxes.items()}  # fmt: skip
+    def _left(self, domains: _Domains) -> _Domains:
+        return domains.take((domains.bound <= self.tolerance).nonzero()[:, 0])
+
+    def _splittable(self, domains: _Domains) -> Tensor:
+        """Which have a ReLU whose sign is open, (D,) bool."""
+        found = torch.zeros(len(domains), dtype=torch.bool, device=domains.case.device)
+        bounded = self._bounded(domains)
         for node in self.relus:
-            (name,), sign = node.inputs, signs[node.name]
-            box = boxes[name]
-            boxes[name] = Box(
-                torch.where(sign > 0, box.lower.clamp(min=0), box.lower),
-                torch.where(sign < 0, box.upper.clamp(max=0), box.upper),
+            ends = bounded.boxes[node.inputs[0]]
+            found |= ((ends.lower < 0) & (ends.upper > 0)).flatten(1).any(1)
+        return found
+
+    # ---- between the compact form (D, ..., F) and that of the graph's values
+
+    def _wide(self, compact: Tensor) -> dict[str, Tensor]:
+        """(..., F) as a table of (..., *shape), 0 elsewhere."""
+        table = {}
+        for node, part in zip(self.relus, torch.split(compact, self.sizes, -1), strict=True):
+            full = part.new_zeros(*part.shape[:-1], node.shape.numel())
+            table[node.name] = full.index_copy(-1, self.free[node.name], part).view(*part.shape[:-1], *node.shape)
+        return table
+
+    def _compact(self, table: dict[str, Tensor], lead: int) -> Tensor:
+        return torch.cat([table[node.name].flatten(lead)[..., self.free[node.name]] for node in self.relus], -1)
+
+    def _bounded(self, domains: _Domains) -> Bounded:
+        """The root's bounds, for each domain, cut by its signs."""
+        box = self.box[domains.case]
+        boxes = {name: Box(ends.lower[box], ends.upper[box]) for name, ends in self.root.boxes.items()}
+        for name, sign in self._wide(domains.signs).items():
+            (source,) = next(node for node in self.relus if node.name == name).inputs
+            ends = boxes[source]
+            boxes[source] = Box(
+                torch.where(sign > 0, ends.lower.clamp(min=0), ends.lower),
+                torch.where(sign < 0, ends.upper.clamp(max=0), ends.upper),
             )
         return Bounded(self.graph, boxes)
 
+    def _line(self, bounded: Bounded, domains: _Domains, slopes: Tensor, multipliers: Tensor | None) -> Linear:
+        """Linear functions below the case's rows, constants included."""
+        below = None if multipliers is None else self._wide(multipliers * domains.signs[:, None].to(multipliers))
+        line = bounded.linear(self.name, self.cases.rows[domains.case], self._wide(slopes), below)
+        return Linear(line.coefficients, line.constant + self.cases.constants[domains.case], line.inner)
+
+    # ---- bounding
+
     def _solved(self, domains: _Domains) -> _Domains:
-        """Bounds by ascent on slopes and multipliers together (Wang et al. 2021, arXiv:2103.06624)."""
-        bounded = self._bounded(domains.signs)
+        """Bounds by ascent on slopes and multipliers together; a domain is safe if one of its rows is positive."""
+        bounded, ends = self._bounded(domains), self.graph.input
         self.count += len(domains)
-        signs = {key: value.to(domains.rows.dtype) for key, value in domains.signs.items()}
-        slopes = {key: value.clone().requires_grad_() for key, value in domains.slopes.items()}
-        betas = {key: value.clone().requires_grad_() for key, value in domains.multipliers.items()}
-        optimizer = torch.optim.Adam(
-            [{"params": list(slopes.values()), "lr": _SLOPE_RATE}, {"params": list(betas.values()), "lr": _SIGN_RATE}]
-        )
-        best = torch.full((len(domains),), -torch.inf)
-        box = bounded.boxes[self.graph.input]
+        slopes, betas = domains.slopes.clone().requires_grad_(), domains.multipliers.clone().requires_grad_()
+        optimizer = torch.optim.Adam([{"params": [slopes], "lr": _SLOPE_RATE}, {"params": [betas], "lr": _SIGN_RATE}])
+        best = domains.bound.clone()
         for step in range(_STEPS):
-            wide = {key: value[:, None] for key, value in slopes.items()}
-            constraints = {key: (betas[key] * signs[key])[:, None] for key in betas}
-            line = bounded.linear(self.graph.output, domains.rows[:, None], wide, constraints)
-            bound = line.lowest(box)[:, 0]
-            best = torch.maximum(best, bound.detach())
-            if step == 0 or step + 1 == _STEPS:
-                self._try(line.lowest_at(box)[:, 0].detach(), domains.rows)
-            if bool((best > 0).all()) or step + 1 == _STEPS or self.counterexample is not None:
+            last = step + 1 == _STEPS
+            with torch.set_grad_enabled(not last):
+                line = self._line(bounded, domains, slopes, betas)
+                bound = line.lowest(bounded.boxes[ends])
+            best = torch.maximum(best, bound.detach().amax(1))
+            done = best > self.tolerance
+            if step == 0 or last:
+                self._try(line.lowest_at(bounded.boxes[ends]).detach(), domains.case)
+            if last or bool(done.all()) or self.counterexample is not None:
                 break
             optimizer.zero_grad()
-            torch.autograd.backward(-bound[best <= 0].sum())
+            torch.autograd.backward(-bound[~done].sum())
             optimizer.step()
             with torch.no_grad():
-                for value in slopes.values():
-                    value.clamp_(0, 1)
-                for value in betas.values():
-                    value.clamp_(min=0)
+                slopes.clamp_(0, 1)
+                betas.clamp_(min=0)
             for group in optimizer.param_groups:
                 group["lr"] *= _DECAY
-        slopes, betas = ({key: value.detach() for key, value in table.items()} for table in (slopes, betas))
-        return _Domains(domains.rows, domains.signs, slopes, betas, best)
+        return _Domains(domains.case, domains.signs, slopes.detach(), betas.detach(), best)
 
-    def _try(self, points: Tensor, rows: Tensor) -> None:
-        """Whether one of these inputs is a counterexample."""
-        with torch.no_grad():
-            outputs = torch.cat([self.graph.values(point[None])[self.graph.output] for point in points[:64]])
-            margins = (outputs @ self.rows.T).amin(1)
-            if bool((margins <= 0).any()):
-                self.counterexample = points[int(margins.argmin())]
+    def _try(self, points: Tensor, case: Tensor) -> None:
+        """Whether one of the minimisers (D, K, ...) is a counterexample."""
+        if self.counterexample is None:
+            self.counterexample = self.check(points.flatten(0, 1), case.repeat_interleave(points.shape[1]))
 
+    # ---- branching
+
+    @torch.no_grad()
     def _split(self, domains: _Domains) -> _Domains:
         """Each domain twice, with another ReLU's sign fixed: of the likeliest ones that with the best children."""
-        with torch.no_grad():
-            bounded = self._bounded(domains.signs)
-            wide = {key: value[:, None] for key, value in domains.slopes.items()}
-            line = bounded.linear(self.graph.output, domains.rows[:, None], wide)
-            scores = []
-            for node in self.relus:
-                box, a = bounded.boxes[node.inputs[0]], line.inner[node.name][:, 0]
-                between = (box.lower < 0) & (box.upper > 0)
-                gap = -box.lower * box.upper / torch.where(between, box.upper - box.lower, 1)
-                loss = (-a).clamp(min=0) * gap + a.clamp(min=0) * torch.minimum(-box.lower, box.upper).clamp(min=0)
-                scores.append(torch.where(between, loss, -torch.inf).flatten(1))
-            top = torch.cat(scores, 1).topk(min(_CANDIDATES, sum(s.shape[1] for s in scores)), dim=1)
-            best: tuple[Tensor, Tensor] | None = None
-            for place in top.indices.T:
-                both = self._children(domains, place)
-                child = self._bounded(both.signs)
-                wide = {key: value[:, None] for key, value in both.slopes.items()}
-                lows = child.linear(self.graph.output, both.rows[:, None], wide).lowest(child.boxes[self.graph.input])[:, 0]
-                gain = lows.clamp(max=0).view(2, -1).sum(0)
-                best = (gain, place) if best is None else (
-                    torch.maximum(best[0], gain), torch.where(gain > best[0], place, best[1])
-                )  # fmt: skip
-            assert best is not None
-            return self._children(domains, best[1])
+        bounded = self._bounded(domains)
+        line = self._line(bounded, domains, domains.slopes, None)
+        nearest = line.lowest(bounded.boxes[self.graph.input]).argmax(1)  # of a case's rows, the one nearest to a proof
+        inner = {name: a[torch.arange(len(a)), nearest] for name, a in line.inner.items()}
+        tables = {}
+        for node in self.relus:
+            ends, a = bounded.boxes[node.inputs[0]], inner[node.name]
+            between = (ends.lower < 0) & (ends.upper > 0)
+            gap = -ends.lower * ends.upper / torch.where(between, ends.upper - ends.lower, 1)
+            loss = (-a).clamp(min=0) * gap + a.clamp(min=0) * torch.minimum(-ends.lower, ends.upper).clamp(min=0)
+            tables[node.name] = torch.where(between, loss, -torch.inf)
+        top = self._compact(tables, 1).topk(min(_CANDIDATES, sum(self.sizes)), dim=1)
+        best: tuple[Tensor, Tensor] | None = None
+        for place, score in zip(top.indices.T, top.values.T, strict=True):
+            both = self._children(domains, place)
+            child = self._bounded(both)
+            lows = self._line(child, both, both.slopes, None).lowest(child.boxes[self.graph.input]).amax(1)
+            gain = lows.clamp(max=0).view(2, -1).sum(0).masked_fill(score == -torch.inf, -torch.inf)
+            best = (gain, place) if best is None else (
+                torch.maximum(best[0], gain), torch.where(gain > best[0], place, best[1])
+            )  # fmt: skip
+        assert best is not None
+        return self._children(domains, best[1])
 
     def _children(self, domains: _Domains, place: Tensor) -> _Domains:
-        """Both signs of the ReLU at `place` (D,) of all in a row."""
+        """Both signs of the ReLU at `place` (D,) of the compact form."""
         two = []
         for sign in (1, -1):
-            signs, offset = {}, 0
-            for node in self.relus:
-                flat = domains.signs[node.name].flatten(1).clone()
-                inside = ((place >= offset) & (place < offset + flat.shape[1])).nonzero()[:, 0]
-                flat[inside, place[inside] - offset] = sign
-                signs[node.name] = flat.view_as(domains.signs[node.name])
-                offset += flat.shape[1]
-            two.append(_Domains(domains.rows, signs, domains.slopes, domains.multipliers, domains.bound))
+            signs = domains.signs.scatter(1, place[:, None], sign)
+            two.append(_Domains(domains.case, signs, domains.slopes, domains.multipliers, domains.bound))
         return _Domains.join(two)
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """How many equal values stand before each, (D,)."""
+    order = values.argsort(stable=True)
+    first = torch.searchsorted(values[order].contiguous(), values[order].contiguous())
+    return torch.empty_like(order).index_copy(0, order, torch.arange(len(values), device=values.device) - first)

@@ -1,0 +1,110 @@
+"""Complete search for networks of few inputs: boxes are halved until each one is proved, many at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from saddlepoint.propagation.bounds import Bounded
+from saddlepoint.propagation.graph import Graph
+from saddlepoint.verify.cases import Cases
+from saddlepoint.verify.search import Found, Verdict
+
+_BATCH = 2048
+_MOST = 2_000_000  # boxes that may be open at once
+
+
+class InputSearch:
+    """Branch and bound on the inputs.
+
+    Each box is bounded by CROWN with interval bounds joined in where those are tighter; it is halved along the input that moves
+    the bound most, |A| * width, of the row nearest to a proof. The minimiser of each bound and the middle of each box are tried
+    as counterexamples. Any nonlinearity will do. check, deadline, clock, tolerance: as in `Search`.
+    """
+
+    def __init__(
+        self, graph: Graph, cases: Cases, check: Callable[[Tensor, Tensor], Tensor | None], *, deadline: float,
+        clock: Callable[[], float] = time.perf_counter, tolerance: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.graph, self.cases, self.check = graph, cases, check
+        self.deadline, self.clock, self.tolerance = deadline, clock, tolerance
+        self.count = 0
+        self.counterexample: Tensor | None = None
+
+    @torch.no_grad()
+    def run(self) -> Found:
+        """Until every box is proved, a counterexample is found, or time is up."""
+        started = self.clock()
+        lower, upper = self.cases.lower, self.cases.upper
+        case = torch.arange(len(self.cases), device=lower.device)
+        least, reason = torch.full_like(lower.flatten(1)[:, 0], -torch.inf), ""
+        while len(case):
+            if self.clock() >= self.deadline:
+                reason = f"time is up; {len(case)} boxes of {self.count} are open"
+                break
+            if len(case) > _MOST:
+                reason = f"more than {_MOST} boxes are open"
+                break
+            order = least.argsort()  # the worst ones hold counterexamples, and the list stays short enough
+            chosen, rest = order[:_BATCH], order[_BATCH:]
+            part = self.cases.take(case[chosen]).within(lower[chosen], upper[chosen])
+            bound, pull = self._bounded(part, case[chosen])
+            if self.counterexample is not None:
+                break
+            left = (bound <= self.tolerance).nonzero()[:, 0]
+            ends = _halves(part.lower[left], part.upper[left], pull[left])
+            if ends is None:
+                reason = "a box can't be halved any further in this dtype, and its bound is not above 0"
+                break
+            lower, upper = torch.cat([ends[0], lower[rest]]), torch.cat([ends[1], upper[rest]])
+            case = torch.cat([case[chosen][left].repeat(2), case[rest]])
+            least = torch.cat([bound[left].repeat(2), least[rest]])
+        verdict: Verdict = "falsified" if self.counterexample is not None else "unknown" if len(case) else "robust"
+        bound_left = float(least.min()) if len(case) else self.tolerance
+        return Found(verdict, bound_left, self.counterexample, self.count, self.clock() - started, reason)
+
+    def _bounded(self, part: Cases, case: Tensor) -> tuple[Tensor, Tensor]:
+        """Lower bounds (D,) of the cases' best rows, and how much each input moves them, (D, ...)."""
+        self.count += len(part)
+        bounded = Bounded.of(self.graph, part.lower, part.upper)
+        quick = bounded.linear(self.graph.output, part.rows)
+        box = bounded.boxes[self.graph.input]
+        bound = quick.lowest(box) + part.constants
+        line = quick
+        open_ = (bound.amax(1) <= self.tolerance).nonzero()[:, 0]
+        pull = torch.zeros_like(part.lower)
+        if not len(open_):
+            return bound.amax(1), pull
+        few = part.take(open_)
+        bounded = Bounded.of(self.graph, few.lower, few.upper)
+        bounded.refine()
+        line = bounded.linear(self.graph.output, few.rows)
+        box = bounded.boxes[self.graph.input]
+        tighter = torch.maximum(line.lowest(box) + few.constants, bound[open_])
+        nearest = tighter.argmax(1)
+        points = torch.cat([line.lowest_at(box).flatten(0, 1), (few.lower + few.upper) / 2])
+        owners = torch.cat([case[open_].repeat_interleave(few.rows.shape[1]), case[open_]])
+        self.counterexample = self.check(points, owners)
+        chosen = line.coefficients[torch.arange(len(open_), device=nearest.device), nearest]
+        pull[open_] = chosen.abs() * (few.upper - few.lower)
+        best = bound.amax(1).index_copy(0, open_, tighter.amax(1))
+        return best, pull
+
+
+def _halves(lower: Tensor, upper: Tensor, pull: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Boxes (D, ...) halved along the input that pulls most, all first halves first; None if one can't be halved."""
+    flat_lower, flat_upper = lower.flatten(1), upper.flatten(1)
+    width = flat_upper - flat_lower
+    weight = pull.flatten(1) + 1e-6 * width / width.amax(1, keepdim=True).clamp(min=torch.finfo(width.dtype).tiny)
+    place = torch.where(width > 0, weight, -1).argmax(1, keepdim=True)
+    middle = (flat_lower.gather(1, place) + flat_upper.gather(1, place)) / 2
+    if bool(((middle <= flat_lower.gather(1, place)) | (middle >= flat_upper.gather(1, place))).any()):
+        return None
+    first, second = flat_upper.scatter(1, place, middle), flat_lower.scatter(1, place, middle)
+    return (
+        torch.cat([flat_lower, second]).view(-1, *lower.shape[1:]),
+        torch.cat([first, flat_upper]).view(-1, *upper.shape[1:]),
+    )

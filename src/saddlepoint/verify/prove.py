@@ -1,0 +1,228 @@
+"""From the cheapest proof to the dearest: what becomes of cases that one network must satisfy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saddlepoint.propagation.bounds import Bounded
+from saddlepoint.propagation.corners import corners
+from saddlepoint.propagation.graph import Graph
+from saddlepoint.verify.cases import Cases
+from saddlepoint.verify.inputs import InputSearch
+from saddlepoint.verify.search import Found, Search, Verdict
+from saddlepoint.verify.tighten import tighten
+
+FEW_INPUTS = 16
+_STEPS = 20
+_DESCENT = 40  # steps from each corner
+_FIRST = 0.04  # of the time: the first search; each later one has twice as long
+_MOST, _GROWTH = 10, 4  # parts for each bound in the first round of tightening, and how they grow
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What became of one property.
+
+    stage: what decided it, or the last that was tried. bound: the least lower bound of the cases' margins; positive where all
+    are proved. counterexample: an input (...) or None. parts: how many subproblems were bounded. reason: why it is unknown.
+    """
+
+    verdict: Verdict
+    stage: str
+    bound: float
+    counterexample: Tensor | None
+    parts: int
+    seconds: float
+    reason: str = ""
+
+
+Replay = Callable[[Tensor, int], bool]
+"""Whether an input (...) is a counterexample of the case with this number, by the network itself."""
+
+
+def prove(
+    graph: Graph, cases: Cases, replay: Replay, *, seconds: float, clock: Callable[[], float] = time.perf_counter,
+    tolerance: float = 0.0,
+) -> Proof:  # fmt: skip
+    """Decide cases by the cheapest means that do: counterexamples, intervals, linear bounds, search.
+
+    corners       the minimisers of linear bounds, and descent from them
+    ibp, crown-ibp, crown, alpha-crown: see `bounds`
+    inputs        halving boxes, for networks of at most 16 inputs
+    search        branch and bound on ReLUs, in turns with tightening the bounds inside by searches of their own
+
+    Each stage gets the cases that are left.
+    Errors: those of `Bounded`.
+    """
+    return _Prover(graph, cases, replay, seconds, clock, tolerance).run()
+
+
+class _Prover:
+    def __init__(
+        self, graph: Graph, cases: Cases, replay: Replay, seconds: float, clock: Callable[[], float], tolerance: float
+    ) -> None:  # fmt: skip
+        self.graph, self.cases, self.replay, self.clock, self.tolerance = graph, cases, replay, clock, tolerance
+        self.started, self.seconds = clock(), seconds
+        self.left = torch.arange(len(cases), device=cases.rows.device)
+        self.bound = cases.rows.new_full((len(cases),), -torch.inf)
+        self.box = torch.zeros_like(self.left)  # of `root`, for each case
+        self.counterexample: Tensor | None = None
+        self.parts = 0
+
+    @property
+    def deadline(self) -> float:
+        return self.started + self.seconds
+
+    def run(self) -> Proof:
+        last, reason = "none", f"the time of {self.seconds:g} s is up"
+        few = self.cases.lower[0].numel() <= FEW_INPUTS
+        stages: list[tuple[str, Callable[[], str]]] = [
+            ("crown-ibp", self._quick),
+            ("corners", self._corners),
+            ("crown", self._crown),
+            *([] if few else [("alpha-crown", self._alpha)]),
+            ("inputs", self._inputs) if few else ("search", self._search),
+        ]
+        for name, stage in stages:
+            if self.clock() >= self.deadline:
+                break
+            last, reason = name, stage()
+            if self.counterexample is not None:
+                return self._proof("falsified", name, "")
+            self.left = (self.bound <= self.tolerance).nonzero()[:, 0]
+            if not len(self.left):
+                return self._proof("robust", name, "")
+        return self._proof("unknown", last, reason)
+
+    def _proof(self, verdict: Verdict, stage: str, reason: str) -> Proof:
+        return Proof(
+            verdict, stage, float(self.bound.min()), self.counterexample, self.parts, self.clock() - self.started, reason
+        )
+
+    def _improve(self, index: Tensor, bound: Tensor) -> None:
+        self.bound[index] = torch.maximum(self.bound[index], bound)
+
+    def check(self, points: Tensor, case: Tensor) -> Tensor | None:
+        """A counterexample among points (Q, ...) for cases (Q,), which the network itself confirms."""
+        with torch.no_grad():
+            margin = self.cases.take(case).margin(self.graph.outputs(points))
+        for place in margin.argsort()[:4].tolist():
+            if float(margin[place]) > 0:
+                break
+            if self.replay(points[place], int(case[place])):
+                return points[place]
+        return None
+
+    @torch.no_grad()
+    def _quick(self) -> str:
+        part = self.cases.take(self.left)
+        bounded = Bounded.of(self.graph, part.lower, part.upper)
+        line = bounded.linear(self.graph.output, part.rows).lowest(bounded.boxes[self.graph.input])
+        joined = torch.maximum(line, bounded.by_intervals(part.rows)) + part.constants
+        self._improve(self.left, joined.amax(1))
+        return ""
+
+    @torch.no_grad()
+    def _corners(self) -> str:
+        part = self.cases.take(self.left)
+        wide = self._rooted(part, 0)
+        points = corners(wide, part.rows)  # (D, S, K, ...)
+        case = self.left.repeat_interleave(points.shape[1] * points.shape[2])
+        with torch.enable_grad():
+            self.counterexample = self._descend(points.flatten(0, 2), case)
+        return ""
+
+    def _descend(self, points: Tensor, case: Tensor) -> Tensor | None:
+        """Follow the sign of the margin's gradient down, in steps that shrink."""
+        part = self.cases.take(case)
+        width = (part.upper - part.lower) / 2
+        for step in range(_DESCENT):
+            if (found := self.check(points, case)) is not None or self.clock() >= self.deadline:
+                return found
+            leaf = points.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(part.margin(self.graph.outputs(leaf)).sum(), leaf)
+            size = width * (0.5 * (1 - step / _DESCENT))
+            points = torch.clamp(points - size * gradient.sign(), part.lower, part.upper)
+        return self.check(points, case)
+
+    def _rooted(self, part: Cases, steps: int) -> Bounded:
+        """Refined bounds of the boxes that are left, kept for the search, as such of the cases."""
+        boxes, box = distinct(part)
+        self.root = Bounded.of(self.graph, *boxes)
+        self.root.refine(steps)
+        self.box[self.left] = box
+        return _of_cases(self.root, box)
+
+    @torch.no_grad()
+    def _crown(self) -> str:
+        part = self.cases.take(self.left)
+        wide = _of_cases(self.root, self.box[self.left])
+        self._improve(self.left, (wide.lowest(self.graph.output, part.rows, 0) + part.constants).amax(1))
+        return ""
+
+    @torch.no_grad()
+    def _alpha(self) -> str:
+        part = self.cases.take(self.left)
+        wide = self._rooted(part, _STEPS)
+        self._improve(self.left, (wide.lowest(self.graph.output, part.rows, _STEPS) + part.constants).amax(1))
+        return ""
+
+    def _inputs(self) -> str:
+        part, left = self.cases.take(self.left), self.left
+        search = InputSearch(
+            self.graph, part, lambda points, case: self.check(points, left[case]),
+            deadline=self.deadline, clock=self.clock, tolerance=self.tolerance,
+        )  # fmt: skip
+        return self._took(search.run(), search.counterexample)
+
+    def _search(self) -> str:
+        if not any(node.op == "relu" for node in self.graph.nodes):
+            return "there are no ReLUs to split"
+        part, left = self.cases.take(self.left), self.left
+        used, box = torch.unique(self.box[left], return_inverse=True)
+        root = _of_cases(self.root, used)
+        slice_, most, reason = _FIRST * self.seconds, _MOST, ""
+        while self.clock() < self.deadline:
+            search = Search(
+                root, part, box, lambda points, case: self.check(points, left[case]),
+                deadline=min(self.deadline, self.clock() + slice_), clock=self.clock, tolerance=self.tolerance,
+            )  # fmt: skip
+            found = search.run()
+            reason = self._took(found, search.counterexample)
+            self._improve(left, search.bounds)
+            if found.verdict != "unknown" or self.clock() >= self.deadline:
+                break
+            slice_ *= 2
+            tighten(root, most, deadline=min(self.deadline, self.clock() + slice_), clock=self.clock)
+            most *= _GROWTH
+        return reason
+
+    def _took(self, found: Found, counterexample: Tensor | None) -> str:
+        self.parts += found.domains
+        self.counterexample = counterexample
+        if found.verdict == "robust":
+            self.bound[self.left] = self.bound[self.left].clamp(min=_above(self.bound, self.tolerance))
+        return found.reason
+
+
+def _above(like: Tensor, value: float) -> float:
+    """The next number."""
+    return float(torch.nextafter(like.new_tensor(value), like.new_tensor(torch.inf)))
+
+
+def distinct(cases: Cases) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """The boxes that differ, (B, ...) each, and which one belongs to each case, (D,)."""
+    both = torch.stack([cases.lower.flatten(1), cases.upper.flatten(1)], 1)
+    found, box = torch.unique(both, dim=0, return_inverse=True)
+    shape = cases.lower.shape[1:]
+    return (found[:, 0].view(-1, *shape), found[:, 1].view(-1, *shape)), box
+
+
+def _of_cases(bounded: Bounded, box: Tensor) -> Bounded:
+    """The bounds of boxes (B, ...) as such of cases."""
+    return Bounded(bounded.graph, {name: type(ends)(ends.lower[box], ends.upper[box]) for name, ends in bounded.boxes.items()})
