@@ -146,7 +146,7 @@ class _Prover:
                 return found
             leaf = points.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(part.margin(self.graph.outputs(leaf)).sum(), leaf)
-            size = width * (0.5 * (1 - step / _DESCENT))
+            size = width * (1 - step / _DESCENT)
             points = torch.clamp(points - size * gradient.sign(), part.lower, part.upper)
         return self.check(points, case)
 
