@@ -73,7 +73,7 @@ def test_a_point_has_its_own_outputs() -> None:
         torch.testing.assert_close(bounds(read(model, x), x, x, method=method), model.logits(x))
 
 
-RULES = {**_CURVES, "relu": Relu(), "leaky_relu": Relu(0.2)}
+RULES = {**_CURVES, "relu": Relu(), "leaky_relu": Relu(0.25)}
 
 
 @pytest.mark.parametrize("name", sorted(RULES))

@@ -5,25 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
-from saddlepoint.errors import InputError
+from saddlepoint.errors import InputError, UnknownNameError
+from saddlepoint.models.base import Classifier
 from saddlepoint.propagation.affine import batched, pulled, spread
+from saddlepoint.propagation.forward import forwards, zonotopes
+from saddlepoint.propagation.graph import read
 from saddlepoint.propagation.nodes import MONOMIAL, Graph, Node
+from saddlepoint.propagation.precision import full_precision
 from saddlepoint.propagation.relax import Planes, offset
 from saddlepoint.propagation.sets import Ball as Ball
 from saddlepoint.propagation.sets import Box as Box
 from saddlepoint.propagation.sets import times
 
-Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown"]
+Method = Literal["ibp", "forward", "deepz", "crown-ibp", "crown", "alpha-crown", "best"]
 Slopes = dict[str, Tensor]
 """Lower slopes of nonlinearities by node, (N, R, ...): one for each of R functions that are bounded."""
 
 MEMORY = 2**30
 _STEPS, _RATE, _DECAY = 20, 0.1, 0.98  # of the ascent on slopes
+_FEW = 64  # inputs that forward bounds are cheap for
 _COPIES = 6  # tensors as large as the coefficients that are alive at once; with slopes more
 _CACHE = 2**21  # elements of coefficients that are carried at once, so that they stay near the processor
 
@@ -161,19 +166,28 @@ class Bounded:
 
         Those are joined with the rows first: a difference of two outputs is narrower than the outputs' intervals say.
         """
-        coefficients = {self.graph.output: rows}
-        bound = rows.new_zeros(rows.shape[:2])
+        bound, left = self.frontier(rows)
+        for name, a in left.items():
+            bound = bound + self.boxes[name].least(a)
+        return _sound(bound)
+
+    def frontier(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rows (N, R, C) times the outputs in terms of what goes into the last affine operators.
+
+        That is a constant (N, R), and coefficients of the outputs of nonlinearities or of the input by name.
+        """
+        coefficients, left = {self.graph.output: rows}, {}
+        constant = rows.new_zeros(rows.shape[:2])
         for node in reversed(self.graph.nodes):
             a = coefficients.pop(node.name, None)
             if a is None:
                 continue
             if node.rule is not None:
-                bound = bound + self.boxes[node.name].least(a)
+                left[node.name] = a
                 continue
-            bound = bound if node.constant is None else bound + times(a, node.constant)
+            constant = constant if node.constant is None else constant + times(a, node.constant)
             _add(coefficients, node, pulled(node, a))
-        left = coefficients.get(self.graph.input)
-        return _sound(bound if left is None else bound + self.boxes[self.graph.input].least(left))
+        return constant, left | coefficients
 
     def lowest(self, name: str, start: Tensor, steps: int) -> Tensor:
         """Lower bounds (N, R) of R linear functions of the value `name`, with the best lower slopes that `steps` of Adam find.
@@ -282,20 +296,106 @@ class Linear:
         return box.least_at(self.coefficients)
 
 
-def bounds(graph: Graph, lower: Tensor, upper: Tensor, specification: Tensor | None = None, method: Method = "crown") -> Tensor:
+@dataclass(frozen=True)
+class OutputBounds:
+    """Lower and upper bounds (N, C) of a network's outputs."""
+
+    lower: Tensor
+    upper: Tensor
+
+
+@overload
+def bounds(
+    model: Classifier | Graph, lower: Tensor | Box, upper: Tensor | None = None, specification: None = None,
+    method: Method = "crown", *, steps: int = _STEPS, memory: int = MEMORY,
+) -> OutputBounds: ...  # fmt: skip
+
+
+@overload
+def bounds(
+    model: Classifier | Graph, lower: Tensor | Box, upper: Tensor | None, specification: Tensor,
+    method: Method = "crown", *, steps: int = _STEPS, memory: int = MEMORY,
+) -> Tensor: ...  # fmt: skip
+
+
+def bounds(
+    model: Classifier | Graph, lower: Tensor | Box, upper: Tensor | None = None, specification: Tensor | None = None,
+    method: Method = "crown", *, steps: int = _STEPS, memory: int = MEMORY,
+) -> Tensor | OutputBounds:  # fmt: skip
     """Lower bounds (N, R) of specification (N, R, C) times the outputs, over inputs between lower and upper (N, ...).
 
-    Without a specification those of the outputs themselves. ibp: intervals; crown-ibp: linear bounds backwards, with intervals
-    inside; crown: linear bounds everywhere (Zhang et al. 2018, arXiv:1811.00866); alpha-crown: with lower slopes that are
-    optimised, layer by layer and for each bound (Xu et al. 2021, arXiv:2011.13824).
+    Without a specification, both ends of the outputs. Instead of lower and upper a set of inputs can be given, such as
+    `Ball.of(x, eps, "l2")`. Bounds are gradient-free; they hold for the network in real arithmetic, up to the rounding of
+    the computation (see `recheck`).
+
+    method:
+
+    - ibp: intervals, joined with the specification in the last affine operators (Gowal et al. 2018, arXiv:1810.12715);
+    - forward: linear bounds from the inputs on, for few inputs (Xu et al. 2020, arXiv:2002.12920);
+    - deepz: zonotopes (Singh et al. 2018, "Fast and effective robustness certification", NeurIPS);
+    - crown-ibp: linear bounds backwards, with intervals inside (Zhang et al. 2020, arXiv:1906.06316);
+    - crown: linear bounds everywhere (Zhang et al. 2018, arXiv:1811.00866);
+    - alpha-crown: with lower slopes that `steps` of Adam find, for each bound its own, layer by layer (Xu et al. 2021,
+      arXiv:2011.13824);
+    - best: the best of ibp, forward where there are at most 64 inputs, crown and alpha-crown, each within those before.
+
+    memory: bytes for coefficients. Errors: `InputError`, and `ModelError` for operators without known bounds.
+
+    >>> import saddlepoint as sp
+    >>> model = sp.zoo.build("digits-mlp")
+    >>> x = torch.full((2, 1, 8, 8), 0.5)
+    >>> found = bounds(model, x - 0.01, x + 0.01)
+    >>> bool((found.lower <= model.logits(x)).all() and (model.logits(x) <= found.upper).all())
+    True
     """
-    with torch.no_grad():
-        bounded = Bounded.of(graph, lower, upper)
-        out = bounded.boxes[graph.output]
-        classes = out.lower.shape[1]
-        rows = torch.eye(classes).to(lower).expand(len(lower), -1, -1) if specification is None else specification.to(lower)
-        if method == "ibp":
-            return bounded.by_intervals(rows)
-        if method in ("crown", "alpha-crown"):
-            bounded.refine(_STEPS if method == "alpha-crown" else 0)
-        return bounded.lowest(graph.output, rows, _STEPS if method == "alpha-crown" else 0)
+    if method not in get_args(Method):
+        raise UnknownNameError("method", str(method), get_args(Method))
+    if steps < 0 or memory < 1:
+        raise InputError(f"steps must be at least 0 and memory at least 1; got {steps} and {memory}")
+    first = lower.lower if isinstance(lower, Box) else lower
+    if first.dim() < 2 or not len(first):
+        raise InputError(f"bounds need a batch (N, ...) of at least one input; its shape is {tuple(first.shape)}")
+    with torch.no_grad(), full_precision(first.device.type):
+        graph = model if isinstance(model, Graph) else read(model, first)
+        bounded = Bounded.of(graph, lower, upper, memory)
+        out = bounded.boxes[graph.output].lower
+        if out.dim() != 2:
+            raise InputError(f"the outputs have shape {tuple(out.shape)}; bounds are those of (N, C)")
+        if specification is None:
+            eye = torch.eye(out.shape[1]).to(out)
+            rows = torch.cat([eye, -eye]).expand(len(out), -1, -1)
+        else:
+            rows = _rows(specification, out)
+        low = _lowest(bounded, rows, method, steps)
+    if specification is not None:
+        return low
+    return OutputBounds(low[:, : out.shape[1]], -low[:, out.shape[1] :])
+
+
+def _rows(specification: Tensor, out: Tensor) -> Tensor:
+    if specification.dim() != 3 or specification.shape[2] != out.shape[1] or len(specification) not in (1, len(out)):
+        wanted = (len(out), "R", out.shape[1])
+        raise InputError(f"specification must have shape {wanted}; got {tuple(specification.shape)}".replace("'R'", "R"))
+    if not bool(specification.isfinite().all()):
+        raise InputError("specification must be finite")
+    return specification.to(out).expand(len(out), -1, -1)
+
+
+def _lowest(bounded: Bounded, rows: Tensor, method: Method, steps: int) -> Tensor:
+    output = bounded.graph.output
+    if method == "ibp":
+        return bounded.by_intervals(rows)
+    if method in ("forward", "deepz"):
+        return forwards(bounded, rows) if method == "forward" else zonotopes(bounded, rows)
+    if method == "best":
+        best = bounded.by_intervals(rows)
+        if bounded.boxes[bounded.graph.input].lower[0].numel() <= _FEW:
+            best = torch.maximum(best, forwards(bounded, rows))
+        for count in dict.fromkeys((0, steps)):
+            bounded.refine(count)
+            best = torch.maximum(best, bounded.lowest(output, rows, count))
+        return best
+    steps = steps if method == "alpha-crown" else 0
+    if method != "crown-ibp":
+        bounded.refine(steps)
+    return bounded.lowest(output, rows, steps)

@@ -123,16 +123,12 @@ class Relu(Elementwise):
 
     def planes(self, *boxes: Box) -> Planes:
         """The triangle (Zhang et al. 2018, arXiv:1811.00866)."""
-        lower, upper = boxes[0].lower, boxes[0].upper
-        on = (lower >= 0).to(lower)
+        lower, upper, floor = boxes[0].lower, boxes[0].upper, self.floor
         between = (lower < 0) & (upper > 0)
-        high = torch.where(between, upper / torch.where(between, upper - lower, 1), on)
-        low = torch.where(between, (upper > -lower).to(lower), on)
-        exact = torch.maximum(-high * lower, upper * (1 - high))  # so that both ends are below, whatever the slope rounds to
+        low = torch.where(torch.where(between, upper > -lower, lower >= 0), 1.0, floor).to(lower)
+        high = torch.where(between, (upper - floor * lower) / torch.where(between, upper - lower, 1), low)
+        exact = torch.maximum((floor - high) * lower, upper * (1 - high))  # both ends are below, whatever the slope rounds to
         high_offset = torch.where(between, exact * (1 + 4 * torch.finfo(lower.dtype).eps), 0)
-        if self.floor:  # max(x, s x) = s x + (1 - s) relu(x)
-            low, high, high_offset = (self.floor + (1 - self.floor) * low, self.floor + (1 - self.floor) * high,
-                                      (1 - self.floor) * high_offset)  # fmt: skip
         return Planes((low,), None, (high,), high_offset)
 
     def parallel(self, *boxes: Box) -> Planes:
