@@ -21,10 +21,16 @@ def decompositions() -> Any:  # Any: torch's own table type
     Layer normalisation is a product with rsqrt of a mean of squares; max(a, b) = a + relu(b - a).
     """
     table = torch.export.default_decompositions()
-    for kept in (aten.linear.default, aten.matmul.default, aten.silu.default, aten.softplus.default, aten.square.default):
-        table.pop(kept, None)
+    for kept in (aten.linear, aten.matmul, aten.silu, aten.softplus, aten.square, aten.prelu, aten._prelu_kernel):
+        table.pop(kept.default, None)
     table[aten.native_layer_norm.default] = _layer_norm
+    table[aten.native_group_norm.default] = _group_norm
     table[aten.var.correction] = _variance
+    table[aten.logsumexp.default] = _log_sum
+    table[aten._log_softmax.default] = lambda x, dim, half: x - _log_sum(x, [dim], keepdim=True)
+    table[aten.celu.default] = lambda x, alpha=1.0: aten.elu.default(x, alpha, 1.0, 1.0 / alpha)
+    table[aten.linalg_vector_norm.default] = _norm
+    table[aten.scaled_dot_product_attention.default] = _attention
     table[aten.maximum.default] = lambda a, b: a + torch.relu(b - a)
     table[aten.minimum.default] = lambda a, b: a - torch.relu(a - b)
     return table
@@ -49,6 +55,41 @@ def _variance(x: Tensor, dim: Sequence[int] | None = None, *, correction: float 
         count *= x.shape[one]
     total = torch.square(x - x.mean(dims, keepdim=True)).sum(dims, keepdim=keepdim)
     return total / max(0.0, count - (1 if correction is None else correction))
+
+
+def _group_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, c: int, size: int, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, mean, scale = _layer_norm(x.reshape(n, groups, -1), [c * size // groups], None, None, eps)
+    shape = [1, c] + [1] * (x.dim() - 2)
+    out = out.reshape(x.shape)
+    out = out if weight is None else out * weight.reshape(shape)
+    return out if bias is None else out + bias.reshape(shape), mean, scale
+
+
+def _log_sum(x: Tensor, dim: Sequence[int], keepdim: bool = False) -> Tensor:
+    mean = x.mean(dim, keepdim=True)  # affine, unlike the largest
+    out = (x - mean).exp().sum(dim, keepdim=True).log() + mean
+    return out if keepdim else out.squeeze(dim)
+
+
+def _norm(
+    x: Tensor, order: float = 2, dim: Sequence[int] | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    if order not in (1, 2):
+        return NotImplemented
+    dims = tuple(range(x.dim())) if dim is None else tuple(dim)
+    return x.abs().sum(dims, keepdim=keepdim) if order == 1 else torch.square(x).sum(dims, keepdim=keepdim).sqrt()
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0, causal: bool = False,
+    *, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    if causal or enable_gqa or (mask is not None and not mask.is_floating_point()):
+        return NotImplemented
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    return torch.softmax(scores if mask is None else scores + mask, -1) @ value
 
 
 def products(node: Node, factors: Sequence[str]) -> list[Node]:

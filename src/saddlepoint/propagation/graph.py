@@ -164,7 +164,7 @@ class _Reader:
             return apply
 
         apply = applied(table)
-        magnitude = applied({key: value.abs() if isinstance(value, Tensor) else value for key, value in table.items()})
+        magnitude = applied({key: value.abs() if isinstance(value, Tensor) and value.is_floating_point() else value for key, value in table.items()})
         if op == "_native_batch_norm_legit_no_training":
             apply = magnitude = _scaling(arguments)
         elif op in ("max_pool2d_with_indices", "max_pool3d_with_indices", "max", "min") and part not in (None, 0):

@@ -490,6 +490,8 @@ _CURVES: Mapping[str, Curve] = {
     "silu": Curve(functional.silu, _silu_slope, ((-_SWISH, _SWISH),), _outside(_SWISH), (-1.2784645427610738,)),
     "gelu": Curve(functional.gelu, _gelu_slope, ((-_BELL, _BELL),), _outside(_BELL), (-0.7517915246935645,)),
     "exp": Curve(torch.exp, torch.exp, _ALL),
+    "expm1": Curve(torch.expm1, torch.exp, _ALL),
+    "log1p": Curve(torch.log1p, lambda x: 1 / (1 + x), (), ((-1.0, math.inf),), domain=(-1.0, math.inf)),
     "log": Curve(torch.log, torch.reciprocal, (), _RIGHT, domain=(0.0, math.inf)),
     "sqrt": Curve(torch.sqrt, lambda x: 0.5 * x.rsqrt(), (), _RIGHT, domain=(0.0, math.inf)),
     "rsqrt": Curve(torch.rsqrt, lambda x: -0.5 * x ** (-1.5), _RIGHT, domain=(0.0, math.inf), pole=True),
