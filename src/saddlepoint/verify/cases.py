@@ -1,33 +1,34 @@
-"""What is to be proved: boxes of inputs, none of which may lead to certain outputs."""
+"""What is to be proved: sets of inputs, none of which may lead to certain outputs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from saddlepoint.errors import InputError
+from saddlepoint.propagation.sets import Box
 
 
 @dataclass(frozen=True)
 class Cases:
-    """D boxes of inputs. A case is safe if no input of its box makes all K values `rows` * outputs + `constants` <= 0.
+    """D cases over B sets of inputs. A case is safe if no input of its set makes all K values rows * outputs + constants <= 0.
 
-    lower, upper: (D, ...). rows: (D, K, C). constants: (D, K).
+    inputs: (B, ...). of (D,): which of the sets belongs to each case. rows: (D, K, C). constants: (D, K).
     """
 
-    lower: Tensor
-    upper: Tensor
+    inputs: Box
+    of: Tensor
     rows: Tensor
     constants: Tensor
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.of)
 
     @staticmethod
-    def of_classes(lower: Tensor, upper: Tensor, y: Tensor, classes: int) -> Cases:
-        """That the class stays y (N,) between lower and upper (N, ...): N * (classes - 1) cases, each other class one.
+    def of_classes(inputs: Box, y: Tensor, classes: int) -> Cases:
+        """That the class stays y (B,) in the sets: B * (classes - 1) cases, each with one row.
 
         Errors: `InputError` for fewer than two classes, or labels that are none.
         """
@@ -35,33 +36,23 @@ class Cases:
             raise InputError(f"robustness needs at least two classes; the model has {classes}")
         if bool((y < 0).any()) or bool((y >= classes).any()):
             raise InputError(f"y must hold classes from 0 to {classes - 1}; got {int(y.min())} to {int(y.max())}")
-        each = margins(y, classes, lower.dtype).to(lower.device)
-        count = classes - 1
-        return Cases(
-            lower.repeat_interleave(count, 0), upper.repeat_interleave(count, 0), each.flatten(0, 1)[:, None],
-            lower.new_zeros(len(y) * count, 1),
-        )  # fmt: skip
+        rows = margins(y, classes, inputs.lower.dtype).to(inputs.lower.device).flatten(0, 1)[:, None]
+        of = torch.arange(len(y), device=rows.device).repeat_interleave(classes - 1)
+        return Cases(inputs, of, rows, rows.new_zeros(len(of), 1))
+
+    @property
+    def sets(self) -> Box:
+        """The set of each case, (D, ...)."""
+        return self.inputs.rows(self.of)
 
     def take(self, index: Tensor) -> Cases:
         """Some of them, (K,) positions or a mask."""
-        return Cases(self.lower[index], self.upper[index], self.rows[index], self.constants[index])
-
-    def to(self, like: Tensor) -> Cases:
-        """With the dtype and device of another tensor; boxes are rounded outwards."""
-        lower, upper = self.lower.to(like), self.upper.to(like)
-        lower = torch.where(lower.double() > self.lower.to(lower.device), lower.nextafter(lower - 1), lower)
-        upper = torch.where(upper.double() < self.upper.to(upper.device), upper.nextafter(upper + 1), upper)
-        return Cases(lower, upper, self.rows.to(like), self.constants.to(like))
-
-    def within(self, lower: Tensor, upper: Tensor) -> Cases:
-        """The same in other boxes."""
-        return replace(self, lower=lower, upper=upper)
+        return Cases(self.inputs, self.of[index], self.rows[index], self.constants[index])
 
     def margin(self, outputs: Tensor) -> Tensor:
-        """How far outputs (D, ..., C) are from unsafe, (D, ...): the largest of the K values; <= 0 where they are unsafe."""
-        values = torch.einsum("d...c,dkc->d...k", outputs, self.rows.to(outputs))
-        shape = (len(self), *([1] * (outputs.dim() - 2)), self.constants.shape[1])
-        return (values + self.constants.to(outputs).view(shape)).amax(-1)
+        """How far outputs (D, C) are from unsafe, (D,): the largest of the K values; <= 0 where they are unsafe."""
+        values = torch.einsum("dc,dkc->dk", outputs, self.rows.to(outputs))
+        return (values + self.constants.to(outputs)).amax(1)
 
 
 def margins(y: Tensor, classes: int, dtype: torch.dtype) -> Tensor:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from saddlepoint.propagation.bounds import Bounded
-from saddlepoint.propagation.graph import Graph
+from saddlepoint.propagation.bounds import Bounded, Box
+from saddlepoint.propagation.nodes import Graph
 from saddlepoint.verify.cases import Cases
 from saddlepoint.verify.search import Found, Verdict
 
@@ -38,7 +38,7 @@ class InputSearch:
     def run(self) -> Found:
         """Until every box is proved, a counterexample is found, or time is up."""
         started = self.clock()
-        lower, upper = self.cases.lower, self.cases.upper
+        lower, upper = self.cases.sets.lower, self.cases.sets.upper
         case = torch.arange(len(self.cases), device=lower.device)
         least, reason = torch.full_like(lower.flatten(1)[:, 0], -torch.inf), ""
         while len(case):
@@ -50,12 +50,12 @@ class InputSearch:
                 break
             order = least.argsort()  # the worst ones hold counterexamples, and the list stays short enough
             chosen, rest = order[:_BATCH], order[_BATCH:]
-            part = self.cases.take(case[chosen]).within(lower[chosen], upper[chosen])
-            bound, pull = self._bounded(part, case[chosen])
+            part = self.cases.take(case[chosen])
+            bound, pull = self._bounded(part, Box(lower[chosen], upper[chosen]), case[chosen])
             if self.counterexample is not None:
                 break
             left = (bound <= self.tolerance).nonzero()[:, 0]
-            ends = _halves(part.lower[left], part.upper[left], pull[left])
+            ends = _halves(lower[chosen][left], upper[chosen][left], pull[left])
             if ends is None:
                 reason = "a box can't be halved any further in this dtype, and its bound is not above 0"
                 break
@@ -66,32 +66,27 @@ class InputSearch:
         bound_left = float(least.min()) if len(case) else self.tolerance
         return Found(verdict, bound_left, self.counterexample, self.count, self.clock() - started, reason)
 
-    def _bounded(self, part: Cases, case: Tensor) -> tuple[Tensor, Tensor]:
+    def _bounded(self, part: Cases, boxes: Box, case: Tensor) -> tuple[Tensor, Tensor]:
         """Lower bounds (D,) of the cases' best rows, and how much each input moves them, (D, ...)."""
         self.count += len(part)
-        bounded = Bounded.of(self.graph, part.lower, part.upper)
-        quick = bounded.linear(self.graph.output, part.rows)
-        box = bounded.boxes[self.graph.input]
-        bound = quick.lowest(box) + part.constants
-        line = quick
+        bounded = Bounded.of(self.graph, boxes)
+        bound = bounded.linear(self.graph.output, part.rows).lowest(boxes) + part.constants
         open_ = (bound.amax(1) <= self.tolerance).nonzero()[:, 0]
-        pull = torch.zeros_like(part.lower)
+        pull = torch.zeros_like(boxes.lower)
         if not len(open_):
             return bound.amax(1), pull
-        few = part.take(open_)
-        bounded = Bounded.of(self.graph, few.lower, few.upper)
+        few, boxes = part.take(open_), boxes.rows(open_)
+        bounded = Bounded.of(self.graph, boxes)
         bounded.refine()
         line = bounded.linear(self.graph.output, few.rows)
-        box = bounded.boxes[self.graph.input]
-        tighter = torch.maximum(line.lowest(box) + few.constants, bound[open_])
-        nearest = tighter.argmax(1)
-        points = torch.cat([line.lowest_at(box).flatten(0, 1), (few.lower + few.upper) / 2])
+        tighter = torch.maximum(line.lowest(boxes) + few.constants, bound[open_])
+        points = torch.cat([line.lowest_at(boxes).flatten(0, 1), (boxes.lower + boxes.upper) / 2])
         owners = torch.cat([case[open_].repeat_interleave(few.rows.shape[1]), case[open_]])
         self.counterexample = self.check(points, owners)
+        nearest = tighter.argmax(1)
         chosen = line.coefficients[torch.arange(len(open_), device=nearest.device), nearest]
-        pull[open_] = chosen.abs() * (few.upper - few.lower)
-        best = bound.amax(1).index_copy(0, open_, tighter.amax(1))
-        return best, pull
+        pull[open_] = chosen.abs() * (boxes.upper - boxes.lower)
+        return bound.amax(1).index_copy(0, open_, tighter.amax(1)), pull
 
 
 def _halves(lower: Tensor, upper: Tensor, pull: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saddlepoint.propagation.bounds import Bounded
+from saddlepoint.propagation.bounds import Bounded, Box
 from saddlepoint.propagation.corners import corners
-from saddlepoint.propagation.graph import Graph
+from saddlepoint.propagation.nodes import Graph
 from saddlepoint.verify.cases import Cases
 from saddlepoint.verify.inputs import InputSearch
 from saddlepoint.verify.search import Found, Search, Verdict
@@ -70,7 +70,6 @@ class _Prover:
         self.started, self.seconds = clock(), seconds
         self.left = torch.arange(len(cases), device=cases.rows.device)
         self.bound = cases.rows.new_full((len(cases),), -torch.inf)
-        self.box = torch.zeros_like(self.left)  # of `root`, for each case
         self.counterexample: Tensor | None = None
         self.parts = 0
 
@@ -80,7 +79,7 @@ class _Prover:
 
     def run(self) -> Proof:
         last, reason = "none", f"the time of {self.seconds:g} s is up"
-        few = self.cases.lower[0].numel() <= FEW_INPUTS
+        few = self.graph.shape.numel() <= FEW_INPUTS and type(self.cases.inputs) is Box
         stages: list[tuple[str, Callable[[], str]]] = [
             ("crown-ibp", self._quick),
             ("corners", self._corners),
@@ -121,17 +120,17 @@ class _Prover:
     @torch.no_grad()
     def _quick(self) -> str:
         part = self.cases.take(self.left)
-        bounded = Bounded.of(self.graph, part.lower, part.upper)
-        line = bounded.linear(self.graph.output, part.rows).lowest(bounded.boxes[self.graph.input])
-        joined = torch.maximum(line, bounded.by_intervals(part.rows)) + part.constants
-        self._improve(self.left, joined.amax(1))
+        self.root = Bounded.of(self.graph, self.cases.inputs)
+        wide = _of_cases(self.root, part.of)
+        joined = torch.maximum(wide.lowest(self.graph.output, part.rows, 0), wide.by_intervals(part.rows))
+        self._improve(self.left, (joined + part.constants).amax(1))
         return ""
 
     @torch.no_grad()
     def _corners(self) -> str:
         part = self.cases.take(self.left)
-        wide = self._rooted(part, 0)
-        points = corners(wide, part.rows)  # (D, S, K, ...)
+        self.root.refine()
+        points = corners(_of_cases(self.root, part.of), part.rows)  # (D, S, K, ...)
         case = self.left.repeat_interleave(points.shape[1] * points.shape[2])
         with torch.enable_grad():
             self.counterexample = self._descend(points.flatten(0, 2), case)
@@ -140,36 +139,30 @@ class _Prover:
     def _descend(self, points: Tensor, case: Tensor) -> Tensor | None:
         """Follow the sign of the margin's gradient down, in steps that shrink."""
         part = self.cases.take(case)
-        width = (part.upper - part.lower) / 2
+        sets = part.sets
+        width = (sets.upper - sets.lower) / 2
         for step in range(_DESCENT):
             if (found := self.check(points, case)) is not None or self.clock() >= self.deadline:
                 return found
             leaf = points.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(part.margin(self.graph.outputs(leaf)).sum(), leaf)
             size = width * (1 - step / _DESCENT)
-            points = torch.clamp(points - size * gradient.sign(), part.lower, part.upper)
+            points = sets.inside(points - size * gradient.sign())
         return self.check(points, case)
-
-    def _rooted(self, part: Cases, steps: int) -> Bounded:
-        """Refined bounds of the boxes that are left, kept for the search, as such of the cases."""
-        boxes, box = distinct(part)
-        self.root = Bounded.of(self.graph, *boxes)
-        self.root.refine(steps)
-        self.box[self.left] = box
-        return _of_cases(self.root, box)
 
     @torch.no_grad()
     def _crown(self) -> str:
-        part = self.cases.take(self.left)
-        wide = _of_cases(self.root, self.box[self.left])
-        self._improve(self.left, (wide.lowest(self.graph.output, part.rows, 0) + part.constants).amax(1))
-        return ""
+        return self._linear(0)
 
     @torch.no_grad()
     def _alpha(self) -> str:
+        self.root.refine(_STEPS)
+        return self._linear(_STEPS)
+
+    def _linear(self, steps: int) -> str:
         part = self.cases.take(self.left)
-        wide = self._rooted(part, _STEPS)
-        self._improve(self.left, (wide.lowest(self.graph.output, part.rows, _STEPS) + part.constants).amax(1))
+        wide = _of_cases(self.root, part.of)
+        self._improve(self.left, (wide.lowest(self.graph.output, part.rows, steps) + part.constants).amax(1))
         return ""
 
     def _inputs(self) -> str:
@@ -184,12 +177,13 @@ class _Prover:
         if not any(node.op == "relu" for node in self.graph.nodes):
             return "there are no ReLUs to split"
         part, left = self.cases.take(self.left), self.left
-        used, box = torch.unique(self.box[left], return_inverse=True)
+        used, of = torch.unique(part.of, return_inverse=True)
         root = _of_cases(self.root, used)
+        part = Cases(root.boxes[self.graph.input], of, part.rows, part.constants)
         slice_, most, reason = _FIRST * self.seconds, _MOST, ""
         while self.clock() < self.deadline:
             search = Search(
-                root, part, box, lambda points, case: self.check(points, left[case]),
+                root, part, lambda points, case: self.check(points, left[case]),
                 deadline=min(self.deadline, self.clock() + slice_), clock=self.clock, tolerance=self.tolerance,
             )  # fmt: skip
             found = search.run()
@@ -215,14 +209,6 @@ def _above(like: Tensor, value: float) -> float:
     return float(torch.nextafter(like.new_tensor(value), like.new_tensor(torch.inf)))
 
 
-def distinct(cases: Cases) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """The boxes that differ, (B, ...) each, and which one belongs to each case, (D,)."""
-    both = torch.stack([cases.lower.flatten(1), cases.upper.flatten(1)], 1)
-    found, box = torch.unique(both, dim=0, return_inverse=True)
-    shape = cases.lower.shape[1:]
-    return (found[:, 0].view(-1, *shape), found[:, 1].view(-1, *shape)), box
-
-
-def _of_cases(bounded: Bounded, box: Tensor) -> Bounded:
-    """The bounds of boxes (B, ...) as such of cases."""
-    return Bounded(bounded.graph, {name: type(ends)(ends.lower[box], ends.upper[box]) for name, ends in bounded.boxes.items()})
+def _of_cases(bounded: Bounded, of: Tensor) -> Bounded:
+    """The bounds over sets (B, ...) as such of cases."""
+    return Bounded(bounded.graph, {name: ends.rows(of) for name, ends in bounded.boxes.items()}, bounded.memory)

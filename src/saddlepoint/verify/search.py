@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saddlepoint.propagation.bounds import Bounded, Box, Linear
-from saddlepoint.propagation.graph import Graph, Node
+from saddlepoint.propagation.nodes import Graph, Node
 from saddlepoint.verify.cases import Cases
 
 Verdict = Literal["robust", "falsified", "unknown"]
@@ -73,20 +73,20 @@ class Search:
     bound (Bunel et al. 2020, arXiv:1909.06588), the one whose children are best. Every minimiser of a bound is tried as a
     counterexample.
 
-    root: bounds of the boxes, (B, ...) each; box (D,): which one belongs to each case. check: of inputs (Q, ...) for the cases
+    root: bounds over the cases' sets, (B, ...) each. check: of inputs (Q, ...) for the cases
     with these numbers (Q,), a counterexample or None. deadline: on `clock`. name: the value that the rows speak of, if it isn't
     the output. fair: whether cases take turns, so that the bound of each grows, where otherwise the worst comes first.
     bounds (D,): after `run`, what is proved of each case. The search is deterministic.
     """
 
     def __init__(
-        self, root: Bounded, cases: Cases, box: Tensor, check: Callable[[Tensor, Tensor], Tensor | None], *,
+        self, root: Bounded, cases: Cases, check: Callable[[Tensor, Tensor], Tensor | None], *,
         deadline: float, clock: Callable[[], float] = time.perf_counter, tolerance: float = 0.0, name: str = "",
         fair: bool = False,
     ) -> None:  # fmt: skip
         self.graph: Graph = root.graph
         self.name, self.fair = name or self.graph.output, fair
-        self.root, self.cases, self.box, self.check = root, cases, box, check
+        self.root, self.cases, self.check = root, cases, check
         self.deadline, self.clock, self.tolerance = deadline, clock, tolerance
         before = self.graph.before(self.name)
         self.relus: list[Node] = [node for node in self.graph.nodes if node.op == "relu" and node.name in before]
@@ -163,8 +163,8 @@ class Search:
 
     def _bounded(self, domains: _Domains) -> Bounded:
         """The root's bounds, for each domain, cut by its signs."""
-        box = self.box[domains.case]
-        boxes = {name: Box(ends.lower[box], ends.upper[box]) for name, ends in self.root.boxes.items()}
+        of = self.cases.of[domains.case]
+        boxes = {name: ends.rows(of) for name, ends in self.root.boxes.items()}
         for name, sign in self._wide(domains.signs).items():
             (source,) = next(node for node in self.relus if node.name == name).inputs
             ends = boxes[source]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saddlepoint.propagation.bounds import Bounded, Box
-from saddlepoint.propagation.graph import Node
+from saddlepoint.propagation.nodes import Node
 from saddlepoint.verify.cases import Cases
 from saddlepoint.verify.search import Search
 
@@ -31,7 +31,8 @@ def tighten(
     deep = [node for node in relus if any(one.name in graph.before(node.inputs[0]) for one in relus)]
     left = len(deep)
     for node in graph.nodes:
-        if node.affine:
+        if node.rule is None:
+            root.boxes[node.name] = root.boxes[node.name].within(root._interval(node))
             continue
         if node in deep:
             (name,) = node.inputs
@@ -53,10 +54,8 @@ def _searched(root: Bounded, node: Node, most: int, deadline: float, clock: Call
         return box
     row = lower.new_zeros(len(which), lower.shape[1]).scatter_(1, place[:, None], 1)
     rows = torch.cat([row, -row])[:, None].view(2 * len(which), 1, *box.lower.shape[1:])
-    ends = root.boxes[root.graph.input]
-    twice = which.repeat(2)
-    cases = Cases(ends.lower[twice], ends.upper[twice], rows, lower.new_zeros(len(rows), 1))
-    search = Search(root, cases, twice, _nothing, deadline=deadline, clock=clock, name=name, fair=True)
+    cases = Cases(root.boxes[root.graph.input], which.repeat(2), rows, lower.new_zeros(len(rows), 1))
+    search = Search(root, cases, _nothing, deadline=deadline, clock=clock, name=name, fair=True)
     search.run(most * len(rows))
     low, high = search.bounds.view(2, -1)
     lower[which, place] = torch.maximum(lower[which, place], low)
