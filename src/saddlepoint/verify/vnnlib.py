@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from saddlepoint.errors import DataError
+from saddlepoint.propagation.sets import Box
+from saddlepoint.verify.cases import Cases
 
 _TOKEN = re.compile(r"[()]|[^\s()]+")
 _VARIABLE = re.compile(r"([XY])_(\d+)$")
@@ -30,10 +33,6 @@ class Case:
     rows: Tensor
     constants: Tensor
 
-    def margin(self, outputs: Tensor) -> Tensor:
-        """How far outputs (N, C) are from unsafe, (N,): <= 0 where they are."""
-        return (outputs @ self.rows.T.to(outputs) + self.constants.to(outputs)).amax(1)
-
 
 @dataclass(frozen=True)
 class Property:
@@ -43,9 +42,33 @@ class Property:
     inputs: int
     outputs: int
 
+    def to_cases(self, shape: Sequence[int], like: Tensor) -> Cases:
+        """For a network with inputs of this shape; boxes are rounded outwards to the dtype of `like`.
+
+        Errors: `DataError` where the shape has another number of inputs.
+        """
+        if math.prod(shape) != self.inputs:
+            raise DataError(f"the property is about {self.inputs} inputs; the network takes {tuple(shape)}")
+        ends = torch.stack([torch.cat([case.lower, case.upper]) for case in self.cases])
+        boxes, of = torch.unique(ends, dim=0, return_inverse=True)
+        lower, upper = (part.reshape(-1, *shape) for part in boxes.tensor_split(2, dim=1))
+        most = max(len(case.rows) for case in self.cases)
+        filled = [torch.arange(most).clamp(max=len(case.rows) - 1) for case in self.cases]  # the last row stands for more
+        rows = torch.stack([case.rows[index] for case, index in zip(self.cases, filled, strict=True)])
+        constants = torch.stack([case.constants[index] for case, index in zip(self.cases, filled, strict=True)])
+        box = Box(_rounded(lower, like, -1), _rounded(upper, like, 1))
+        return Cases(box, of.to(like.device), rows.to(like), constants.to(like))
+
     def __str__(self) -> str:
         most = max(len(case.rows) for case in self.cases)
         return f"{len(self.cases)} cases of {self.inputs} inputs and {self.outputs} outputs, at most {most} conditions each"
+
+
+def _rounded(ends: Tensor, like: Tensor, side: int) -> Tensor:
+    """Ends of boxes in another dtype, moved outwards where that rounds inwards."""
+    moved = ends.to(like)
+    short = (moved.to(ends) - ends) * side < 0
+    return torch.where(short, moved.nextafter(torch.full_like(moved, side * torch.inf)), moved)
 
 
 def read_vnnlib(path: str | Path) -> Property:
