@@ -8,7 +8,7 @@
 8
 """
 
-from saddlepoint import attacks, data, defenses, detectors, models, zoo
+from saddlepoint import attacks, data, defenses, detectors, models, verify, zoo
 from saddlepoint.attacks.facade import attack, perturb
 from saddlepoint.defenses import Adversarial, Hardening, Standard, Training, harden, train, transforms
 from saddlepoint.detectors import Detector, Guarded
@@ -125,6 +125,7 @@ __all__ = [
     "defenses",
     "detect",
     "detectors",
+    "verify",
     "diagnose",
     "distance",
     "estimate",

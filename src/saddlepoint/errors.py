@@ -59,5 +59,9 @@ class Unavailable(ModelError):  # noqa: N818  # it says what the model is
     """A remote model does not answer any more."""
 
 
+class SoundnessError(SaddlepointError):
+    """A proof and a counterexample contradict each other: a defect of Saddlepoint, or a model that changes. Please report it."""
+
+
 class SaddlepointWarning(UserWarning):
     """Something was noticed that makes a result hard to trust, though it was computed."""

@@ -1,0 +1,331 @@
+"""Which inputs are proved robust: `certify`, sample by sample, from attacks to complete search."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saddlepoint.attacks.ascent import Sprint
+from saddlepoint.attacks.facade import attack as run_attack
+from saddlepoint.engine.budget import Budget
+from saddlepoint.engine.source import fingerprint as data_fingerprint
+from saddlepoint.errors import CapabilityError, DataError, InputError, SoundnessError
+from saddlepoint.files import write_file
+from saddlepoint.models.base import Classifier
+from saddlepoint.models.fingerprint import fingerprint
+from saddlepoint.progress import bar
+from saddlepoint.propagation.graph import read
+from saddlepoint.propagation.nodes import Graph
+from saddlepoint.propagation.sets import Ball, Box
+from saddlepoint.taxonomy import Access, Norm, Status
+from saddlepoint.threats import Region, Threat
+from saddlepoint.verify.cases import Cases
+from saddlepoint.verify.prove import Proof, prove
+
+_SECONDS = 60.0
+_FORMAT = 1
+
+
+@dataclass(frozen=True, repr=False)
+class Certification:
+    """What is proved of N samples, in their order: `proofs`, each a `Proof`.
+
+    A sample that the model gets wrong is falsified in the stage "prediction". complete: False after Ctrl-C, where the rest is
+    unknown. Proofs hold for the network in real arithmetic, see `Proof`.
+    """
+
+    x: Tensor
+    y: Tensor
+    threat: Threat
+    proofs: tuple[Proof, ...]
+    complete: bool = True
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __repr__(self) -> str:
+        return f"Certification({len(self)} samples, {self.certified_accuracy:.2%} proved robust; print .summary() for more)"
+
+    def _having(self, verdict: str) -> Tensor:
+        return torch.tensor([proof.verdict == verdict for proof in self.proofs], dtype=torch.bool)
+
+    @property
+    def robust(self) -> Tensor:
+        """Samples that the model gets right at every input of the threat, (N,) bool."""
+        return self._having("robust")
+
+    @property
+    def falsified(self) -> Tensor:
+        """Samples with a counterexample, (N,) bool, with those that the model gets wrong anyway."""
+        return self._having("falsified")
+
+    @property
+    def unknown(self) -> Tensor:
+        """Samples for which neither was found in time, (N,) bool."""
+        return self._having("unknown")
+
+    @property
+    def right(self) -> Tensor:
+        """Samples that the model gets right, (N,) bool."""
+        return torch.tensor([proof.stage != "prediction" for proof in self.proofs], dtype=torch.bool)
+
+    @property
+    def certified_accuracy(self) -> float:
+        """Share of the samples that are proved robust; what is unknown isn't."""
+        return _mean(self.robust)
+
+    @property
+    def attacked_accuracy(self) -> float:
+        """Share of the samples without a counterexample: robust accuracy lies between the certified one and this."""
+        return _mean(~self.falsified)
+
+    @property
+    def bound(self) -> Tensor:
+        """The least lower bound of each sample's margins, (N,) float64: positive where it is robust."""
+        return torch.tensor([proof.bound for proof in self.proofs], dtype=torch.float64)
+
+    @property
+    def seconds(self) -> Tensor:
+        """Spent on each sample, (N,) float64."""
+        return torch.tensor([proof.seconds for proof in self.proofs], dtype=torch.float64)
+
+    @property
+    def counterexamples(self) -> Tensor:
+        """Inputs that the model gets wrong where there are some, the samples themselves elsewhere, (N, ...)."""
+        points = self.x.clone()
+        for place, proof in enumerate(self.proofs):
+            if proof.counterexample is not None:
+                points[place] = proof.counterexample.to(points)
+        return points
+
+    def stages(self) -> dict[str, dict[str, int]]:
+        """How many samples each stage decided, or left: {stage: {verdict: count}}."""
+        found: dict[str, dict[str, int]] = {}
+        for (stage, verdict), count in Counter((proof.stage, str(proof.verdict)) for proof in self.proofs).items():
+            found.setdefault(stage, {})[verdict] = count
+        return found
+
+    def summary(self) -> str:
+        """The interval of robust accuracy, and what each stage did, in plain text."""
+        lines = [
+            f"Verification of {len(self)} samples within {self.threat}",
+            f"  clean accuracy   {_mean(self.right):.2%}",
+            f"  robust accuracy  between {self.certified_accuracy:.2%} (proved) and {self.attacked_accuracy:.2%} (attacked)",
+            f"  unknown          {int(self.unknown.sum())}",
+            f"  seconds          {float(self.seconds.sum()):.1f}, {float(self.seconds.max()) if len(self) else 0:.1f} at most",
+            "  stage          robust  falsified  unknown",
+        ]
+        for stage, counts in self.stages().items():
+            numbers = "".join(f"{counts.get(verdict, 0):>{width}}" for verdict, width in _COLUMNS)
+            lines.append(f"  {stage:<13}{numbers}")
+        for reason, count in Counter(proof.reason for proof in self.proofs if proof.reason).most_common(3):
+            lines.append(f"  ! {count}: {reason}")
+        return "\n".join(lines if self.complete else [*lines, "  ! interrupted: later samples are missing"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures, ready for JSON: shares between 0 and 1, `stages`, and a list of the proofs without inputs."""
+        return {
+            "samples": len(self), "threat": self.threat.settings(), "clean_accuracy": _mean(self.right),
+            "certified_accuracy": self.certified_accuracy, "attacked_accuracy": self.attacked_accuracy,
+            "unknown": int(self.unknown.sum()), "seconds": float(self.seconds.sum()), "complete": self.complete,
+            "stages": self.stages(),
+            "proofs": [
+                {key: value for key, value in asdict(proof).items() if key != "counterexample"} for proof in self.proofs
+            ],
+        }  # fmt: skip
+
+
+_COLUMNS = (("robust", 8), ("falsified", 11), ("unknown", 9))
+
+
+def certify(
+    model: Classifier, x: Tensor, y: Tensor, threat: Threat, budget: Budget | None = None, *, seed: int = 0,
+    progress: bool = False, folder: str | Path | None = None, clock: Callable[[], float] = time.perf_counter,
+) -> Certification:  # fmt: skip
+    """Prove or refute, for each sample, that every input of the threat is classified as it should be.
+
+    x (N, ...), y (N,): samples inside the model's bounds and their true classes. threat: `Linf`, `L2` or `L1` of stated size.
+    budget: `Budget(seconds=...)` for each sample, default 60. The cascade, each stage for what is left:
+
+    - prediction: is the sample itself right?
+    - attack: a short one by gradients
+    - crown-ibp, corners, crown, alpha-crown, search or inputs: see `prove`
+
+    Complete for ReLU networks up to time and rounding; other nonlinearities are proved by bounds, or by halving where there are
+    at most 16 inputs. seed: of the attack; all else is deterministic, but for where time ends. folder: keeps what is finished, a
+    file for each sample; the same call goes on there. clock: what `seconds` means; `time.process_time` counts the processor's.
+
+    Ctrl-C returns what is finished. Errors: `InputError` for bad inputs, other norms and random models, `CapabilityError` for
+    models whose weights aren't known, `ModelError` for operators without known bounds, `DataError` for another run's folder,
+    `SoundnessError` should a proof and a counterexample contradict each other.
+
+    >>> import torch, saddlepoint as sp
+    >>> model = sp.Model(torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)))
+    >>> x = torch.rand(4, 2)
+    >>> found = sp.verify.certify(model, x, model.predict(x), sp.Linf(0.01), sp.Budget(seconds=5))
+    >>> bool((found.robust | found.falsified).all())
+    True
+    """
+    _check(model, x, y, threat)
+    x, y = x.detach().cpu(), y.detach().cpu()
+    seconds = budget.seconds if budget is not None and budget.seconds is not None else _SECONDS
+    ledger = _Ledger(folder, model, x, y, threat, seconds, seed) if folder is not None else None
+    proofs: dict[int, Proof] = dict(ledger.read(x)) if ledger is not None else {}
+
+    def keep(place: int, proof: Proof) -> None:
+        proofs[place] = proof
+        if ledger is not None:
+            ledger.write(place, proof)
+        tick(len(proofs))
+
+    complete = True
+    with bar("verifying", len(y), show=progress) as tick, model.frozen():
+        try:
+            rest = [place for place in range(len(y)) if place not in proofs]
+            if rest:
+                _through(model, x, y, threat, torch.tensor(rest), seconds, seed, clock, keep)
+        except KeyboardInterrupt:
+            complete = False
+    nothing = Proof("unknown", "none", -math.inf, None, 0, 0.0, "interrupted")
+    return Certification(x, y, threat, tuple(proofs.get(place, nothing) for place in range(len(y))), complete)
+
+
+def _check(model: Classifier, x: Tensor, y: Tensor, threat: Threat) -> None:
+    if not isinstance(model, Classifier):
+        raise InputError(f"model must be a Saddlepoint model: sp.Model(net, ...); got {type(model).__name__}")
+    if not isinstance(threat, Threat) or threat.minimizes:
+        raise InputError(f"certify needs a ball of stated size, such as sp.Linf(8 / 255); got {threat!r}")
+    if threat.norm not in (Norm.LINF, Norm.L2, Norm.L1):
+        raise CapabilityError(f"bounds are known for l-infinity, l2 and l1; the threat is {threat}")
+    model.require(Access.PARAMETERS, "certify")
+    if model.rejects:
+        raise CapabilityError("certify is about classes; this model can also refuse to answer")
+    if y.shape != (len(x),):
+        raise InputError(f"y must have shape ({len(x)},), one class per input; its shape is {tuple(y.shape)}")
+    model.check_inputs(x)
+    if len(x) and model.probe(x).stochastic:
+        raise CapabilityError("the model is random: no bound holds for it; sp.defenses.Smoothed certifies by votes")
+
+
+def _through(
+    model: Classifier, x: Tensor, y: Tensor, threat: Threat, rows: Tensor, seconds: float, seed: int,
+    clock: Callable[[], float], keep: Callable[[int, Proof], None],
+) -> None:  # fmt: skip
+    started = clock()
+    result = run_attack(model, x[rows], y[rows], Sprint(steps=20), threat.only(rows, x), seed=seed, ids=rows)
+    spent = (clock() - started) / len(rows)
+    left = []
+    for place, row in enumerate(rows.tolist()):
+        if bool(result.having(Status.ALREADY_WRONG)[place]):
+            keep(row, Proof("falsified", "prediction", -math.inf, x[row], 0, spent))
+        elif bool(result.having(Status.FOOLED)[place]):
+            keep(row, Proof("falsified", "attack", -float(result.margin[place]), result.adversarial[place].cpu(), 0, spent))
+        else:
+            left.append(row)
+    if not left:
+        return
+    classes, device = model.probe(x).num_classes, model.device
+    graph = read(model, x[left[:1]].to(device))
+    for row in left:
+        one = torch.tensor([row])
+        region = threat.only(one, x).around(x[one].to(device), model.bounds if model.bounds is not None else None)
+        keep(row, _proved(model, graph, region, y[one].to(device), classes, max(seconds - spent, 0.0), spent, clock))
+
+
+def _proved(
+    model: Classifier, graph: Graph, region: Region, y: Tensor, classes: int, seconds: float, spent: float,
+    clock: Callable[[], float],
+) -> Proof:  # fmt: skip
+    """One sample; where memory runs out that is the reason why it stays unknown."""
+    cases = Cases.of_classes(inputs_of(region), y, classes)
+
+    def replay(point: Tensor, case: int) -> bool:
+        inside = region.snap(region.project(point[None]))
+        return bool(region.contains(inside)[0]) and int(model.predict(inside)[0]) != int(y[0])
+
+    started = clock()
+    try:
+        proof = prove(graph, cases, replay, seconds=seconds, clock=clock)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        proof = Proof("unknown", "none", -math.inf, None, 0, clock() - started, f"out of memory: {str(error)[:80]}")
+    if proof.counterexample is not None:
+        point = region.snap(region.project(proof.counterexample[None]))[0]
+        if int(model.predict(point[None])[0]) == int(y[0]):
+            raise SoundnessError("a counterexample was confirmed, and then was none: does the model change while it is verified?")
+        proof = replace(proof, counterexample=point.cpu())
+    return replace(proof, seconds=proof.seconds + spent)
+
+
+def inputs_of(region: Region) -> Box:
+    """The inputs of a bound threat: for l-infinity its box; for l2 and l1 a ball cut with the range and the mask."""
+    if region.threat.norm is Norm.LINF:
+        return Box(region.lower, region.upper)
+    radius = region.eps.to(region.origin.dtype)
+    wide = radius.view(-1, *[1] * (region.origin.dim() - 1))
+    lower = torch.maximum(region.lower, region.origin - wide)
+    upper = torch.minimum(region.upper, region.origin + wide)
+    norm = "l2" if region.threat.norm is Norm.L2 else "l1"
+    return Ball(torch.minimum(lower, region.origin), torch.maximum(upper, region.origin), region.origin, radius, norm)
+
+
+class _Ledger:
+    """A folder with a file for each finished sample."""
+
+    def __init__(
+        self, folder: str | Path, model: Classifier, x: Tensor, y: Tensor, threat: Threat, seconds: float, seed: int
+    ) -> None:
+        self.path = Path(folder).expanduser()
+        wanted = {
+            "format": _FORMAT, "model": fingerprint(model), "data": data_fingerprint(x, y), "threat": threat.settings(),
+            "seconds": seconds, "seed": seed,
+        }  # fmt: skip
+        wanted = json.loads(json.dumps(wanted, default=str))
+        manifest = self.path / "certification.json"
+        if manifest.exists():
+            begun = _json(manifest)
+            other = [key for key, value in wanted.items() if begun.get(key) != value]
+            if other:
+                raise DataError(f"{self.path} holds another run: {', '.join(other)} differ; take another folder")
+        else:
+            write_file(manifest, json.dumps(wanted, indent=1).encode())
+
+    def write(self, place: int, proof: Proof) -> None:
+        point = None if proof.counterexample is None else proof.counterexample.flatten().tolist()
+        document = asdict(replace(proof, counterexample=None)) | {"counterexample": point}
+        write_file(self.path / f"{place:06}.json", json.dumps(document).encode())
+
+    def read(self, x: Tensor) -> dict[int, Proof]:
+        found = {}
+        for path in sorted(self.path.glob("[0-9]*.json")):
+            known, place = _json(path), int(path.stem)
+            point = known.pop("counterexample", None)
+            try:
+                found[place] = Proof(
+                    **known, counterexample=None if point is None else torch.tensor(point).to(x).view(x.shape[1:])
+                )
+            except (TypeError, RuntimeError) as error:
+                raise DataError(f"{path} is damaged ({error}): remove it, and the sample is done again") from error
+        return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged or cannot be read ({error}): remove it, and the sample is done again") from error
+    if not isinstance(found, Mapping):
+        raise DataError(f"{path} is damaged: remove it, and the sample is done again")
+    return dict(found)
+
+
+def _mean(mask: Tensor) -> float:
+    return float(mask.double().mean()) if len(mask) else math.nan
