@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -96,6 +97,13 @@ def pulled(node: Node, a: Tensor) -> list[Tensor]:
     pull = torch.func.vjp(node.apply, *node.like)[1]
     parts = torch.vmap(pull)(a.reshape(count * rows, 1, *a.shape[2:]))
     return [part.reshape(count, rows, *shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def absolute(node: Node) -> Node:
+    """The operator with the absolute values of its weights; only to pull coefficients of one sign."""
+    if (node.op not in WEIGHTED and node.op not in ("mul", "div")) or node.magnitude is None:
+        return node
+    return replace(node, op="magnitude", apply=node.magnitude)
 
 
 def _named(*arguments: object) -> bool:

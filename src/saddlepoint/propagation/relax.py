@@ -303,6 +303,7 @@ class Product(Elementwise):
         """See the class; constants where an end is infinite."""
         (mx, rx), (my, ry) = (((box.lower + box.upper) / 2, (box.upper - box.lower) / 2) for box in boxes)
         at, gap = mx * my, rx * ry
+        gap = gap + 8 * torch.finfo(at.dtype).eps * (at.abs() + gap)
         good = at.isfinite() & gap.isfinite()
         ends = self.ends(*boxes)
         slopes = torch.where(good, my, 0), torch.where(good, mx, 0)
