@@ -9,8 +9,8 @@ Between bounds L_j <= z_j <= U_j, and with a binary a_j for each piece that may 
     y >= z_j,   y <= z_j + (max_{i != j} U_i - L_j) (1 - a_j),   sum_j a_j = 1;
 
 of two pieces whose a_j may lie between 0 and 1, the triangle. Where one piece is the largest for certain, y = z_j without a
-binary. Everything is in float64, whatever the network's own dtype, and true up to what HiGHS allows: constraints may be missed by 1e-6
-(1e-7 in linear programmes), and binaries may be as far from 0 or 1.
+binary. Everything is in float64, whatever the network's own dtype, and true up to what HiGHS allows: constraints may be missed
+by 1e-6 (1e-7 in linear programmes), and binaries may be as far from 0 or 1.
 
 Source: Tjeng, Xiao & Tedrake 2019, "Evaluating robustness of neural networks with mixed integer programming",
 arXiv:1711.07356, section 4.
