@@ -1,14 +1,19 @@
 """The nearest input of another class, exactly: what attacks can be measured by.
 
-For each other class t, with margins of logits f,
+With logits f and the class y, that is for each other class t
 
-    least distance(x', x)   such that   f_t(x') >= f_y(x'),   x' in the input range,
+    least distance(x', x)   such that   f_t(x') >= f_y(x'),   x' in the input range.
 
-is a mixed-integer programme for piecewise linear networks and l-infinity or l1 (`Programme`), and a projection on a hyperplane
-for linear ones. Attacks make it small: what they find bounds the ball in which the network's values need to be bounded.
+For linear models it is a projection on a hyperplane, in closed form. For piecewise linear networks an attack finds a first
+point, at distance r, and the mixed-integer programme (`Programme`) of
+
+    least f_y(x') - f_t(x')   such that   distance(x', x) <= (1 - delta) r
+
+proves that there is no nearer one, or finds one, whose activation pattern's nearest point, by a linear programme, is the next.
+That is much faster than the programme of the distance itself, in which every feature has constraints.
 
 Source: Carlini, Katz, Barrett & Dill 2017, "Ground-truth adversarial examples", arXiv:1709.10207, who bisect the distance with
-Reluplex; the programme is that of Tjeng, Xiao & Tedrake 2019, arXiv:1711.07356.
+Reluplex, from what an attack found; the programme is that of Tjeng, Xiao & Tedrake 2019, arXiv:1711.07356.
 """
 
 from __future__ import annotations
@@ -28,14 +33,17 @@ from saddlepoint.engine import Attack
 from saddlepoint.errors import CapabilityError, InputError
 from saddlepoint.models.base import Classifier
 from saddlepoint.propagation.bounds import Bounded, Box
-from saddlepoint.propagation.graph import read
+from saddlepoint.propagation.graph import Graph, read
 from saddlepoint.taxonomy import Norm
 from saddlepoint.threats import Minimize, ball, distance
-from saddlepoint.verify.milp import Array, Places, Programme, System
+from saddlepoint.verify.milp import Array, Programme, System
 
 _GAP = 1e-6  # of the programmes, relative
-_SAME = (1e-4, 1e-6)  # distances that differ by less, relative or absolute, are one
-_TIE, _MORE, _TRIES = 1e-6, 4.0, 10  # by how much the other class shall win, of the largest logit; more until it does
+_SHORTER = (2e-4, 2e-3, 2e-2, 2e-1)  # by how much less than what was found distances are searched: more where that fails
+_SAME = 1e-3  # distances that differ by less, relatively, are one
+_TOLERANCE = 1e-6  # of margins, of the largest logit: what HiGHS may miss
+_TIE, _MORE, _TRIES = 1e-7, 4.0, 12  # by how much the other class shall win, of the largest logit; more until it does
+_STEPS, _HALVINGS = 20, 12  # of the ascent on slopes; of the bisection of radii that bounds prove
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class Nearest:
 
     points (N, ...): the nearest that were found, which the model itself gives another class; the inputs where there is none.
     distance (N,) float64: theirs; inf where there is none. lower (N,): no input of another class is nearer. proved (N,) bool:
-    both agree, to 1e-4 of the distance or 1e-6. classes (N,): the model's at the points. seconds (N,): of the proofs.
+    both agree, to a thousandth. classes (N,): the model's at the points. seconds (N,): of the proofs.
 
     lower holds for the network in exact arithmetic and up to the solver's tolerances (see `Programme`); the model's own
     arithmetic can give a tie to either class.
@@ -126,7 +134,7 @@ def nearest(
         points[i], found[i] = search.point, search.found
         took[i] = time.perf_counter() - started
     none = found.isinf() & lower.isinf()
-    proved = none | (found - lower <= torch.clamp(_SAME[0] * found, min=_SAME[1])) & found.isfinite()
+    proved = none | (found - lower <= _SAME * found) & found.isfinite()
     return Nearest(points, found, lower, proved, model.predict(points), took, norm)
 
 
@@ -148,7 +156,8 @@ class _Search:
         self.point, self.found, self.deadline = point, found, deadline
         self.start: Array = x.detach().cpu().double().reshape(-1).numpy()
         outputs = programme.outputs(programme.variables(x))
-        self.scale = _TIE * float(1 + np.abs(outputs).max())
+        self.scale = float(1 + np.abs(outputs).max())
+        self.tolerance = _TOLERANCE * self.scale
         others = np.argsort(-outputs, kind="stable")
         self.targets: list[int] = [int(t) for t in others if t != y]
 
@@ -161,6 +170,8 @@ class _Search:
                 least = min(least, self._network(target, share))
             else:
                 least = min(least, self._hyperplane(target))
+        if self.programme.maxima:  # any ball of these norms lies in that of l-infinity
+            least = max(least, proved_radius(self.programme.graph, self.x, self.y, self.model.bounds, self.found))
         return min(least, self.found)
 
     def _replayed(self, points: Iterator[Tensor | None]) -> None:
@@ -174,7 +185,7 @@ class _Search:
 
     def _margins(self) -> list[float]:
         """By how much the other class shall win: so little that the distance hardly changes, and more where a tie remains."""
-        return [self.scale * _MORE**k for k in range(_TRIES)]
+        return [self.scale * _TIE * _MORE**k for k in range(_TRIES)]
 
     def _row(self, target: int) -> tuple[Array, float]:
         """The logit of the target less that of the class, as coefficients of the variables and a constant."""
@@ -212,64 +223,91 @@ class _Search:
     # ---- piecewise linear networks
 
     def _network(self, target: int, seconds: float) -> float:
-        """No input that ties is nearer, by the programme in the ball of the best point so far; which may improve on that."""
-        box = self._box()
-        if seconds <= 0 or not bool((box.lower.isfinite() & box.upper.isfinite()).all()):
-            return 0.0
+        """No input for which the target wins is nearer; nearer ones that are found on the way are kept."""
+        ends = time.perf_counter() + seconds
+        for shorter in _SHORTER:
+            while (left := ends - time.perf_counter()) > 0:
+                before, radius = self.found, (1 - shorter) * self.found
+                if self._none_within(radius, target, left):
+                    return radius
+                if not self.found < before:
+                    break
+        return 0.0
+
+    def _none_within(self, radius: float, target: int, seconds: float) -> bool:
+        """Whether it is proved that the target wins nowhere in this ball; what is found there is kept if it is nearer."""
+        box = _ball(self.x, radius, self.model.bounds)
+        if not bool((box.lower.isfinite() & box.upper.isfinite()).all()):
+            return False
         bounded = Bounded.of(self.programme.graph, box.lower, box.upper)
+        row = torch.zeros(1, 1, len(self.programme.outputs.constant)).to(self.x)
+        row[..., self.y], row[..., target] = 1, -1
         with torch.no_grad():
-            bounded.refine()
-        started = time.perf_counter()
-        status, bound, v = self._solved(bounded, target, 0.0, seconds)
-        if status == "infeasible":
-            return self.found  # nothing in the ball
+            bounded.refine(_STEPS)
+        if float(bounded.lowest(self.programme.graph.output, row, _STEPS)) > self.tolerance:
+            return True
+        system, (cost, constant) = self.programme.system(bounded.boxes), self._row(target)
+        if self.norm is not Norm.LINF:
+            system, _ = self._with_distance(system, radius)
+        status, bound, v = system.minimise(-cost, seconds, _GAP)
+        if status == "infeasible" or bound - constant > self.tolerance:
+            return True
         if v is not None:
-            pattern = self.programme.pattern(self.programme.variables(self.programme.point(v, box)))
+            self._replayed(self._beyond(target, v, bounded, seconds))
+        return False
 
-            def nearby() -> Iterator[Tensor | None]:
-                """A little beyond the tie, by linear programmes where the pattern allows it, otherwise by a new search."""
-                for margin in self._margins():
-                    left = seconds - (time.perf_counter() - started)
-                    beyond = self._solved(bounded, target, margin, max(left, 1.0), pattern)[2]
-                    if beyond is None and left > 0:
-                        beyond = self._solved(bounded, target, margin, left)[2]
-                    yield None if beyond is None else self.programme.point(beyond, box)
+    def _beyond(self, target: int, v: Array, bounded: Bounded, seconds: float) -> Iterator[Tensor]:
+        """The nearest points with the same activation pattern where the target wins, by more and more; and v itself."""
+        box = bounded.boxes[self.programme.graph.input]
+        pattern = self.programme.pattern(self.programme.variables(self.programme.point(v, box)))
+        system, (slope, constant) = self.programme.system(bounded.boxes, pattern), self._row(target)
+        system, size = self._with_distance(system, math.inf)
+        wins, none = sparse.csr_array(np.pad(slope, (0, len(size) - len(slope)))[None]), np.zeros(0)
+        for margin in self._margins():
+            nearer = system.extended(wins, np.array([margin - constant]), np.array([math.inf]), none, none)
+            found = nearer.minimise(size, seconds, _GAP)[2]
+            if found is not None:
+                yield self.programme.point(found, box)
+        yield self.programme.point(v, box)
 
-            if bound < self.found:
-                self._replayed(nearby())
-        return max(bound, 0.0)
-
-    def _box(self) -> Box:
-        """The ball of the best point so far, a little widened, inside the input range."""
-        low, high = self.model.bounds or (-math.inf, math.inf)
-        radius = self._radius()
-        return Box((self.x - radius).clamp(min=low)[None], (self.x + radius).clamp(max=high)[None])
-
-    def _radius(self) -> float:
-        precision = torch.finfo(self.x.dtype).eps * (1 + float(self.x.abs().max()))
-        return self.found * (1 + 1e-5) + 4 * precision
-
-    def _solved(
-        self, bounded: Bounded, target: int, margin: float, seconds: float, pattern: dict[str, Places] | None = None
-    ) -> tuple[str, float, Array | None]:
-        """The programme: least distance such that the target wins by a margin."""
-        system = self.programme.system(bounded.boxes, pattern)
-        slope, constant = self._row(target)
-        wins = sparse.csr_array(np.pad(slope, (0, system.matrix.shape[1] - len(slope)))[None])
-        none = np.zeros(0)
-        system = system.extended(wins, np.array([margin - constant]), np.array([math.inf]), none, none)
-        system, cost = self._with_distance(system)
-        return system.minimise(cost, seconds, _GAP)
-
-    def _with_distance(self, system: System) -> tuple[System, Array]:
-        """With variables d, one for l-infinity and one for each feature for l1, that hold |x' - x|, and their sum."""
+    def _with_distance(self, system: System, radius: float) -> tuple[System, Array]:
+        """With variables d, one for l-infinity and one for each feature for l1, that hold |x' - x|, and their sum <= radius."""
         features, width = len(self.start), system.matrix.shape[1]
         spread = np.ones((features, 1)) if self.norm is Norm.LINF else sparse.eye_array(features)
         count = spread.shape[1]
         one = sparse.eye_array(features, width)
         total = np.pad(np.ones(count), (width, 0))
         rows = sparse.vstack([sparse.hstack([one, -spread]), sparse.hstack([-one, -spread]), total[None]], format="csr")
-        radius = self._radius()
         high = np.concatenate([self.start, -self.start, [radius]])
         low = np.full(len(high), -math.inf)
-        return system.extended(rows, low, high, np.zeros(count), np.full(count, radius)), total
+        return system.extended(rows, low, high, np.zeros(count), np.full(count, math.inf)), total
+
+
+def proved_radius(graph: Graph, x: Tensor, y: int, bounds: tuple[float, float] | None, upto: float, steps: int = 0) -> float:
+    """The largest l-infinity radius, up to a limit, around x (...) in which linear bounds prove class y, by bisection.
+
+    bounds: the input range. steps: of ascent on slopes, 0 for CROWN's (see `Bounded`). 0 where neither limits the ball.
+    """
+    upto = min(upto, bounds[1] - bounds[0] if bounds is not None else math.inf)
+    if math.isinf(upto):
+        return 0.0
+    classes = math.prod(next(node.shape for node in graph.nodes if node.name == graph.output))
+    rows = (torch.eye(classes)[y] - torch.eye(classes))[torch.arange(classes) != y].to(x)
+    low, high = 0.0, upto
+    for trial in range(_HALVINGS):
+        middle = upto if trial == 0 else (low + high) / 2
+        box = _ball(x, middle, bounds)
+        bounded = Bounded.of(graph, box.lower, box.upper)
+        with torch.no_grad():
+            bounded.refine(steps)
+        holds = bool((bounded.lowest(graph.output, rows[None], steps) > 0).all())
+        low, high = (middle, high) if holds else (low, middle)
+        if low == upto:
+            break
+    return low
+
+
+def _ball(x: Tensor, radius: float, bounds: tuple[float, float] | None) -> Box:
+    """Inputs (1, ...) within this distance in l-infinity and in the input range."""
+    low, high = bounds or (-math.inf, math.inf)
+    return Box((x - radius).clamp(min=low)[None], (x + radius).clamp(max=high)[None])
