@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 import saddlepoint as sp
 from saddlepoint.errors import CapabilityError, InputError, ModelError
-from saddlepoint.propagation.bounds import Bounded, Box, bounds
+from saddlepoint.propagation.bounds import Bounded, Box, Method, bounds
 from saddlepoint.propagation.graph import Exported, export, read
 from saddlepoint.verify.exact import nearest, proved_radius
 from saddlepoint.verify.milp import Programme, System
 
 ROW = torch.tensor([1.0, -1.0, 0.0])
+QUICK = {norm: sp.attacks.minimal(norm, passes=100) for norm in ("linf", "l1")}
+METHODS: tuple[Method, ...] = ("ibp", "crown", "alpha-crown")
 
 
 def small(*, inputs: int = 2, hidden: int = 4, activation: nn.Module | None = None) -> tuple[sp.Model, Exported]:
@@ -86,7 +88,7 @@ def test_programmes_equal_the_enumeration_of_activation_patterns(slope: float) -
 
 def test_bounds_are_never_above_the_least_value_and_save_binaries() -> None:
     model, exported = small()
-    for seed in range(120):
+    for seed in range(100):
         drawn(model, seed)
         x = torch.rand(1, 2, generator=torch.Generator().manual_seed(seed))
         box = Box(x - 0.4, x + 0.4)
@@ -96,7 +98,7 @@ def test_bounds_are_never_above_the_least_value_and_save_binaries() -> None:
             bounded.refine()
         programme = Programme(graph, x)
         found = programme.minimise(box, ROW, bounded.boxes)
-        for method in ("ibp", "crown", "alpha-crown"):
+        for method in METHODS if seed < 8 else METHODS[:2]:
             assert float(bounds(graph, box.lower, box.upper, ROW[None, None], method)) <= found.bound + 1e-4  # float32
         assert programme.leaf(bounded.boxes, {}, ROW)[0] <= found.bound + 1e-6
         assert len(programme.system(bounded.boxes).whole) <= len(programme.system({graph.input: box}).whole)
@@ -195,31 +197,31 @@ def test_nearest_inputs_equal_dense_grids_and_no_attack_comes_nearer(norm: str) 
     model, _ = small()
     for seed in (0, 3):
         drawn(model, seed)
-        x = torch.rand(3, 2, generator=torch.Generator().manual_seed(seed))
+        x = torch.rand(2, 2, generator=torch.Generator().manual_seed(seed))
         y = model.predict(x)
-        found = nearest(model, x, y, norm)
+        found = nearest(model, x, y, norm, attack=QUICK[norm])
         assert found.proved.all()
         assert (model.predict(found.points) != y).all()
         assert ((found.points >= 0) & (found.points <= 1)).all()
         grid = on_grid(model, x, y, norm)
         assert (found.distance <= grid + 1e-6).all()
         assert (found.lower >= grid - (1 if norm == "linf" else 2) / 400 - 1e-3 * grid).all()  # a step from any point
-        for method in (sp.attacks.Bisect(sp.attacks.PGD(steps=20)), "fab", "minimal"):
-            if norm == "l1" and not isinstance(method, str):
+        for method in (sp.attacks.Bisect(sp.attacks.PGD(steps=20)), "fab", QUICK[norm]):
+            if norm == "l1" and isinstance(method, sp.attacks.Bisect):
                 continue
             tried = sp.attack(model, x, y, method, sp.Minimize(norm))
             assert (tried.distance >= found.lower).all()
         graph = read(model, x[:1])
-        for i in range(3):
+        for i in range(2):
             assert proved_radius(graph, x[i], int(y[i]), (0, 1), 1.0) <= float(found.distance[i])
 
 
 def test_a_weak_first_attack_leads_to_the_same_distance() -> None:
     model, _ = small()
     drawn(model, 1)
-    x = torch.rand(3, 2, generator=torch.Generator().manual_seed(1))
+    x = torch.rand(2, 2, generator=torch.Generator().manual_seed(1))
     y = model.predict(x)
-    strong, weak = nearest(model, x, y), nearest(model, x, y, attack=sp.attacks.Bisect(sp.attacks.FGSM()))
+    strong, weak = nearest(model, x, y, attack=QUICK["linf"]), nearest(model, x, y, attack=sp.attacks.Bisect(sp.attacks.FGSM()))
     torch.testing.assert_close(strong.distance, weak.distance, rtol=2e-3, atol=1e-6)
     assert weak.proved.all()
 
@@ -231,7 +233,7 @@ def test_that_there_is_no_other_class_is_proved_too_and_wrong_inputs_are_their_o
     assert isinstance(last, nn.Linear)
     last.bias.data[2] += 1000
     x = torch.rand(2, 2)
-    found = nearest(model, x, torch.tensor([2, 0]))
+    found = nearest(model, x, torch.tensor([2, 0]), attack=QUICK["linf"])
     assert found.distance.tolist() == [math.inf, 0]
     assert found.lower.tolist() == [math.inf, 0]
     assert found.proved.all()
@@ -250,9 +252,6 @@ def test_linear_models_have_the_distance_of_the_dual_norm(norm: str) -> None:
         slopes = net.weight[y][:, None] - net.weight
         dual = {"linf": slopes.abs().sum(2), "l2": slopes.norm(dim=2), "l1": slopes.abs().amax(2)}
         wanted = torch.where(gaps > 0, gaps / dual[norm], math.inf).amin(1) if norm != "l0" else torch.ones(5).double()
-    if norm == "l0":
-        with pytest.raises(CapabilityError if False else InputError):
-            nearest(sp.Model(net, bounds=None), x, y + 9, norm)
     found = nearest(sp.Model(net, bounds=None), x, y, norm)
     torch.testing.assert_close(found.distance, wanted, rtol=1e-5, atol=0)
     torch.testing.assert_close(found.lower, wanted, rtol=1e-9, atol=0)

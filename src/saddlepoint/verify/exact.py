@@ -170,7 +170,7 @@ class _Search:
                 least = min(least, self._network(target, share))
             else:
                 least = min(least, self._hyperplane(target))
-        if self.programme.maxima:  # any ball of these norms lies in that of l-infinity
+        if self.programme.maxima and least < (1 - _SAME) * self.found:  # any ball of these norms lies in that of l-infinity
             least = max(least, proved_radius(self.programme.graph, self.x, self.y, self.model.bounds, self.found))
         return min(least, self.found)
 
