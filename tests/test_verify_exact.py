@@ -73,7 +73,7 @@ def enumerated(net: nn.Sequential, box: Box, row: Tensor, slope: float = 0.0) ->
 @pytest.mark.parametrize("slope", [0.0, 0.2, 1.5])
 def test_programmes_equal_the_enumeration_of_activation_patterns(slope: float) -> None:
     model, exported = small(hidden=3, activation=nn.LeakyReLU(slope) if slope else nn.ReLU())
-    for seed in range(4):
+    for seed in range(2):
         net = drawn(model, seed)
         x = torch.rand(1, 2, generator=torch.Generator().manual_seed(seed))
         box = Box(x - 0.7, x + 0.7)
@@ -89,7 +89,7 @@ def test_programmes_equal_the_enumeration_of_activation_patterns(slope: float) -
 
 def test_bounds_are_never_above_the_least_value_and_save_binaries() -> None:
     model, exported = small()
-    for seed in range(60):
+    for seed in range(40):
         drawn(model, seed)
         x = torch.rand(1, 2, generator=torch.Generator().manual_seed(seed))
         box = Box(x - 0.4, x + 0.4)
@@ -99,17 +99,17 @@ def test_bounds_are_never_above_the_least_value_and_save_binaries() -> None:
             bounded.refine()
         programme = Programme(graph, x)
         found = programme.minimise(box, ROW, bounded.boxes)
-        for method in METHODS if seed < 8 else METHODS[:2]:
+        for method in METHODS if seed < 4 else METHODS[:2]:
             assert float(bounds(graph, box.lower, box.upper, ROW[None, None], method)) <= found.bound + 1e-4  # float32
         assert programme.leaf(bounded.boxes, {}, ROW)[0] <= found.bound + 1e-6
         assert len(programme.system(bounded.boxes).whole) <= len(programme.system({graph.input: box}).whole)
-        if seed < 12:
+        if seed < 6:
             assert programme.minimise(box, ROW).value == pytest.approx(found.value, abs=1e-6)
 
 
 def test_leaves_are_exact_where_all_signs_are_fixed_and_cover_the_box() -> None:
     model, exported = small(hidden=3)
-    for seed in range(3):
+    for seed in range(2):
         net = drawn(model, seed)
         x = torch.full((1, 2), 0.5)
         box = Box(x - 0.7, x + 0.7)
@@ -184,7 +184,7 @@ def test_max_pooling() -> None:
         )
 
 
-def on_grid(model: sp.Model, x: Tensor, y: Tensor, norm: str, count: int = 401) -> Tensor:
+def on_grid(model: sp.Model, x: Tensor, y: Tensor, norm: str, count: int = 201) -> Tensor:
     """Each input's distance to the nearest point of a grid with another class."""
     axis = torch.linspace(0, 1, count)
     grid = torch.cartesian_prod(axis, axis)
@@ -196,7 +196,7 @@ def on_grid(model: sp.Model, x: Tensor, y: Tensor, norm: str, count: int = 401) 
 @pytest.mark.parametrize("norm", ["linf", "l1"])
 def test_nearest_inputs_equal_dense_grids_and_no_attack_comes_nearer(norm: str) -> None:
     model, _ = small()
-    for seed in (0, 3):
+    for seed in (0,):
         drawn(model, seed)
         x = torch.rand(2, 2, generator=torch.Generator().manual_seed(seed))
         y = model.predict(x)
@@ -206,8 +206,8 @@ def test_nearest_inputs_equal_dense_grids_and_no_attack_comes_nearer(norm: str) 
         assert ((found.points >= 0) & (found.points <= 1)).all()
         grid = on_grid(model, x, y, norm)
         assert (found.distance <= grid + 1e-6).all()
-        assert (found.lower >= grid - (1 if norm == "linf" else 2) / 400 - 1e-3 * grid).all()  # a step from any point
-        for method in (sp.attacks.Bisect(sp.attacks.PGD(steps=20)), "fab", QUICK[norm]):
+        assert (found.lower >= grid - (1 if norm == "linf" else 2) / 200 - 1e-3 * grid).all()  # a step from any point
+        for method in (sp.attacks.Bisect(sp.attacks.PGD(steps=8)), QUICK[norm]):
             if norm == "l1" and isinstance(method, sp.attacks.Bisect):
                 continue
             tried = sp.attack(model, x, y, method, sp.Minimize(norm))
