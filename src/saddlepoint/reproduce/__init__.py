@@ -20,6 +20,7 @@ from saddlepoint.reproduce import (  # noqa: F401  # they register their entries
     purification,
     szegedy,
     training,
+    verification,
 )
 from saddlepoint.reproduce.frame import ENTRIES, Context, Entry, Figure, Outcome, Recipe, find, find_data, run
 
