@@ -27,6 +27,7 @@ from saddlepoint.defenses.classifiers import Smoothed
 from saddlepoint.defenses.distillation import Tempered, distill
 from saddlepoint.defenses.ensemble import EnsembleAdversarial
 from saddlepoint.defenses.gradients import CURE, InputGradientPenalty, JacobianPenalty
+from saddlepoint.defenses.noise import SmoothAdv
 from saddlepoint.defenses.objectives import Adversarial, Objective, Standard
 from saddlepoint.defenses.single_step import NFGSM, Fast, Free, GradAlign, StopAtCollapse
 from saddlepoint.defenses.smoothness import HAT, MART, TRADES, AdversarialLogitPairing, CleanLogitPairing
@@ -106,6 +107,10 @@ def _clean_logit_pairing(threat: Threat, **settings: Any) -> Objective:
     return CleanLogitPairing(**settings)
 
 
+def _smoothing_noise(threat: Threat, sigma: float = 0.5) -> Objective:
+    return GaussianAugmentation(Standard(), sigma, clip=False)
+
+
 _CYCLIC: Final = {"schedule": "cyclic"}
 _BUILDERS: Final[Mapping[str, tuple[Callable[..., Objective], Mapping[str, Any]]]] = {
     "standard": (_clean, {}),
@@ -121,6 +126,7 @@ _BUILDERS: Final[Mapping[str, tuple[Callable[..., Objective], Mapping[str, Any]]
     "trades": (TRADES, {}),
     "mart": (MART, {}),
     "hat": (HAT, {}),
+    "smoothadv": (SmoothAdv, {}),
     "awp": (_awp, {}),
     "trades-awp": (_trades_awp, {}),
     "ensemble": (EnsembleAdversarial, {}),
@@ -137,6 +143,7 @@ _BUILDERS: Final[Mapping[str, tuple[Callable[..., Objective], Mapping[str, Any]]
     "mixup": (_plain(Mixup), {}),
     "cutout": (_plain(Cutout), {}),
     "gaussian-augmentation": (_plain(GaussianAugmentation), {}),
+    "gaussian-smoothing": (_smoothing_noise, {}),
     "dropout": (_plain(Dropout), {}),
 }
 
