@@ -409,7 +409,7 @@ class Smoothed(Classifier):
                 rows = x[first // each : (done - 1) // each + 1].to(device)[image - first // each]
                 noise = Keys.of(seed, names[image]).absorb(draw).normal(tuple(x.shape[1:]), x.dtype)
                 with mixed:
-                    logits = self.model.forward(noise.mul_(self.sigma).add_(rows))
+                    logits = self.model.forward(rows.add_(noise, alpha=self.sigma))
                 stage = torch.bucketize(draw, ends, right=True)
                 answers = (image * len(stages) + stage) * counts.shape[2] + logits.argmax(1)
                 counts.view(-1).index_add_(0, answers, (~logits.isnan().any(1)).to(counts.dtype))

@@ -5,10 +5,10 @@ Plain noise is `GaussianAugmentation(Standard(), sigma, clip=False)`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, final, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
@@ -26,6 +26,7 @@ from saddlepoint.threats import Threat
 __all__ = ["DenoiserLoss", "SmoothAdv", "train_noise_denoiser"]
 
 _NOISE = 0x5A10  # purpose of random numbers
+_PGD = PGD(steps=4, random_start=False)
 DenoiserLoss = Literal["mse", "stability"]
 
 
@@ -54,7 +55,7 @@ class SmoothAdv(MinMax):
     threat: Threat
     sigma: float = 0.5
     draws: int = 2
-    attack: Attack | str = PGD(steps=4, random_start=False)
+    attack: Attack | str = _PGD
     warmup: float = 0.0
 
     def __post_init__(self) -> None:
@@ -91,7 +92,7 @@ class _Mean(Classifier):
         if len(x) != len(self.noise):
             raise InputError("SmoothAdv's attack must keep one point for each sample: take PGD without restarts")
         each = self.model.forward((x[:, None] + self.noise).flatten(0, 1)).log_softmax(1)
-        return each.unflatten(0, self.noise.shape[:2]).logsumexp(1) - torch.tensor(self.noise.shape[1]).log().item()
+        return each.unflatten(0, self.noise.shape[:2]).logsumexp(1) - math.log(self.noise.shape[1])
 
     def features(self, x: Tensor, layer: str) -> Tensor:
         raise InputError("a mean over noise has no layers")

@@ -107,10 +107,6 @@ def _clean_logit_pairing(threat: Threat, **settings: Any) -> Objective:
     return CleanLogitPairing(**settings)
 
 
-def _smoothing_noise(threat: Threat, sigma: float = 0.5) -> Objective:
-    return GaussianAugmentation(Standard(), sigma, clip=False)
-
-
 _CYCLIC: Final = {"schedule": "cyclic"}
 _BUILDERS: Final[Mapping[str, tuple[Callable[..., Objective], Mapping[str, Any]]]] = {
     "standard": (_clean, {}),
@@ -143,7 +139,6 @@ _BUILDERS: Final[Mapping[str, tuple[Callable[..., Objective], Mapping[str, Any]]
     "mixup": (_plain(Mixup), {}),
     "cutout": (_plain(Cutout), {}),
     "gaussian-augmentation": (_plain(GaussianAugmentation), {}),
-    "gaussian-smoothing": (_smoothing_noise, {}),
     "dropout": (_plain(Dropout), {}),
 }
 
