@@ -91,8 +91,9 @@ class _Mean(Classifier):
     def forward(self, x: Tensor) -> Tensor:
         if len(x) != len(self.noise):
             raise InputError("SmoothAdv's attack must keep one point for each sample: take PGD without restarts")
+        draws = self.noise.shape[1]
         each = self.model.forward((x[:, None] + self.noise).flatten(0, 1)).log_softmax(1)
-        return each.unflatten(0, self.noise.shape[:2]).logsumexp(1) - math.log(self.noise.shape[1])
+        return each.view(len(x), draws, -1).logsumexp(1) - math.log(draws)
 
     def features(self, x: Tensor, layer: str) -> Tensor:
         raise InputError("a mean over noise has no layers")
