@@ -20,7 +20,6 @@ from saddlepoint.defenses.noise import _Mean
 from saddlepoint.defenses.objectives import Batch, Standard
 from saddlepoint.defenses.purification import Purifier
 from saddlepoint.errors import DataError, InputError
-from saddlepoint.reproduce import ENTRIES, Context
 from saddlepoint.verify import smoothing
 from saddlepoint.verify.smoothing import Certificates, certified_at, certified_radius, certify, lower_confidence_bound
 
@@ -443,10 +442,3 @@ class TestTraining:
         ):
             with pytest.raises(InputError, match=message):
                 train_noise_denoiser(Little(), X, **given)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("name", ["R31", "F5"])
-def test_entries_quickly_on_digits(name: str) -> None:
-    outcome = ENTRIES[name](Context(data=DIGITS, quick=True))
-    assert outcome.passed, [(each.name, each.ours, each.must) for each in outcome.figures]
-    assert any(each.inside for each in outcome.figures)
