@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, kstest, norm
 from torch import Tensor, nn
 
 import saddlepoint as sp
 from saddlepoint.defenses import GaussianAugmentation, SmoothAdv, Smoothed, defense, train_noise_denoiser
-from saddlepoint.defenses.classifiers import ABSTAINS
+from saddlepoint.defenses.classifiers import ABSTAINS, _gaussian
 from saddlepoint.defenses.noise import _Mean
 from saddlepoint.defenses.objectives import Batch, Standard
 from saddlepoint.defenses.purification import Purifier
 from saddlepoint.errors import DataError, InputError
+from saddlepoint.rng import Keys
 from saddlepoint.verify import smoothing
 from saddlepoint.verify.smoothing import Certificates, certified_at, certified_radius, certify, lower_confidence_bound
 
@@ -186,6 +187,19 @@ class TestCertificates:
 
 
 class TestVotes:
+    def test_the_noise_is_normal_far_out(self) -> None:
+        """Beyond 3.84 sigma by the conditional distribution; finer than 23 bits."""
+        noise = _gaussian(Keys.of(3, torch.arange(64)), (256, 512), torch.float32)
+        tail = noise.abs()[noise.abs() > -norm.ppf(2.0**-14)].double()
+        expected = noise.numel() / 2**13
+        assert abs(len(tail) - expected) < 4 * math.sqrt(expected)
+        assert kstest(tail.numpy(), lambda z: 1 - norm.sf(z) * 2**14).pvalue > 0.01
+        assert len(tail.unique()) > 0.98 * len(tail)  # 23 bits have 512 values there
+        half = (noise[:, 0, 0] == Keys.of(3, torch.arange(64)).normal((256, 512))[:, 0, 0]).double().mean()
+        assert float(half) > 0.9  # the rest is `Keys.normal`
+        alone = _gaussian(Keys.of(3, torch.tensor([7])), (256, 512), torch.float32)
+        assert torch.equal(alone[0], noise[7])
+
     def test_batches_and_neighbours_change_nothing(self) -> None:
         model = Smoothed(sp.Model(sp.zoo.build("digits-cnn").double()), 0.4)
         x = X[:5].double()

@@ -144,8 +144,8 @@ def certify(
         p = the Clopper-Pearson lower bound of k / n at confidence 1 - alpha;  p > 1/2: (c, sigma Phi^-1(p)), otherwise ABSTAINS
 
     What is proved is proved of g, which can only be sampled: use `predict_or_abstain` with it, not single votes of `forward`.
-    Noise is drawn in the inputs' dtype from 23 random bits for each number, so none is beyond 5.3 sigma: the guarantee is for
-    exact Gaussians and real arithmetic, as everybody's (Voracek & Hein 2023, arXiv:2207.07209, on what floats can do to it).
+    The guarantee is for exact Gaussians and real arithmetic, as everybody's (Voracek & Hein 2023, arXiv:2207.07209, on what
+    floats can do to it); noise here has 23 random bits a number, 37 in the tails, and is within 6.9 sigma.
 
     x (N, ...), y (N,): images within the model's bounds, and their classes. n0, n, alpha: the paper's. alpha is for each image.
     seed, ids (N,): of the noise, which is the same whatever the batches are; ids are positions by default. batch_size: passes
