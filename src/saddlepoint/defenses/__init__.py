@@ -28,6 +28,7 @@ from saddlepoint.defenses.ensemble import EnsembleAdversarial
 from saddlepoint.defenses.gradients import CURE, InputGradientPenalty, JacobianPenalty
 from saddlepoint.defenses.hardening import Hardening, harden
 from saddlepoint.defenses.loop import EpochRecord, Fit, Sample, fit
+from saddlepoint.defenses.noise import SmoothAdv, train_noise_denoiser
 from saddlepoint.defenses.objectives import Adversarial, Around, Batch, MinMax, Objective, Standard
 from saddlepoint.defenses.recipes import DEFENSES, RECIPES, Defense, Recipe, defense, recipe
 from saddlepoint.defenses.single_step import NFGSM, Fast, Free, GradAlign, StopAtCollapse
@@ -78,6 +79,7 @@ __all__ = [
     "Prototypes",
     "Recipe",
     "Sample",
+    "SmoothAdv",
     "Smoothed",
     "Standard",
     "StopAtCollapse",
@@ -92,5 +94,6 @@ __all__ = [
     "recipe",
     "static_augmentation",
     "train",
+    "train_noise_denoiser",
     "transforms",
 ]  # fmt: skip

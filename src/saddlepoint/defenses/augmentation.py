@@ -106,12 +106,16 @@ class Cutout(Around):
 @final
 @dataclass(frozen=True)
 class GaussianAugmentation(Around):
-    """The inner objective at x + sigma N(0, I), clipped to the input range. It also prepares for randomised smoothing.
+    """The inner objective at x + sigma N(0, I), clipped to the input range.
 
-    Source: Zantedeschi, Nicolae & Rawat (2017), Efficient defenses against adversarial attacks, arXiv:1707.06728, section 3.2.
+    clip=False leaves it as it is: what randomised smoothing of the same sigma needs, whose noise isn't clipped.
+
+    Sources: Zantedeschi, Nicolae & Rawat (2017), Efficient defenses against adversarial attacks, arXiv:1707.06728, section 3.2;
+    without clipping Cohen, Rosenfeld & Kolter (2019), arXiv:1902.02918, section 3.3.
     """
 
     sigma: float = 0.1
+    clip: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,7 +123,8 @@ class GaussianAugmentation(Around):
 
     def loss(self, batch: Batch) -> Tensor:
         x = batch.x + self.sigma * batch.keys(_NOISE).normal(tuple(batch.x.shape[1:]), batch.x.dtype)
-        return self.inner.loss(replace(batch, x=x if batch.model.bounds is None else x.clamp(*batch.model.bounds)))
+        bounds = batch.model.bounds if self.clip else None
+        return self.inner.loss(replace(batch, x=x if bounds is None else x.clamp(*bounds)))
 
 
 @final

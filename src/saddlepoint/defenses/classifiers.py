@@ -7,18 +7,20 @@ itself: attack them like any other.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from saddlepoint.defenses.loop import Precision
 from saddlepoint.defenses.objectives import Batch, Objective
-from saddlepoint.errors import InputError
+from saddlepoint.errors import InputError, UnknownNameError
 from saddlepoint.models.base import Classifier
 from saddlepoint.models.transforms import Transform
+from saddlepoint.rng import Keys
 
 __all__ = [
     "ABSTAINS", "RBF", "GaussianProcessHead", "GradientMasked", "NearestNeighbours", "PrototypeLoss", "Prototypes", "Smoothed",
@@ -327,11 +329,21 @@ class Smoothed(Classifier):
 
     g(x) = argmax_c P(f(x + sigma e) = c),  e ~ N(0, I);   logit_c = log of the share of `votes`
 
-    The mean probabilities are half a vote besides, which breaks ties. The noisy inputs are not clipped. Votes have no gradient:
-    BPDA with the log of the mean probabilities (Salman et al. 2019, arXiv:1906.04584, eq. 6). It is random; draws: how many
-    such logits an attack averages over, each of `votes` passes, which count as one. The certificate comes with verification;
-    `vote` and `predict_or_abstain` are what it needs.
+    sigma is in the units of x, those of `bounds` and of the certified radius. The noisy inputs are not clipped. The mean
+    probabilities are half a vote besides, which breaks ties. Votes have no gradient: BPDA with the log of the mean
+    probabilities (Salman et al. 2019, arXiv:1906.04584, eq. 6). As a model under attack it is random; draws: how many such
+    logits an attack averages over, each of `votes` passes, which count as one.
+
+    `vote` and `predict_or_abstain` draw their own noise for each image, the same whatever the batches are. The certificate is
+    `saddlepoint.verify.smoothing.certify`; what trains a model for noise is in `saddlepoint.defenses.noise`.
     Source: Cohen, Rosenfeld & Kolter 2019, "Certified adversarial robustness via randomized smoothing", arXiv:1902.02918.
+
+    >>> import torch, saddlepoint as sp
+    >>> linear = torch.nn.Linear(1, 2)
+    >>> _ = linear.load_state_dict({"weight": torch.tensor([[-1.0], [1.0]]), "bias": torch.zeros(2)})
+    >>> smoothed = sp.defenses.Smoothed(sp.Model(linear, bounds=None), sigma=0.5)
+    >>> smoothed.predict_or_abstain(torch.tensor([[1.0], [0.0], [-1.0]])).tolist()
+    [1, -1, 0]
     """
 
     def __init__(self, model: Classifier, sigma: float, votes: int = 100, draws: int = 2) -> None:
@@ -340,19 +352,15 @@ class Smoothed(Classifier):
         if votes < 1:
             raise InputError(f"votes must be at least 1; got {votes}")
         super().__init__(model.bounds, model.access, model.num_classes, draws, model.device)
-        self.model, self.sigma, self.votes = model, sigma, votes
+        self.model, self.sigma, self.votes, self.rejects = model, sigma, votes, model.rejects
 
     def networks(self) -> tuple[nn.Module, ...]:
         return self.model.networks()
 
-    def _noisy(self, x: Tensor, count: int) -> Tensor:
-        """Logits of the model inside, (N, count, C)."""
-        repeated = x.repeat_interleave(count, 0)
-        logits = self.model.forward(repeated + self.sigma * torch.randn_like(repeated))
-        return logits.view(len(x), count, logits.shape[1])
-
     def forward(self, x: Tensor) -> Tensor:
-        logits = self._noisy(x, self.votes)
+        repeated = x.repeat_interleave(self.votes, 0)
+        logits = self.model.forward(repeated + self.sigma * torch.randn_like(repeated))
+        logits = logits.view(len(x), self.votes, logits.shape[1])
         soft = logits.softmax(2).mean(1)
         counts = functional.one_hot(logits.argmax(2), logits.shape[2]).sum(1)
         shares = ((counts + soft / 2) / (self.votes + 0.5)).log()
@@ -367,22 +375,67 @@ class Smoothed(Classifier):
             "name": "Smoothed", "sigma": self.sigma, "votes": self.votes, "draws": self.draws, "model": self.model.describe(),
         }  # fmt: skip
 
-    def vote(self, x: Tensor, samples: int, *, seed: int = 0, batch_size: int = 256) -> Tensor:
-        """How often each class was given under noise, (N, C) int64; counted."""
-        counts = []
-        with self.frozen(), torch.no_grad():
-            torch.manual_seed(seed)
-            for row in torch.split(x.to(self.device), 1):
-                found: Tensor | int = 0
-                for done in range(0, samples, batch_size):
-                    logits = self._noisy(row, min(batch_size, samples - done))[0]
-                    found = found + functional.one_hot(logits.argmax(1), logits.shape[1]).sum(0)
-                counts.append(found)
-        self.queries.forward += samples * len(x)
-        return torch.stack([torch.as_tensor(one) for one in counts])
+    def tally(
+        self, x: Tensor, counts: Tensor, stages: Sequence[int], *, seed: int = 0, ids: Tensor | None = None, start: int = 0,
+        batch_size: int = 256, precision: Precision = "float32",
+    ) -> Iterator[int]:  # fmt: skip
+        """Add the votes of noisy copies to `counts`, batch by batch; yields how many copies are done.
 
-    def predict_or_abstain(self, x: Tensor, samples: int = 1000, alpha: float = 0.001, *, seed: int = 0) -> Tensor:
-        """The paper's PREDICT: g(x) with error probability alpha at most, or `ABSTAINS` (-1); (N,) int64.
+        Each image has stages[s] copies for counts[:, s], image after image, so that batches are full whether there are many
+        images or one. The noise of a copy is a function of (seed, the image's id, its number) alone. Where a logit is not a
+        number, nobody gets the vote. Counts as queries.
+
+        counts: (N, S, C) int64 on the model's device. ids: (N,), default positions. start: copies done before, to go on from.
+        precision: "bfloat16" runs the network in mixed precision; that is another base classifier than the one in float32.
+        """
+        each, total = sum(stages), sum(stages) * len(x)
+        if min(stages) < 0 or each < 1 or batch_size < 1:
+            raise InputError(f"numbers of samples and batch_size must be positive; got {tuple(stages)} and {batch_size}")
+        if precision not in get_args(Precision):
+            raise UnknownNameError("precision", str(precision), get_args(Precision))
+        if ids is not None and ids.shape != (len(x),):
+            raise InputError(f"ids must have shape ({len(x)},), one per input; its shape is {tuple(ids.shape)}")
+        self.check_inputs(x)
+        device = self.device
+        names = (torch.arange(len(x)) if ids is None else ids).to(device)
+        ends = torch.tensor(stages, device=device).cumsum(0)
+        mixed = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+        with self.frozen(), torch.no_grad():
+            torch.manual_seed(int(Keys.of(seed, torch.tensor([start])).first))  # a model inside that is random itself
+            for first in range(start, total, batch_size):
+                done = min(first + batch_size, total)
+                copy = torch.arange(first, done, device=device)
+                image, draw = copy // each, copy % each
+                rows = x[first // each : (done - 1) // each + 1].to(device)[image - first // each]
+                noise = _gaussian(Keys.of(seed, names[image]).absorb(draw), tuple(x.shape[1:]), x.dtype)
+                with mixed:
+                    logits = self.model.forward(rows.add_(noise, alpha=self.sigma))
+                stage = torch.bucketize(draw, ends, right=True)
+                answers = (image * len(stages) + stage) * counts.shape[2] + logits.argmax(1)
+                counts.view(-1).index_add_(0, answers, (~logits.isnan().any(1)).to(counts.dtype))
+                self.queries.forward += done - first
+                yield done
+
+    def vote(
+        self, x: Tensor, samples: int, *, seed: int = 0, ids: Tensor | None = None, batch_size: int = 256,
+        precision: Precision = "float32",
+    ) -> Tensor:  # fmt: skip
+        """How often each class was given under noise, (N, C) int64; see `tally`."""
+        counts = self.no_votes(x, 1)
+        for _ in self.tally(x, counts, (samples,), seed=seed, ids=ids, batch_size=batch_size, precision=precision):
+            pass
+        return counts[:, 0]
+
+    def no_votes(self, x: Tensor, stages: int) -> Tensor:
+        """The counts before any vote, (N, stages, C)."""
+        classes = self.num_classes or self.model.num_classes or self.model.probe(x).num_classes
+        return torch.zeros(len(x), stages, classes, dtype=torch.int64, device=self.device)
+
+    def predict_or_abstain(
+        self, x: Tensor, samples: int = 1000, alpha: float = 0.001, *, seed: int = 0, ids: Tensor | None = None,
+        batch_size: int = 256, precision: Precision = "float32",
+    ) -> Tensor:  # fmt: skip
+        """The paper's PREDICT: g(x) with error probability alpha at most for each image, or `ABSTAINS` (-1); (N,) int64.
 
         The most frequent class counts if a fair coin between it and the second would do as well with probability alpha at most.
         """
@@ -390,10 +443,32 @@ class Smoothed(Classifier):
             raise InputError(f"samples must be at least 1 and alpha in (0, 1); got {samples} and {alpha}")
         from scipy.stats import binom
 
-        top = self.vote(x, samples, seed=seed).topk(2)
+        top = self.vote(x, samples, seed=seed, ids=ids, batch_size=batch_size, precision=precision).topk(2)
         first, second = top.values.cpu().numpy().T
         chance = torch.from_numpy(2 * binom.sf(first - 1, first + second, 0.5)).to(top.indices.device)
-        return torch.where(chance <= alpha, top.indices[:, 0], torch.full_like(top.indices[:, 0], ABSTAINS))
+        return torch.where(chance <= alpha, self.answered(top.indices[:, 0]), ABSTAINS)
+
+    def answered(self, classes: Tensor) -> Tensor:
+        """`ABSTAINS` in place of the last column where that is no class, but the model's refusal (`rejects`)."""
+        refused = classes == (self.num_classes or self.model.num_classes or 0) - 1
+        return torch.where(refused, ABSTAINS, classes) if self.rejects else classes
+
+
+_TAIL = 2.0**-14  # the probability above which `Keys.normal`'s 23 bits are too coarse
+
+
+def _gaussian(keys: Keys, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """`keys.normal` with its tails drawn anew: beyond t = -Phi^-1(2^-14), about 3.8, |z| becomes -Phi^-1(2^-14 U).
+
+    An image has so many numbers that what 23 bits never give, |z| > 5.3, would be missed: 2% of the noise for ImageNet's. These
+    reach 6.9.
+    """
+    noise = keys.normal(shape, dtype).flatten(1)
+    bound = -float(torch.special.ndtri(torch.tensor(_TAIL, dtype=torch.float64)))
+    row, column = (noise.abs() > bound).nonzero(as_tuple=True)
+    share = Keys(keys.first[row], keys.second[row]).absorb(column + 1).uniform((), torch.float64)
+    noise[row, column] = torch.copysign(-torch.special.ndtri(_TAIL * share), noise[row, column]).to(dtype)
+    return noise.view(len(noise), *shape)
 
 
 @final

@@ -27,6 +27,7 @@ from saddlepoint.defenses.classifiers import Smoothed
 from saddlepoint.defenses.distillation import Tempered, distill
 from saddlepoint.defenses.ensemble import EnsembleAdversarial
 from saddlepoint.defenses.gradients import CURE, InputGradientPenalty, JacobianPenalty
+from saddlepoint.defenses.noise import SmoothAdv
 from saddlepoint.defenses.objectives import Adversarial, Objective, Standard
 from saddlepoint.defenses.single_step import NFGSM, Fast, Free, GradAlign, StopAtCollapse
 from saddlepoint.defenses.smoothness import HAT, MART, TRADES, AdversarialLogitPairing, CleanLogitPairing
@@ -121,6 +122,7 @@ _BUILDERS: Final[Mapping[str, tuple[Callable[..., Objective], Mapping[str, Any]]
     "trades": (TRADES, {}),
     "mart": (MART, {}),
     "hat": (HAT, {}),
+    "smoothadv": (SmoothAdv, {}),
     "awp": (_awp, {}),
     "trades-awp": (_trades_awp, {}),
     "ensemble": (EnsembleAdversarial, {}),

@@ -18,6 +18,7 @@ from saddlepoint.reproduce import (  # noqa: F401  # they register their entries
     masking,
     papernot_blackbox,
     purification,
+    smoothing,
     szegedy,
     training,
     verification,
