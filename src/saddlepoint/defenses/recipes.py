@@ -23,10 +23,12 @@ from saddlepoint.defenses.augmentation import (
     Mixup,
     static_augmentation,
 )
+from saddlepoint.defenses.certified import CROWNIBP, IBP, MTLIBP, SABR, ConvexDual
 from saddlepoint.defenses.classifiers import Smoothed
 from saddlepoint.defenses.distillation import Tempered, distill
 from saddlepoint.defenses.ensemble import EnsembleAdversarial
 from saddlepoint.defenses.gradients import CURE, InputGradientPenalty, JacobianPenalty
+from saddlepoint.defenses.lipschitz import LipschitzMargin
 from saddlepoint.defenses.objectives import Adversarial, Objective, Standard
 from saddlepoint.defenses.single_step import NFGSM, Fast, Free, GradAlign, StopAtCollapse
 from saddlepoint.defenses.smoothness import HAT, MART, TRADES, AdversarialLogitPairing, CleanLogitPairing
@@ -107,6 +109,7 @@ def _clean_logit_pairing(threat: Threat, **settings: Any) -> Objective:
 
 
 _CYCLIC: Final = {"schedule": "cyclic"}
+_LINEAR: Final = {"schedule": "linear"}
 _BUILDERS: Final[Mapping[str, tuple[Callable[..., Objective], Mapping[str, Any]]]] = {
     "standard": (_clean, {}),
     "pgd-training": (_pgd, {}),
@@ -138,6 +141,12 @@ _BUILDERS: Final[Mapping[str, tuple[Callable[..., Objective], Mapping[str, Any]]
     "cutout": (_plain(Cutout), {}),
     "gaussian-augmentation": (_plain(GaussianAugmentation), {}),
     "dropout": (_plain(Dropout), {}),
+    "ibp": (IBP, _LINEAR),
+    "crown-ibp": (CROWNIBP, _LINEAR),
+    "sabr": (SABR, _LINEAR),
+    "mtl-ibp": (MTLIBP, _LINEAR),
+    "convex-dual": (ConvexDual, _LINEAR),
+    "lipschitz-margin": (LipschitzMargin, {}),
 }
 
 RECIPES: Final = tuple(_BUILDERS)

@@ -87,11 +87,14 @@ class Exported:
     program: torch.export.ExportedProgram
     shape: torch.Size
 
-    def graph(self, *, gradients: bool = False) -> Graph:
-        """The graph. gradients: with respect to the parameters, and follow them; else constants are evaluated once."""
+    def graph(self, *, gradients: bool = False, replaced: Mapping[str, Tensor] | None = None) -> Graph:
+        """The graph. gradients: with respect to the parameters, and follow them; else constants are evaluated once.
+
+        replaced: other values for some parameters or buffers, by name, such as "networks.0.1.running_mean".
+        """
         program = self.program
         nodes: list[Node] = []
-        known = _constants(program, gradients)  # what doesn't depend on the input
+        known = _constants(program, gradients, replaced or {})  # what doesn't depend on the input
         depends: set[str] = set()
         (entry,) = (spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT")
         output = ""
@@ -135,12 +138,12 @@ def read(model: Classifier, x: Tensor) -> Graph:
     return export(model, x).graph()
 
 
-def _constants(program: torch.export.ExportedProgram, gradients: bool) -> dict[str, Any]:
+def _constants(program: torch.export.ExportedProgram, gradients: bool, replaced: Mapping[str, Tensor]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for spec in program.graph_signature.input_specs:
         if spec.kind.name in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR") and spec.target is not None:
             table = program.state_dict if spec.target in program.state_dict else program.constants
-            value = table[spec.target]
+            value = replaced.get(spec.target, table[spec.target])
             found[spec.arg.name] = value.detach() if isinstance(value, Tensor) and not gradients else value
     return found
 
