@@ -7,7 +7,7 @@ projection or penalty is needed, and the scaling is part of the gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 

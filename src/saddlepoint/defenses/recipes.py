@@ -28,7 +28,6 @@ from saddlepoint.defenses.classifiers import Smoothed
 from saddlepoint.defenses.distillation import Tempered, distill
 from saddlepoint.defenses.ensemble import EnsembleAdversarial
 from saddlepoint.defenses.gradients import CURE, InputGradientPenalty, JacobianPenalty
-from saddlepoint.defenses.lipschitz import LipschitzMargin
 from saddlepoint.defenses.objectives import Adversarial, Objective, Standard
 from saddlepoint.defenses.single_step import NFGSM, Fast, Free, GradAlign, StopAtCollapse
 from saddlepoint.defenses.smoothness import HAT, MART, TRADES, AdversarialLogitPairing, CleanLogitPairing
@@ -146,7 +145,6 @@ _BUILDERS: Final[Mapping[str, tuple[Callable[..., Objective], Mapping[str, Any]]
     "sabr": (SABR, _LINEAR),
     "mtl-ibp": (MTLIBP, _LINEAR),
     "convex-dual": (ConvexDual, _LINEAR),
-    "lipschitz-margin": (LipschitzMargin, {}),
 }
 
 RECIPES: Final = tuple(_BUILDERS)
