@@ -1,13 +1,13 @@
-"""What certified training reaches on MNIST on one core: accuracy that is proven, by its own cheap bounds, and what attacks leave.
+"""What certified training reaches on MNIST on one core: accuracy that cheap bounds prove, and what attacks leave.
 
     python benchmarks/certified_training.py [--case {0.1,0.3}] [--epochs N] [--samples N] [--held-out] [--checkpoint FILE]
                                             [--weights FILE] [--seed N] [--json FILE]
 
-Intervals (IBP) with the weights and regularisers of Shi et al. 2021, Adam 1e-3 falling linearly to 0, batches of 128. Proven: by
-intervals, and by linear bounds back from them (CROWN-IBP), on the first 1,000 and all 10,000 test images; attacked: PGD with 40
-steps on the first 1,000. Seconds are those of the processor. MNIST is where SADDLEPOINT_DATA says. --held-out judges on the
-last 5,000 training images, which then are not trained on: settings were chosen there. A network is proven by one more run of
---weights with a tighter verifier.
+Intervals (IBP) with the weights and regularisers of Shi et al. 2021, Adam 1e-3 falling linearly to 0, batches of 128.
+Proven: by intervals, and by linear bounds back from them (CROWN-IBP), on the first 1,000 and all 10,000 test images;
+attacked: PGD with 40 steps on the first 1,000. Seconds are those of the processor. MNIST is where SADDLEPOINT_DATA says.
+--held-out judges on the last 5,000 training images, which then are not trained on: settings were chosen there. --weights
+keeps the network, for tighter verifiers.
 """
 
 from __future__ import annotations
