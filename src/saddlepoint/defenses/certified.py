@@ -175,8 +175,7 @@ def _statistics(net: nn.Module) -> Iterator[dict[str, Tensor]]:
         found[f"networks.0.{name}.running_var"] = x.var(others, correction=0)
 
     handles = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: gather(name, inputs[0]))  # type: ignore[misc]
-        for name, module in _norms(net)
+        module.register_forward_pre_hook(lambda _, inputs, name=name: gather(name, inputs[0])) for name, module in _norms(net)
     ]
     try:
         yield found

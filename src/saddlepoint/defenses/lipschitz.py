@@ -174,7 +174,7 @@ class MaxMin(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if input.shape[1] % 2:
             raise InputError(f"MaxMin sorts pairs of channels; the input has {input.shape[1]}")
-        first, second = input.unflatten(1, (-1, 2)).unbind(2)
+        first, second = input[:, ::2], input[:, 1::2]
         return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], 1)
 
 
