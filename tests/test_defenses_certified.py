@@ -237,7 +237,7 @@ def test_initialisation_keeps_boxes_as_wide_as_they_were():
     defenses.interval_initialize(wide, seed=3)
     assert torch.equal(torch.get_rng_state(), state)
     for layer in wide[::2]:
-        assert float(layer.weight.abs().sum(1).mean()) == pytest.approx(2, rel=0.02)
+        assert layer.weight.detach().abs().sum(1).mean().item() == pytest.approx(2, rel=0.02)
         assert not layer.bias.any()
     again = nn.Sequential(nn.Linear(400, 400))
     defenses.interval_initialize(again, seed=3)
@@ -293,19 +293,19 @@ def test_batch_normalisation_takes_the_clean_batchs_statistics():
 
 def trained(objective, net=None, **settings):
     net = make_net(8, dtype=torch.float32) if net is None else net
-    return sp.train(net, DIGITS.train.take(256), adversary=objective, **({"epochs": 2, "batch_size": 64} | settings))
+    return sp.train(net, DIGITS.train.take(128), adversary=objective, **({"epochs": 2, "batch_size": 64} | settings))
 
 
 def test_training_proves_what_plain_training_does_not_and_pgd_agrees():
     x, y, threat = DIGITS.test.x, DIGITS.test.y, sp.Linf(0.05)
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 50), nn.ReLU(), nn.Linear(50, 10))
     defenses.interval_initialize(net)
-    settings = {"epochs": 12, "learning_rate": 5e-3}
+    settings = {"epochs": 10, "learning_rate": 5e-3}
     plain = sp.train(make_net(9, dtype=torch.float32), DIGITS.train, **settings).model
-    model = sp.train(net, DIGITS.train, adversary=IBP(threat=threat, warmup=1, ramp=6), **settings).model
+    model = sp.train(net, DIGITS.train, adversary=IBP(threat=threat, warmup=1, ramp=5), **settings).model
     before, after = (defenses.lowest_margins(one, x, y, threat) > 0 for one in (plain, model))
     tighter = defenses.lowest_margins(model, x, y, threat, "crown-ibp") > 0
-    attacked = sp.attack(model, x, y, sp.attacks.PGD(steps=20), threat)
+    attacked = sp.attack(model, x, y, sp.attacks.PGD(steps=10), threat)
     assert float(before.float().mean()) < 0.3
     assert float(after.float().mean()) > 0.6
     assert not bool((after & ~attacked.robust).any())
@@ -313,7 +313,7 @@ def test_training_proves_what_plain_training_does_not_and_pgd_agrees():
     assert bool((model.predict(x)[after] == y[after]).all())
 
 
-@pytest.mark.parametrize("name", ["ibp", "sabr", "crown-ibp"])
+@pytest.mark.parametrize("name", ["ibp", "sabr"])
 def test_resume_is_exact(name, tmp_path):
     path, settings = tmp_path / "run.pt", {"warmup": 0.5, "ramp": 2.0}
     objective = type(OBJECTIVES[name])(threat=LINF, **settings)
