@@ -14,6 +14,16 @@ from saddlepoint.defenses.augmentation import (
     Mixup,
     static_augmentation,
 )
+from saddlepoint.defenses.certified import (
+    CROWNIBP,
+    IBP,
+    MTLIBP,
+    SABR,
+    ConvexDual,
+    dual_bounds,
+    interval_initialize,
+    lowest_margins,
+)
 from saddlepoint.defenses.classifiers import (
     RBF,
     GaussianProcessHead,
@@ -27,6 +37,16 @@ from saddlepoint.defenses.distillation import Tempered, distill
 from saddlepoint.defenses.ensemble import EnsembleAdversarial
 from saddlepoint.defenses.gradients import CURE, InputGradientPenalty, JacobianPenalty
 from saddlepoint.defenses.hardening import Hardening, harden
+from saddlepoint.defenses.lipschitz import (
+    AOLConv2d,
+    AOLLinear,
+    FirstChannels,
+    LipschitzMargin,
+    MaxMin,
+    SLLConv2d,
+    SLLLinear,
+    certified_radius,
+)
 from saddlepoint.defenses.loop import EpochRecord, Fit, Sample, fit
 from saddlepoint.defenses.noise import SmoothAdv, train_noise_denoiser
 from saddlepoint.defenses.objectives import Adversarial, Around, Batch, MinMax, Objective, Standard
@@ -38,26 +58,34 @@ from saddlepoint.defenses.weights import AWP, LipschitzPenalty, LipschitzProject
 
 __all__ = [
     "AWP",
+    "CROWNIBP",
     "CURE",
     "DEFENSES",
     "HAT",
+    "IBP",
     "MART",
+    "MTLIBP",
     "NFGSM",
     "RBF",
     "RECIPES",
+    "SABR",
     "TRADES",
+    "AOLConv2d",
+    "AOLLinear",
     "Adversarial",
     "AdversarialLogitPairing",
     "Around",
     "Augmented",
     "Batch",
     "CleanLogitPairing",
+    "ConvexDual",
     "Cutout",
     "Defense",
     "Dropout",
     "EnsembleAdversarial",
     "EpochRecord",
     "Fast",
+    "FirstChannels",
     "Fit",
     "Free",
     "GaussianAugmentation",
@@ -68,8 +96,10 @@ __all__ = [
     "InputGradientPenalty",
     "JacobianPenalty",
     "LabelSmoothing",
+    "LipschitzMargin",
     "LipschitzPenalty",
     "LipschitzProjection",
+    "MaxMin",
     "MinMax",
     "Mixup",
     "NearestNeighbours",
@@ -78,6 +108,8 @@ __all__ = [
     "PrototypeLoss",
     "Prototypes",
     "Recipe",
+    "SLLConv2d",
+    "SLLLinear",
     "Sample",
     "SmoothAdv",
     "Smoothed",
@@ -86,10 +118,14 @@ __all__ = [
     "Tempered",
     "Training",
     "WeightPenalty",
+    "certified_radius",
     "defense",
     "distill",
+    "dual_bounds",
     "fit",
     "harden",
+    "interval_initialize",
+    "lowest_margins",
     "purification",
     "recipe",
     "static_augmentation",

@@ -23,6 +23,7 @@ from saddlepoint.defenses.augmentation import (
     Mixup,
     static_augmentation,
 )
+from saddlepoint.defenses.certified import CROWNIBP, IBP, MTLIBP, SABR, ConvexDual
 from saddlepoint.defenses.classifiers import Smoothed
 from saddlepoint.defenses.distillation import Tempered, distill
 from saddlepoint.defenses.ensemble import EnsembleAdversarial
@@ -108,6 +109,7 @@ def _clean_logit_pairing(threat: Threat, **settings: Any) -> Objective:
 
 
 _CYCLIC: Final = {"schedule": "cyclic"}
+_LINEAR: Final = {"schedule": "linear"}
 _BUILDERS: Final[Mapping[str, tuple[Callable[..., Objective], Mapping[str, Any]]]] = {
     "standard": (_clean, {}),
     "pgd-training": (_pgd, {}),
@@ -140,6 +142,11 @@ _BUILDERS: Final[Mapping[str, tuple[Callable[..., Objective], Mapping[str, Any]]
     "cutout": (_plain(Cutout), {}),
     "gaussian-augmentation": (_plain(GaussianAugmentation), {}),
     "dropout": (_plain(Dropout), {}),
+    "ibp": (IBP, _LINEAR),
+    "crown-ibp": (CROWNIBP, _LINEAR),
+    "sabr": (SABR, _LINEAR),
+    "mtl-ibp": (MTLIBP, _LINEAR),
+    "convex-dual": (ConvexDual, _LINEAR),
 }
 
 RECIPES: Final = tuple(_BUILDERS)

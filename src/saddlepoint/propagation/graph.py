@@ -45,13 +45,16 @@ class Exported:
     program: torch.export.ExportedProgram
     shape: torch.Size
 
-    def graph(self, *, gradients: bool = False, dtype: torch.dtype | None = None) -> Graph:
+    def graph(
+        self, *, gradients: bool = False, dtype: torch.dtype | None = None, replaced: Mapping[str, Tensor] | None = None
+    ) -> Graph:
         """The graph. gradients: with respect to the parameters, and follow them; else constants are evaluated once.
 
-        dtype: of the constants, instead of the model's own. Errors: `ModelError`, which names operators without known bounds.
+        dtype: of the constants, instead of the model's own. replaced: other values for some parameters or buffers, by name, such
+        as "networks.0.1.running_mean". Errors: `ModelError`, which names operators without known bounds.
         """
         with torch.set_grad_enabled(gradients):
-            return _Reader(self, gradients, dtype).graph()
+            return _Reader(self, gradients, dtype, replaced or {}).graph()
 
 
 def export(model: Classifier, x: Tensor) -> Exported:
@@ -76,7 +79,9 @@ def read(model: Classifier, x: Tensor) -> Graph:
 class _Reader:
     """Turns an exported program into nodes."""
 
-    def __init__(self, source: Exported, gradients: bool, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, source: Exported, gradients: bool, dtype: torch.dtype | None, replaced: Mapping[str, Tensor]
+    ) -> None:
         self.source, self.dtype = source, dtype
         self.known: dict[str, Any] = {}  # what doesn't depend on the input
         self.zeros: dict[str, Tensor] = {}  # what does: a batch of one of zeros
@@ -86,6 +91,7 @@ class _Reader:
             if spec.kind.name in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR") and spec.target is not None:
                 program = source.program
                 value = (program.state_dict if spec.target in program.state_dict else program.constants)[spec.target]
+                value = replaced.get(spec.target, value)
                 self.known[spec.arg.name] = self._cast(value if gradients else value.detach())
 
     def _cast(self, value: Any) -> Any:

@@ -8,6 +8,7 @@
 
 from saddlepoint.reproduce import (  # noqa: F401  # they register their entries
     boundary,
+    certified,
     detection_networks,
     detection_statistics,
     evaluation,
