@@ -49,7 +49,7 @@ SAME: dict[str, Callable[[], sp.defenses.Training]] = {
 def everywhere_alike() -> dict[str, Callable[[], sp.defenses.Training]]:
     """What differs from one process, but not between the two: each share has its own batch statistics and dropout."""
     noisy = [nn.BatchNorm1d(32), nn.Dropout(0.3)]
-    found = {name: partial(recipe, name) for name in sorted(sp.defenses.RECIPES) if name != "ensemble"}
+    found = {f"recipe {name}": partial(recipe, name) for name in sorted(sp.defenses.RECIPES)}
     found["swa"] = lambda: trained(None, 150, net=make_net(*noisy), average="swa", average_from=0.1)
     found["seeds"] = lambda: trained(None, net=make_net(seed=processes().rank))
     return found
@@ -57,9 +57,11 @@ def everywhere_alike() -> dict[str, Callable[[], sp.defenses.Training]]:
 
 def recipe(name: str) -> sp.defenses.Training:
     """An epoch of a recipe, on a network with normalisation and dropout."""
-    chosen = sp.defenses.recipe(name, THREAT)
-    net = sp.zoo.build("digits-cnn") if name == "cutout" else make_net(nn.BatchNorm1d(32), nn.Dropout(0.3))
-    return sp.train(net, DIGITS.train.take(70), adversary=chosen.objective, epochs=1, batch_size=32, **chosen.train)
+    other = sp.Model(make_net(seed=1))
+    more = {"hat": {"helper": other}, "ensemble": {"sources": (other,)}}.get(name, {})
+    chosen = sp.defenses.recipe(name, THREAT, **more)
+    net = make_net(nn.BatchNorm1d(32), nn.Dropout(0.3))
+    return sp.train(net, DIGITS.train.take(40), adversary=chosen.objective, epochs=1, batch_size=32, **chosen.train)
 
 
 def resumed(folder: Path) -> tuple[sp.defenses.Training, sp.defenses.Training]:

@@ -1,6 +1,7 @@
 """Training in two processes: the same weights as in one, one checkpoint, exact resume, and errors that all of them raise."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,11 +20,24 @@ def both(tmp_path_factory):
     """What each of two processes on this machine found."""
     pytest.importorskip("accelerate")
     folder = tmp_path_factory.mktemp("distributed")
-    program = Path(__file__).with_name("distributed_worker.py")
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", *launch], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    program = [sys.executable, str(Path(__file__).with_name("distributed_worker.py")), str(folder)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = []
+    for rank in range(2):  # as a launcher does, without the seconds that one takes
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        said = {**{name: str(value) for name, value in names.items()}, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        running.append(subprocess.Popen(program, env={**os.environ, **said}, stderr=subprocess.PIPE, text=True))
+    try:
+        for process in running:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+            process.stderr.close()
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -33,7 +47,8 @@ def test_two_processes_give_the_weights_of_one(both, name):
     for one, other in zip(alone.model.networks()[0].state_dict().values(), both[0][name].values(), strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
     for record, figures in zip(alone.epochs, both[0][f"{name}: epochs"], strict=True):
-        assert (record.loss, record.clean_accuracy, record.robust_accuracy) == pytest.approx(figures, rel=1e-4)
+        assert record.loss == pytest.approx(figures[0], rel=1e-4)
+        assert (record.clean_accuracy, record.robust_accuracy) == figures[1:]
 
 
 @pytest.mark.parametrize("name", [*SAME, *everywhere_alike(), "whole"])
