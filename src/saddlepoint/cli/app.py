@@ -49,6 +49,7 @@ from saddlepoint.defenses import RECIPES, Adversarial, EpochRecord, Hardening, O
 from saddlepoint.defenses import defense as trained_by
 from saddlepoint.defenses import harden as run_harden
 from saddlepoint.defenses import train as run_train
+from saddlepoint.defenses.distributed import processes
 from saddlepoint.detectors import DETECTORS
 from saddlepoint.engine import Budget
 from saddlepoint.errors import InputError, SaddlepointError, SaddlepointWarning, UnknownNameError
@@ -270,6 +271,8 @@ def train(
         learning_rate=learning_rate, schedule=schedule, patience=patience, checkpoint=out / "checkpoint.pt", seed=seed,
         progress=True, on_epoch=_show_epoch,
     )  # fmt: skip
+    if not processes().main:  # of those that a launcher started, one writes
+        return
     configuration.write(context, out)
     history = {"config": result.config, "epochs": [asdict(e) for e in result.epochs], "complete": result.complete}
     (out / "history.json").write_text(json.dumps(history, indent=1))
