@@ -96,6 +96,30 @@ def test_evaluate_writes_report_results_and_configuration(here, capsys):
     assert [m["curves"] for m in again["models"]] == [m["curves"] for m in results["models"]]
 
 
+def test_several_names_with_commas_or_repeated(here, capsys):
+    """One way of saying it everywhere: `--model a,b` is `--model a --model b`, and settings keep their commas."""
+    asked = ["evaluate", "--model", "net.py:net,net.py:make", "--eps", "0.1", "--samples", "10"]
+    assert call(capsys, *asked, "--attack", "fgsm,pgd:steps=2,loss=margin", "--attack", "bim:steps=2", "--out", "out")[0] == 0
+    results = json.loads((here / "out" / "results.json").read_text())
+    assert len(results["models"]) == 2
+    attacks = [cell["settings"]["attack"] for cell in results["models"][1]["cells"]]
+    assert [(attack["name"], attack.get("loss")) for attack in attacks] == [
+        ("FGSM", "cross_entropy"), ("PGD", "margin"), ("BIM", "cross_entropy"),
+    ]  # fmt: skip
+    words = ["--norm", "l2", "--samples", "5", "--attack", "fmn:steps=3", "--out", "d"]
+    assert call(capsys, "distance", "--model", "net.py:net,net.py:make", *words)[0] == 0
+    assert len(json.loads((here / "d" / "results.json").read_text())["models"]) == 2
+    quick = ["evaluate", "--model", "net.py:net", "--eps", "0.1", "--samples", "10", "--effort", "quick", "--export", "npz"]
+    assert call(capsys, *quick, "--source", "zoo:mlp,zoo:softmax", "--out", "c")[0] == 0
+    (exported,) = (here / "c").glob("*/adversarial-set-npz")
+    status, out, _ = call(capsys, "recheck", str(exported), "--model", "net.py:net,net.py:make")
+    assert status == 0
+    assert "net-2" in out or "make" in out
+    status, out, _ = call(capsys, "reproduce", "R1,R2", "R3", "--list", "--json")
+    assert status == 0
+    assert [entry["id"] for entry in json.loads(out)["entries"]] == ["R1", "R2", "R3"]
+
+
 def test_command_line_wins_over_the_file(here, capsys):
     (here / "run.toml").write_text('model = ["net.py:net"]\neps = "0.3"\nsamples = 10\nattack = ["fgsm"]\n')
     status, out, _ = call(capsys, "evaluate", "--config", "run.toml", "--eps", "0.125", "--out", "out")

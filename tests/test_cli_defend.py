@@ -152,7 +152,7 @@ def test_errors_are_one_line(here, capsys, words, says):
     assert not (here / "out" / "networks").exists()
 
 
-def test_lists_of_defenses_with_settings():
+def test_lists_with_settings():
     assert each(["trades:beta=1,steps=3,jpeg", "pgd-training:steps=4, alpha=2+jpeg:quality=5,median"]) == [
         "trades:beta=1,steps=3",
         "jpeg",

@@ -174,10 +174,17 @@ def test_defenses_page_names_every_defense() -> None:
     assert not {name for name in names if name not in page}
 
 
-def test_defenses_page_example(capsys):
-    (code,) = blocks("docs/defenses.md", "python")
-    exec(compile(code, "docs/defenses.md", "exec"), {"__name__": "defenses_page"})
+def test_defenses_page_examples(capsys, tmp_path, monkeypatch):
+    own, several, thermometer = blocks("docs/defenses.md", "python")
+    exec(compile(own, "docs/defenses.md", "exec"), {"__name__": "defenses_page"})
     assert "halves: BPDA, identity" in capsys.readouterr().out
+    names: dict[str, object] = {}
+    exec(compile(thermometer, "docs/defenses.md", "exec"), names)
+    assert sp.train(names["net"], sp.data.load("digits").train.take(600), epochs=3).epochs[-1].loss < 2
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("accelerate")
+    exec(compile(several, "docs/defenses.md", "exec"), {"__name__": "defenses_page"})
+    assert Path("hardened.safetensors").exists()
 
 
 def test_detection_page_names_every_detector() -> None:

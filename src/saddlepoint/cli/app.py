@@ -32,6 +32,7 @@ from saddlepoint.cli.options import (
     Device,
     Mean,
     ModelText,
+    ModelTexts,
     NormText,
     Passes,
     Root,
@@ -39,6 +40,7 @@ from saddlepoint.cli.options import (
     Seed,
     Std,
     console,
+    each,
     warn_of_random_weights,
 )
 from saddlepoint.cli.reproduce import reproduce
@@ -47,6 +49,7 @@ from saddlepoint.defenses import RECIPES, Adversarial, EpochRecord, Hardening, O
 from saddlepoint.defenses import defense as trained_by
 from saddlepoint.defenses import harden as run_harden
 from saddlepoint.defenses import train as run_train
+from saddlepoint.defenses.distributed import processes
 from saddlepoint.detectors import DETECTORS
 from saddlepoint.engine import Budget
 from saddlepoint.errors import InputError, SaddlepointError, SaddlepointWarning, UnknownNameError
@@ -105,7 +108,7 @@ def demo(
 @app.command()
 def evaluate(
     context: typer.Context,
-    model: Annotated[list[str], typer.Option(help="FILE.py:NAME or zoo:NAME[+weights.safetensors]; repeat to compare.")],
+    model: ModelTexts,
     data: DataText = "digits",
     norm: NormText = Norm.LINF,
     eps: Annotated[
@@ -114,7 +117,7 @@ def evaluate(
     attack: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Such as pgd:steps=100 or pgd*5 (restarts); repeat for more. Default: {', '.join(_ATTACKS)}.",
+            help=f"Such as pgd:steps=100 or pgd*5 (restarts); several with commas, or repeat. Default: {', '.join(_ATTACKS)}.",
             show_default=False,
         ),
     ] = None,
@@ -139,7 +142,9 @@ def evaluate(
     ] = False,
     source: Annotated[
         list[str] | None,
-        typer.Option(help="With --effort: another model, whose gradients are tried where this one's mislead; repeat for more."),
+        typer.Option(
+            help="With --effort: another model, whose gradients are tried where this one's mislead; with commas, or repeat."
+        ),
     ] = None,
     export: Annotated[
         Literal["png", "npz"] | None, typer.Option(help="With --effort: write the broken samples as an adversarial set.")
@@ -174,12 +179,12 @@ def evaluate(
     found = inputs.dataset(data, root)
     metadata = inputs.groups(groups, found, samples) if groups is not None else {}
     threats = inputs.threats(norm, eps)
-    chosen = [inputs.attack(text, norm, passes) for text in attack or []]
-    models = inputs.models(model, found, mean=mean, std=std, device=device)
-    warn_of_random_weights(model)
+    chosen = [inputs.attack(text, norm, passes) for text in each(attack or [])]
+    models = inputs.models(each(model), found, mean=mean, std=std, device=device)
+    warn_of_random_weights(each(model))
     split = inputs.samples(found, samples)
     if effort is not None:
-        others = inputs.models(source or [], found, mean=mean, std=std, device=device)
+        others = inputs.models(each(source or []), found, mean=mean, std=std, device=device)
 
         def report(evaluations: list[tuple[str, Evaluation]]) -> Path:
             from saddlepoint.report import write_evaluations  # matplotlib
@@ -266,6 +271,8 @@ def train(
         learning_rate=learning_rate, schedule=schedule, patience=patience, checkpoint=out / "checkpoint.pt", seed=seed,
         progress=True, on_epoch=_show_epoch,
     )  # fmt: skip
+    if not processes().main:  # of those that a launcher started, one writes
+        return
     configuration.write(context, out)
     history = {"config": result.config, "epochs": [asdict(e) for e in result.epochs], "complete": result.complete}
     (out / "history.json").write_text(json.dumps(history, indent=1))

@@ -13,7 +13,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from saddlepoint.cli import inputs
-from saddlepoint.cli.options import BatchSize, Device, JsonFile, Mean, Std, console, warn_of_random_weights, write_json
+from saddlepoint.cli.options import (
+    BatchSize,
+    Device,
+    JsonFile,
+    Mean,
+    ModelTexts,
+    Std,
+    console,
+    each,
+    warn_of_random_weights,
+    write_json,
+)
 from saddlepoint.data.dataset import Dataset, Split
 from saddlepoint.engine.result import attack_name
 from saddlepoint.errors import InputError
@@ -61,7 +72,7 @@ def replay(
 
 def recheck(
     folder: Annotated[Path, typer.Argument(metavar="SET", help="An adversarial set, as sp.export and --export write it.")],
-    model: Annotated[list[str], typer.Option(help="FILE.py:NAME or zoo:NAME[+weights.safetensors]; repeat to compare.")],
+    model: ModelTexts,
     classes: Annotated[
         int | None, typer.Option(min=2, help="Number of classes, for zoo networks; default up to the largest in the set.")
     ] = None,
@@ -75,8 +86,8 @@ def recheck(
     attacked, clean = AdversarialSet(folder), AdversarialSet(folder, original=True)
     if not len(attacked):
         raise InputError(f"{folder} has no samples")
-    models = inputs.models(model, _dataset(attacked, classes), mean=mean, std=std, device=device)
-    warn_of_random_weights(model)
+    models = inputs.models(each(model), _dataset(attacked, classes), mean=mean, std=std, device=device)
+    warn_of_random_weights(each(model))
     table = Table(title=f"accuracy on the {len(attacked)} samples of {escape(str(folder))}")
     table.add_column("network")
     for title in ("originals", "adversarial inputs", "of those right before"):

@@ -20,12 +20,14 @@ from saddlepoint.cli.options import (
     DataText,
     Device,
     Mean,
+    ModelTexts,
     NormText,
     Root,
     Samples,
     Seed,
     Std,
     console,
+    each,
     warn_of_random_weights,
 )
 from saddlepoint.engine import Budget
@@ -41,7 +43,7 @@ _LEVELS = (0.05, 0.5, 0.95)
 
 def distance(
     context: typer.Context,
-    model: Annotated[list[str], typer.Option(help="FILE.py:NAME or zoo:NAME[+weights.safetensors]; repeat to compare.")],
+    model: ModelTexts,
     data: DataText = "digits",
     norm: NormText = Norm.L2,
     attack: Annotated[
@@ -71,8 +73,8 @@ def distance(
     found = inputs.dataset(data, root)
     chosen = MINIMAL if attack.lower() == MINIMAL else inputs.attack(attack)
     goal = inputs.goal(targeted)
-    models = inputs.models(model, found, mean=mean, std=std, device=device)
-    warn_of_random_weights(model)
+    models = inputs.models(each(model), found, mean=mean, std=std, device=device)
+    warn_of_random_weights(each(model))
     split = inputs.samples(found, samples)
     budget = None if passes is None else Budget(passes=passes)
     measured: dict[str, Distances] = {}

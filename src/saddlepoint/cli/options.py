@@ -20,6 +20,12 @@ console = Console(highlight=False, emoji=False)
 
 MODELS = "FILE.py:NAME, FILE.onnx or zoo:NAME[+weights.safetensors]"
 ModelText = Annotated[str, typer.Option("--model", help=f"{MODELS}.", show_default=False)]
+ModelTexts = Annotated[
+    list[str],
+    typer.Option(
+        "--model", help="FILE.py:NAME or zoo:NAME[+weights.safetensors]; several with commas, or repeat.", show_default=False
+    ),
+]
 OptionalModelText = Annotated[str | None, typer.Option("--model", help=f"{MODELS}.", show_default=False)]
 AccessText = Annotated[
     Literal["labels", "scores", "gradients"] | None,

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from saddlepoint.cli.config import ConfigFile
+from saddlepoint.cli.options import each
 from saddlepoint.reproduce import Context, Entry, Figure, Outcome, find, find_data
 
 SCHEMA = 1
@@ -22,7 +23,9 @@ _messages = Console(stderr=True, highlight=False, emoji=False)
 
 
 def reproduce(
-    names: Annotated[list[str] | None, typer.Argument(help="Entries such as R1 R5; all without.", show_default=False)] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Entries such as R1 R5, or R1,R5; all without.", show_default=False)
+    ] = None,
     listing: Annotated[bool, typer.Option("--list", help="Say what the entries are, and run nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The outcomes as JSON on standard output.")] = False,
     quick: Annotated[bool, typer.Option(help="Fewer samples and epochs, judged by looser ranges.")] = False,
@@ -37,7 +40,7 @@ def reproduce(
 
     Entries that judge published weights are skipped where these aren't at hand; asked for by name, they count as failed.
     """
-    entries = find(names or ())
+    entries = find(each(names or ()))
     if listing:
         _list(entries, as_json)
         return

@@ -29,6 +29,7 @@ from saddlepoint.cli.options import (
     Seed,
     Std,
     console,
+    each,
     make_way,
     warn_of_random_weights,
     write_json,
@@ -88,7 +89,7 @@ def transfer(
         None if url else "the ones of --models", url, classes=classes, gives=gives, labels=labels, header=header,
         batch_rows=batch_rows, concurrency=concurrency, rate=rate, limit=limit, cache=cache,
     )  # fmt: skip
-    texts = [text.strip() for part in models for text in part.split(",") if text.strip()]
+    texts = each(models)
     found = inputs.dataset(data, root)
     threat, chosen = _one(norm, eps), inputs.attack(attack, norm, passes)
     named = inputs.models(texts, found, mean=mean, std=std, device=device)

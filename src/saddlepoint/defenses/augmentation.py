@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from saddlepoint.attacks.facade import attack as run_attack
+from saddlepoint.defenses.distributed import processes
 from saddlepoint.defenses.objectives import Around, Batch, check_number, soft
 from saddlepoint.engine import Attack, AttackResult
 from saddlepoint.errors import InputError
@@ -63,7 +64,9 @@ class Mixup(Around):
         check_number(self, above=0, alpha=self.alpha)
 
     def loss(self, batch: Batch) -> Tensor:
-        share = float(np.random.default_rng([abs(batch.seed), int(batch.ids[0])]).beta(self.alpha, self.alpha))
+        share = float(
+            np.random.default_rng([abs(batch.seed), int(processes().from_main(batch.ids[:1]))]).beta(self.alpha, self.alpha)
+        )
         partner = batch.keys(_PARTNER).uniform().argsort()
         labels = soft(batch.y, batch.num_classes, batch.x.dtype)
         x, y = (share * t + (1 - share) * t[partner] for t in (batch.x, labels))

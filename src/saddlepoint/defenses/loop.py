@@ -5,6 +5,7 @@ What is trained, and on what loss, is the caller's: `fit` takes a function, `sad
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from saddlepoint.defenses.distributed import processes
 from saddlepoint.engine.source import fingerprint
 from saddlepoint.errors import DataError, InputError, ModelError, UnknownNameError
 from saddlepoint.models.freeze import global_random_state_kept
@@ -53,7 +55,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Sample:
-    """One batch of the data.
+    """One batch of the data; where several processes train, this one's share of it.
 
     tensors: the rows (B, ...) of each of the data's tensors, on the network's device. ids: their positions in the data (B,).
     seed: another one each epoch. progress: epochs done, with fraction. memory: what must outlive the batch, tensors and
@@ -253,6 +255,8 @@ class Loop:
             self.optimizer = plan.optimizer(parameters)
         self.base_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.batches = math.ceil(len(data[0]) / plan.batch_size)
+        self.parameters = parameters
+        self.processes = processes(self.device)
         self.at = _Progress()
 
     @property
@@ -269,21 +273,29 @@ class Loop:
             "schedule": plan.schedule, "average": [plan.average, mean], "precision": self.precision,
             "patience": plan.patience, "restore_best": plan.restore_best, "seed": plan.seed,
         }  # fmt: skip
+        if self.processes.count > 1:
+            config["processes"] = self.processes.count
         plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
         return plain
 
     def run(self) -> Fit:
         """Train to the end, or to Ctrl-C."""
         config = self.config  # before training: the optimiser's settings change with the schedule
-        complete, plan = True, self.plan
-        with global_random_state_kept(), bar(self.name, plan.epochs * self.batches, show=plan.progress) as report:
-            torch.manual_seed(plan.seed)
+        complete, plan, main = True, self.plan, self.processes.main
+        with global_random_state_kept(), bar(self.name, plan.epochs * self.batches, show=plan.progress and main) as report:
+            torch.manual_seed(plan.seed + (self.processes.rank << 32))  # for dropout and augmentation of this share
             self._resume(config)
+            self._agree({**config, "place in the checkpoint": (self.at.epoch, self.at.batch)})
+            self._take_main_weights()
             self._last_saved = time.monotonic()
             try:
                 while self.at.epoch < plan.epochs and not self.at.stopped and not self._out_of_patience():
                     self._epoch(config, report)
             except KeyboardInterrupt:
+                if (
+                    self.processes.count > 1
+                ):  # the others wait for this one, which can't say where they are: the launcher ends all
+                    raise
                 complete = False
             try:
                 self._load_result()
@@ -303,9 +315,13 @@ class Loop:
             at.seconds = time.monotonic() - started
             report(at.epoch * self.batches + at.batch)
             last = number + 1 == len(parts)  # what follows an epoch is part of it
-            if not last and self.plan.checkpoint is not None and time.monotonic() - self._last_saved > _CHECKPOINT_SECONDS:
+            if (
+                not last
+                and self.plan.checkpoint is not None
+                and self._said(time.monotonic() - self._last_saved > _CHECKPOINT_SECONDS)
+            ):
                 self._save(config)
-        at.stopped = self.work.after_epoch(at.epoch, at.memory)
+        at.stopped = self._said(self.work.after_epoch(at.epoch, at.memory))
         if self.plan.average == "swa" and at.epoch + 1 > self.plan.average_from * self.plan.epochs:
             self._add_to_mean(1 / (at.mean_count + 1))
         record = EpochRecord(
@@ -316,7 +332,7 @@ class Loop:
         at.epoch, at.batch, at.loss_sum, at.seconds = at.epoch + 1, 0, 0.0, 0.0
         if self.plan.checkpoint is not None:
             self._save(config)
-        if self.plan.on_epoch is not None:
+        if self.plan.on_epoch is not None and self.processes.main:
             self.plan.on_epoch(record)
 
     def _parts(self) -> tuple[Tensor, ...]:
@@ -328,7 +344,8 @@ class Loop:
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * self._factor(number)
         values = []
-        prepared = self._sample(number, index)
+        share = self.processes.share(index)
+        prepared = self._sample(number, share)
         for replay in range(self.work.replays):
             progress = prepared.progress + replay / self.work.replays / self.batches
             sample = replace(prepared, progress=progress)
@@ -340,12 +357,12 @@ class Loop:
                         f"{self.name}: the loss must be one number that the parameters' gradients come from, such as that of "
                         f"model.forward(x), not of model.logits(x) or of what was detached; got {found}"
                     )
-                values.append(float(loss.detach()))
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+                values.append(self._averaged_over_processes(loss.detach(), len(share)))
                 if not math.isfinite(values[-1]):
                     where = f"epoch {self.at.epoch}, batch {number}"
                     raise ModelError(f"the training loss is {values[-1]} in {where}: try a smaller learning rate")
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
             finally:
                 self.work.after_backward(sample)
             self.optimizer.step()
@@ -353,6 +370,46 @@ class Loop:
             if self.plan.average == "ema":
                 self._add_to_mean(1 - self.plan.decay)
         return sum(values) / len(values)
+
+    def _averaged_over_processes(self, loss: Tensor, size: int) -> float:
+        """The loss of the whole batch, of which `size` samples were this process's; gradients become its gradients.
+
+        The running statistics of normalisation layers are averaged too: they are the same network's in every process.
+        """
+        if self.processes.count == 1:
+            return float(loss)
+        norms = [module for module in self.net.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+        statistics = [each for norm in norms for each in (norm.running_mean, norm.running_var) if each is not None]
+        found = loss.new_tensor([p.grad is not None for p in self.parameters])
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        mean, found, *means = self.processes.mean([loss, found, *gradients, *statistics], size)
+        for p, gradient, somewhere in zip(self.parameters, means, found, strict=False):
+            p.grad = gradient if somewhere else None
+        for own, average in zip(statistics, means[len(gradients) :], strict=True):
+            own.copy_(average)
+        return float(mean)
+
+    def _said(self, answer: bool) -> bool:
+        """The main process's answer to what all must do alike."""
+        return bool(self.processes.from_main(torch.tensor(answer, device=self.device)))
+
+    def _agree(self, config: dict[str, Any]) -> None:
+        """`InputError` unless all processes were asked for the same run."""
+        for other in self.processes.gather(config):
+            differing = [key for key in config if other.get(key) != config[key]]
+            if differing:
+                hint = (
+                    ". Give each process all the data: it takes its share of each batch by itself"
+                    if "data" in differing
+                    else ""
+                )
+                raise InputError(f"the processes were asked for different runs; they differ in: {', '.join(differing)}{hint}")
+
+    def _take_main_weights(self) -> None:
+        """The network's state is the main process's, wherever the others began or what they drew."""
+        if self.processes.count > 1:
+            for value in self.net.state_dict().values():
+                value.copy_(self.processes.from_main(value))
 
     def _sample(self, number: int, index: Tensor) -> Sample:
         tensors = tuple(column[index.to(column.device)].to(self.device) for column in self.data)
@@ -419,6 +476,7 @@ class Loop:
                         self._loss(sample)
                     finally:
                         self.work.after_backward(sample)
+            self._take_main_weights()
         finally:
             self.at.memory = memory
             for norm, momentum in zip(norms, momenta, strict=True):
@@ -450,13 +508,22 @@ class Loop:
     def _save(self, config: dict[str, Any]) -> None:
         path = self.plan.checkpoint
         assert path is not None
+        own = {
+            "random": torch.get_rng_state(),
+            "random_gpu": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "memory": self.at.memory,
+        }
+        others = self._gathered(own)[1:]
+        if not self.processes.main:
+            return
         document = {
             "config": config,
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "random": torch.get_rng_state(),
-            "random_gpu": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "random": own["random"],
+            "random_gpu": own["random_gpu"],
             "progress": {**vars(self.at), "history": [asdict(record) for record in self.at.history]},
+            "others": others,
         }
         draft = path.with_name(f".{path.name}.part")
         try:
@@ -470,13 +537,21 @@ class Loop:
             raise
         self._last_saved = time.monotonic()
 
+    def _gathered(self, own: dict[str, Any]) -> list[dict[str, Any]]:
+        """What differs between the processes, of each of them; the others' as it is loaded from a file."""
+        if self.processes.count == 1:
+            return [own]
+        file = io.BytesIO()
+        torch.save(own, file)
+        return [torch.load(io.BytesIO(each), "cpu", weights_only=True) for each in self.processes.gather(file.getvalue())]
+
     def _resume(self, config: dict[str, Any]) -> None:
         path = self.plan.checkpoint
         if path is None or not path.exists():
             return
         try:
             found = torch.load(path, map_location=self.device, weights_only=True)
-            differing = [key for key in config if found["config"].get(key) != config[key]]
+            differing = [key for key in {**config, **found["config"]} if found["config"].get(key) != config.get(key)]
             if differing:
                 raise DataError(
                     f"the checkpoint {path} belongs to another run, which differs in: {', '.join(differing)}. "
@@ -487,6 +562,9 @@ class Loop:
             self.at = _Progress(**state)
             self.net.load_state_dict(found["net"])
             self.optimizer.load_state_dict(found["optimizer"])
+            if not self.processes.main:
+                found |= found["others"][self.processes.rank - 1]
+                self.at.memory = found["memory"]
             torch.set_rng_state(found["random"].cpu())
             if found["random_gpu"] is not None:
                 torch.cuda.set_rng_state(found["random_gpu"].cpu(), self.device)

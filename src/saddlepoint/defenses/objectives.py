@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from saddlepoint.attacks.facade import check_combination, perturb
 from saddlepoint.attacks.registry import as_attack
+from saddlepoint.defenses.distributed import processes
 from saddlepoint.engine import Attack
 from saddlepoint.errors import InputError
 from saddlepoint.goals import Goal, Targeted
@@ -28,6 +29,7 @@ AttackLabels = Literal["true", "predicted", "least_likely"]
 class Batch:
     """What an objective is given: the model in train mode, inputs (B, ...), classes (B,), and the samples' ids (B,).
 
+    Where several processes train, it is this one's share; what changes the weights in them must come out alike in all.
     y: classes, or soft labels (B, C) where an objective around this one made such. seed: another one each epoch. progress:
     epochs done, with fraction. memory: what must outlive the batch, tensors and numbers by name; it is part of the checkpoint.
     """
@@ -43,6 +45,10 @@ class Batch:
     def keys(self, purpose: int) -> Keys:
         """Random numbers for each sample (B,), others for each purpose."""
         return Keys.of(self.seed, self.ids).absorb(purpose)
+
+    def common_keys(self) -> Keys:
+        """Random numbers for the batch as a whole (1,), the same in all processes that share it."""
+        return Keys.of(self.seed, processes().from_main(self.ids[:1]))
 
     @property
     def net(self) -> nn.Module:
@@ -313,4 +319,4 @@ _CHOICE = 0x5EED
 
 def drawn(batch: Batch, count: int) -> int:
     """One of 0..count-1 for the whole batch, another one each epoch."""
-    return int(Keys.of(batch.seed, batch.ids[:1]).absorb(_CHOICE).uniform((), torch.float64) * count)
+    return int(batch.common_keys().absorb(_CHOICE).uniform((), torch.float64) * count)

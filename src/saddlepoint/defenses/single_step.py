@@ -13,6 +13,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from saddlepoint.attacks.ascent import PGD
 from saddlepoint.attacks.facade import perturb
 from saddlepoint.attacks.registry import as_attack
+from saddlepoint.defenses.distributed import processes
 from saddlepoint.defenses.gradients import input_gradient
 from saddlepoint.defenses.objectives import (
     Around,
@@ -249,7 +250,8 @@ class StopAtCollapse(Around):
         y = y.argmax(1) if y.is_floating_point() else y
         moved = perturb(model, x, y, as_attack(self.attack), self.threat, seed=epoch)
         (net,) = model.networks()
-        accuracy = float((model.predict(moved) == y).double().mean())
+        (mean,) = processes().mean([(model.predict(moved) == y).double().mean()], len(y))
+        accuracy = float(mean)
         before = memory.get("collapse.accuracy", 0.0)
         if accuracy < before - self.drop:
             if self.action == "stop":

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from saddlepoint.attacks.facade import attack as run_attack
+from saddlepoint.defenses.distributed import processes
 from saddlepoint.defenses.loop import (
     Average,
     EpochRecord,
@@ -164,12 +166,16 @@ class _Training(Work):
     def validate(self) -> tuple[float | None, float | None]:
         if self.validation is None:
             return None, None
-        x, y = self.validation
-        clean = float((self.model.predict(x).to(y.device) == y).double().mean())
-        if self.objective.adversary is None:
-            return clean, None
-        attack, threat = self.objective.adversary
-        return clean, run_attack(self.model, x, y, attack, threat, seed=self.seed).robust_accuracy
+        together = processes()
+        ids = together.share(torch.arange(len(self.validation[1])))
+        x, y = (column[ids.to(column.device)] for column in self.validation)
+        found = [float((self.model.predict(x).to(y.device) == y).double().mean())]
+        if self.objective.adversary is not None:
+            attack, threat = self.objective.adversary
+            found.append(run_attack(self.model, x, y, attack, threat, seed=self.seed, ids=ids).robust_accuracy)
+        device = next(self.model.networks()[0].parameters()).device
+        means = together.mean([torch.tensor(found, dtype=torch.float64, device=device)], len(y))[0].tolist()
+        return means[0], means[1] if len(means) > 1 else None
 
 
 def labelled(data: Labelled | tuple[Tensor, Tensor], model: Classifier, name: str) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from saddlepoint.defenses.distributed import processes
 from saddlepoint.defenses.objectives import Around, Batch, MinMax, check_number
 from saddlepoint.engine import Attack
 from saddlepoint.errors import InputError
@@ -106,7 +107,7 @@ class Parseval(Around):
                 layer.weight.copy_((w / stretch).view_as(layer.weight))
 
     def _rows(self, batch: Batch, number: int, count: int) -> Tensor:
-        numbers = Keys.of(batch.seed, batch.ids[:1]).absorb(_ROWS).absorb(number).uniform((count,))[0]
+        numbers = batch.common_keys().absorb(_ROWS).absorb(number).uniform((count,))[0]
         return numbers.argsort()[: max(1, round(self.share * count))]
 
 
@@ -227,14 +228,15 @@ class AWP(MinMax):
         weights = [w for w in batch.net.parameters() if w.requires_grad and w.dim() > 1]
         statistics = {name: buffer.clone() for name, buffer in batch.net.named_buffers()}
         with torch.enable_grad():
-            gradients = torch.autograd.grad(self.inner.loss_at(batch, examples), weights, allow_unused=True)
+            loss = self.inner.loss_at(batch, examples)
+            own = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+        gradients = processes().mean(own, len(batch.ids))
         with torch.no_grad():
             for name, buffer in batch.net.named_buffers():  # the look ahead is no training step
                 buffer.copy_(statistics[name])
             batch.memory["awp.weights"] = [w.detach().clone() for w in weights]
             for w, g in zip(weights, gradients, strict=True):
-                if g is not None:
-                    w.add_(g * (self.gamma * w.norm() / g.norm().clamp(min=1e-20)))
+                w.add_(g * (self.gamma * w.norm() / g.norm().clamp(min=1e-20)))
         torch.clear_autocast_cache()  # mixed precision keeps rounded copies of the weights
         return self.inner.loss_at(batch, examples)
 

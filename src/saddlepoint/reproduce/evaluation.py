@@ -101,11 +101,12 @@ def _accuracies(context: Context, adversary: Objective) -> tuple[float, float, f
     "Croce & Hein 2020, arXiv:2003.01690; Madry et al. 2018, arXiv:1706.06083",
     f"{CNN}, 3 epochs of 20,000 images, each replaced by its PGD example of 5 steps of 0.1, eps growing in the first epoch;"
     " 200 images, AutoAttack's parts alone on the first 50, eps 0.3, clipped to [0, 1]; PGD with steps of 2.5 eps / steps"
-    " (quickly: AutoAttack with 10 steps and 200 queries)",
+    " (quickly: 2 epochs, AutoAttack with 10 steps and 200 queries)",
 )
 def order_of_attacks(context: Context) -> list[Figure]:
     """More steps leave less, and AutoAttack at most what the best of its parts leaves."""
-    recipe = Recipe(context.convolutional, epochs=3, adversary=SEVERAL_STEPS, bounds=UNIT, samples=20_000)
+    epochs = 2 if context.quick else 3
+    recipe = Recipe(context.convolutional, epochs=epochs, adversary=SEVERAL_STEPS, bounds=UNIT, samples=20_000)
     model, few = context.model(recipe), context.few(context.test, 200)
     whole = autoattack(context)
     one, twenty, hundred = (_left(context, model, method, few.x, few.y) for method in (FGSM(), PGD(steps=20), PGD(steps=100)))

@@ -98,15 +98,15 @@ SCALES = {scale: partial(simple_network, scale=scale) for scale in (1, 2, 4, 8)}
     f"{MADRY}, section 4, figure 4",
     "convolutions of 2 and 4 channels, 5x5, each with pooling, then 64 hidden units, all times 1, 2, 4 and 8; Adam 1e-3,"
     " 3 epochs of 20,000 images in batches of 128, each replaced by its PGD example as in R11, but of the whole eps"
-    " from the start; PGD with 40 steps of 0.01 on 1,000 images",
+    " from the start; PGD with 40 steps of 0.01 on 1,000 images (quickly: 1 epoch)",
 )
 def capacity(context: Context) -> list[Figure]:
     """A network that is large enough for clean images is too small for the examples."""
-    some = context.test.take(1000)
-    plain = context.model(Recipe(SCALES[1], epochs=3, bounds=UNIT, samples=20_000))
+    some, epochs = context.test.take(1000), 1 if context.quick else 3
+    plain = context.model(Recipe(SCALES[1], epochs=epochs, bounds=UNIT, samples=20_000))
     results = {}
     for scale, net in SCALES.items():
-        model = context.model(Recipe(net, epochs=3, adversary=FULL_SIZE, bounds=UNIT, samples=20_000))
+        model = context.model(Recipe(net, epochs=epochs, adversary=FULL_SIZE, bounds=UNIT, samples=20_000))
         results[scale] = _attacked(context, model, some.x, some.y, FORTY)
     rises = [after.robust_accuracy - before.robust_accuracy for before, after in pairwise(results.values())]
     return [
@@ -129,7 +129,8 @@ def capacity(context: Context) -> list[Figure]:
     "Tramèr et al. 2018, arXiv:1705.07204; figures: its first version of 2017",
     f"{CNN}, 6 epochs of 20,000 images and their FGSM examples, made for the network itself or for one drawn from four: itself,"
     " the same network, 32 and 64 channels of 3x3, and 240-240 hidden units, the last three trained on clean images before; eps"
-    " 0.3, clipped to [0, 1]; black-box examples are those of a fifth network, with strided convolutions",
+    " 0.3, clipped to [0, 1]; black-box examples are those of a fifth network, with strided convolutions"
+    " (quickly: 2 epochs)",
 )
 def ensemble(context: Context) -> list[Figure]:
     """Examples of other networks teach what transfers; its own single steps teach a network to bend its gradient."""
@@ -138,7 +139,7 @@ def ensemble(context: Context) -> list[Figure]:
         context.model(Recipe("lenet", epochs=2, bounds=UNIT, samples=20_000)),
         context.model(Recipe("mlp", epochs=3, bounds=UNIT)),
     )
-    recipe = partial(Recipe, context.convolutional, epochs=6, bounds=UNIT, samples=20_000)
+    recipe = partial(Recipe, context.convolutional, epochs=2 if context.quick else 6, bounds=UNIT, samples=20_000)
     single = context.model(recipe(adversary=SINGLE_STEP))
     several = context.model(recipe(adversary=EnsembleAdversarial(sources=sources, threat=THREAT)))
     held_out, x, y = context.model(HELD_OUT), context.test.x, context.test.y
@@ -170,13 +171,14 @@ def ensemble(context: Context) -> list[Figure]:
     "Papernot et al. 2016, arXiv:1511.04508; Carlini & Wagner 2017, arXiv:1608.04644, section 8",
     f"{CNN}, 5 epochs for teacher and for student, both at temperature 100; JSMA on the probabilities, 100 images to random"
     " targets; FGSM eps 0.3, clipped to [0, 1], on cross-entropy and on the logits' margin; C&W with 9 searches of 200 steps"
-    " (quickly: 6 of 50), 100 images to random targets",
+    " (quickly: 3 epochs, 6 searches of 50), 100 images to random targets",
 )
 def distillation(context: Context) -> list[Figure]:
     """Large logits round the gradient of the probabilities to zero; an attack on the logits doesn't look at those."""
-    teacher = context.model(Recipe(context.convolutional, epochs=5, adversary=Tempered(temperature=TEMPERATURE), bounds=UNIT))
+    recipe = partial(Recipe, context.convolutional, epochs=3 if context.quick else 5, bounds=UNIT)
+    teacher = context.model(recipe(adversary=Tempered(temperature=TEMPERATURE)))
     learnt = Tempered(temperature=TEMPERATURE, teacher=teacher)
-    student = context.model(Recipe(context.convolutional, epochs=5, adversary=learnt, bounds=UNIT))
+    student = context.model(recipe(adversary=learnt))
     plain = undefended_network(context)
     before, after = (_fooled(context, model) for model in (plain, student))
     few_fooled = context.accept((0.0, 0.2), loose=(0.0, 0.5))
