@@ -55,7 +55,7 @@ def _of_transformers(net: object) -> bool:
 def adapted(net: object) -> Adapted:
     """What `Model` needs of a transformers model that takes what its processor would give it."""
     network = net if isinstance(net, HuggingFaceNetwork) else HuggingFaceNetwork(net)
-    return Adapted(network, Access.GRADIENTS, name=type(network.net).__name__)
+    return Adapted(network, Access.PARAMETERS, name=type(network.net).__name__)
 
 
 def hugging_face(net: object, processor: object = None, *, access: Access | None = None) -> Model:

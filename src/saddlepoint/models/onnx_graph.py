@@ -153,7 +153,7 @@ def adapted(path: object) -> Adapted:
     """What `Model` needs of the network in an .onnx file: its logits, also where the file goes on to a Softmax."""
     if not isinstance(path, str | os.PathLike) or not str(path).endswith((".onnx", ".onnx.gz")):
         raise DataError(f"a model's file is an .onnx file; got {path!r}")
-    return Adapted(read_graph(path, logits=True), Access.GRADIENTS, name=Path(path).name)
+    return Adapted(read_graph(path, logits=True), Access.PARAMETERS, name=Path(path).name)
 
 
 # The file

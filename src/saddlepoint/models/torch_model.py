@@ -41,7 +41,7 @@ class Model(Classifier):
     bounds: range of the inputs, in the units in which perturbations are measured; None if unbounded.
     mean, std: normalisation applied before the network, a number or one per channel (dimension 1 of the inputs).
     num_classes: checked if given, otherwise found out; needed where only labels are given.
-    access: what an adversary may use of it; default gradients, or what there is. More than there is is an error.
+    access: what an adversary may use of it; default parameters, or what there is. More than there is is an error.
     device: move the inputs there; by default where the parameters are. A network elsewhere is an error.
     outputs: where the logits are if the network doesn't return a tensor: a key, an attribute, an index or a function.
         Without it, `.logits`, `["logits"]` and a tuple's first entry are recognised.
@@ -86,7 +86,7 @@ class Model(Classifier):
         if access is not None and access > most:
             raise CapabilityError(f"this {type(net).__name__} can grant {most.name.lower()} at most, not {access.name.lower()}")
         classes = found.num_classes if num_classes is None else num_classes
-        super().__init__(bounds, min(most, Access.GRADIENTS) if access is None else access, classes, device=device)
+        super().__init__(bounds, most if access is None else access, classes, device=device)
         if found.gives == "labels" and classes is None:
             raise InputError("labels alone don't tell how many classes there are: give Model(num_classes=...)")
         self.net = found.call

@@ -273,8 +273,8 @@ def inputs_of(region: Region) -> Box:
     wide = radius.view(-1, *[1] * (region.origin.dim() - 1))
     lower = torch.maximum(region.lower, region.origin - wide)
     upper = torch.minimum(region.upper, region.origin + wide)
-    norm = "l2" if region.threat.norm is Norm.L2 else "l1"
-    return Ball(torch.minimum(lower, region.origin), torch.maximum(upper, region.origin), region.origin, radius, norm)
+    ends = torch.minimum(lower, region.origin), torch.maximum(upper, region.origin)
+    return Ball(*ends, region.origin, radius, "l2" if region.threat.norm is Norm.L2 else "l1")
 
 
 class _Ledger:
