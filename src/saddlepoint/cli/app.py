@@ -45,6 +45,7 @@ from saddlepoint.cli.options import (
 )
 from saddlepoint.cli.reproduce import reproduce
 from saddlepoint.cli.transfer import substitute, transfer
+from saddlepoint.cli.verify import verify
 from saddlepoint.defenses import RECIPES, Adversarial, EpochRecord, Hardening, Objective, Training
 from saddlepoint.defenses import defense as trained_by
 from saddlepoint.defenses import harden as run_harden
@@ -334,6 +335,7 @@ app.command()(defend)
 app.command()(detect)
 app.command()(attack)
 app.command()(distance)
+app.command()(verify)
 app.command()(transfer)
 app.command()(substitute)
 app.command()(campaigns.compare)

@@ -296,9 +296,7 @@ class Bounded:
         boxes = {name: box.to(torch.float64) for name, box in self.boxes.items()}
         return Bounded(self.graph.double, boxes, self.memory, outward=True)
 
-    def recheck(
-        self, rows: Tensor, slopes: Slopes | None = None, multipliers: Mapping[str, Tensor] | None = None
-    ) -> Tensor:
+    def recheck(self, rows: Tensor, slopes: Slopes | None = None, multipliers: Mapping[str, Tensor] | None = None) -> Tensor:
         """Lower bounds (N, R) in float64 of rows (N, R, C) times the outputs, with given slopes, less what rounding can add."""
         wide = self.double()
         given = {key: value.double() for key, value in (slopes or {}).items()}

@@ -79,9 +79,7 @@ def read(model: Classifier, x: Tensor) -> Graph:
 class _Reader:
     """Turns an exported program into nodes."""
 
-    def __init__(
-        self, source: Exported, gradients: bool, dtype: torch.dtype | None, replaced: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, source: Exported, gradients: bool, dtype: torch.dtype | None, replaced: Mapping[str, Tensor]) -> None:
         self.source, self.dtype = source, dtype
         self.known: dict[str, Any] = {}  # what doesn't depend on the input
         self.zeros: dict[str, Tensor] = {}  # what does: a batch of one of zeros

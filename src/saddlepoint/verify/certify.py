@@ -31,6 +31,7 @@ from saddlepoint.threats import Region, Threat
 from saddlepoint.verify.cases import Cases
 from saddlepoint.verify.prove import Proof, prove
 
+STAGES = ("prediction", "attack", "crown-ibp", "corners", "crown", "alpha-crown", "inputs", "search", "none")
 _SECONDS = 60.0
 _FORMAT = 1
 
@@ -108,10 +109,11 @@ class Certification:
         return points
 
     def stages(self) -> dict[str, dict[str, int]]:
-        """How many samples each stage decided, or left: {stage: {verdict: count}}."""
+        """How many samples each stage decided, or was the last to try: {stage: {verdict: count}}, in their order."""
+        counts = Counter((proof.stage, str(proof.verdict)) for proof in self.proofs)
         found: dict[str, dict[str, int]] = {}
-        for (stage, verdict), count in Counter((proof.stage, str(proof.verdict)) for proof in self.proofs).items():
-            found.setdefault(stage, {})[verdict] = count
+        for stage, verdict in sorted(counts, key=lambda key: STAGES.index(key[0])):
+            found.setdefault(stage, {})[verdict] = counts[stage, verdict]
         return found
 
     def summary(self) -> str:
@@ -260,7 +262,9 @@ def _proved(
     if proof.counterexample is not None:
         point = region.snap(region.project(proof.counterexample[None]))[0]
         if int(model.predict(point[None])[0]) == int(y[0]):
-            raise SoundnessError("a counterexample was confirmed, and then was none: does the model change while it is verified?")
+            raise SoundnessError(
+                "a counterexample was confirmed, and then was none: does the model change while it is verified?"
+            )
         proof = replace(proof, counterexample=point.cpu())
     return replace(proof, seconds=proof.seconds + spent)
 

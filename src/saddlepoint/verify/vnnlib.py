@@ -80,12 +80,13 @@ def read_vnnlib(path: str | Path) -> Property:
     except (OSError, EOFError, UnicodeDecodeError, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: cannot be read as VNNLIB ({error})") from error
     try:
-        return _property(text)
+        return parse_vnnlib(text)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
 
 
-def _property(text: str) -> Property:
+def parse_vnnlib(text: str) -> Property:
+    """The property that a VNNLIB text states. Errors: `DataError`."""
     declared: dict[str, int] = {"X": 0, "Y": 0}
     choices: list[list[list[Atom]]] = []
     for tree in _trees(text):

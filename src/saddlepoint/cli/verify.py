@@ -1,0 +1,105 @@
+"""`saddlepoint verify`: what is proved of a network, of a property file or of samples within a threat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from saddlepoint import models as models_module
+from saddlepoint.cli import config as configuration
+from saddlepoint.cli import inputs
+from saddlepoint.cli.config import ConfigFile
+from saddlepoint.cli.options import (
+    DataText,
+    Device,
+    JsonFile,
+    Mean,
+    NormText,
+    OptionalModelText,
+    Root,
+    Samples,
+    Seed,
+    Std,
+    console,
+    make_way,
+    warn_of_random_weights,
+    write_json,
+)
+from saddlepoint.engine import Budget
+from saddlepoint.errors import InputError
+from saddlepoint.taxonomy import Norm
+from saddlepoint.verify import certify, decide, read_vnnlib
+
+
+def verify(
+    context: typer.Context,
+    model: OptionalModelText = None,
+    data: DataText = "digits",
+    norm: NormText = Norm.LINF,
+    eps: Annotated[str | None, typer.Option(help="Size of the ball, 0.1 or 8/255.", show_default=False)] = None,
+    onnx: Annotated[Path | None, typer.Option(help="With --vnnlib: the network, an ONNX file or .onnx.gz.")] = None,
+    vnnlib: Annotated[Path | None, typer.Option(help="With --onnx: the property, a VNNLIB file or .vnnlib.gz.")] = None,
+    budget: Annotated[float, typer.Option(min=0.001, help="Seconds for each sample, or for the property.")] = 60.0,
+    samples: Samples = None,
+    seed: Seed = 0,
+    mean: Mean = None,
+    std: Std = None,
+    device: Device = None,
+    root: Root = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder that keeps what is finished; the same command goes on there.")
+    ] = None,
+    json_file: JsonFile = None,
+    config: ConfigFile = None,
+) -> None:
+    """Prove or refute: samples within a threat (--model, --data, --eps), or a property of a network (--onnx, --vnnlib)."""
+    if (onnx is None) != (vnnlib is None):
+        raise InputError("--onnx and --vnnlib go together: a network and its property")
+    if (onnx is None) == (model is None):
+        raise InputError("give either --model with --eps, or --onnx with --vnnlib")
+    make_way(json_file)
+    limit = Budget(seconds=budget)
+    if onnx is not None:
+        assert vnnlib is not None
+        write_json(json_file, _property(onnx, vnnlib, limit))
+        return
+    assert model is not None
+    if eps is None:
+        raise InputError("--eps is missing: the size of the ball, such as 0.1 or 8/255")
+    (threat, *more) = inputs.threats(norm.value, eps)
+    if more:
+        raise InputError("verify takes one --eps at a time")
+    found = inputs.dataset(data, root)
+    name, victim = inputs.model(model, found, mean=mean, std=std, device=device)
+    warn_of_random_weights([model])
+    split = inputs.samples(found, samples)
+    proved = certify(victim, split.x, split.y, threat, limit, seed=seed, progress=True, folder=out)
+    if out is not None:
+        configuration.write(context, out)
+    console.print(f"{name}: {proved.summary()}", markup=False)
+    write_json(json_file, {"model": name, "data": found.name} | proved.to_dict())
+    if not proved.complete:
+        raise typer.Exit(130)
+
+
+def _property(onnx: Path, vnnlib: Path, limit: Budget) -> dict[str, Any]:
+    """Decide, say so, and what to write."""
+    property_ = read_vnnlib(vnnlib)
+    console.print(f"property: {property_}", markup=False)
+    proof = decide(models_module.Model(onnx, bounds=None), property_, limit)
+    point = None if proof.counterexample is None else proof.counterexample.flatten().tolist()
+    words = {
+        "robust": "robust: none of the cases can occur",
+        "falsified": "falsified: an input was found where one of the cases occurs",
+        "unknown": f"unknown: {proof.reason}",
+    }[proof.verdict]
+    console.print(words, markup=False)
+    console.print(
+        f"stage {proof.stage}, least margin {proof.bound:.6g}, {proof.parts} parts, {proof.seconds:.2f} s", markup=False
+    )
+    return {
+        "verdict": proof.verdict, "stage": proof.stage, "bound": proof.bound, "parts": proof.parts, "seconds": proof.seconds,
+        "reason": proof.reason, "counterexample": point,
+    }  # fmt: skip

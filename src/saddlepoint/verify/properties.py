@@ -1,0 +1,60 @@
+"""Properties of networks of any kind, as VNNLIB files state them: `decide`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saddlepoint.engine.budget import Budget
+from saddlepoint.errors import InputError
+from saddlepoint.models.base import Classifier
+from saddlepoint.propagation.graph import read
+from saddlepoint.verify.prove import Proof, prove
+from saddlepoint.verify.vnnlib import Property, read_vnnlib
+
+_SECONDS = 60.0
+
+
+def decide(
+    model: Classifier, property_: Property | str | Path, budget: Budget | None = None, *, shape: Sequence[int] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Proof:  # fmt: skip
+    """Whether a network has a property: "robust" if no case of it can occur, "falsified" with an input where one does.
+
+    property_: from `read_vnnlib`, or the file. budget: `Budget(seconds=...)`, default 60. shape: of one input, where the model
+    doesn't know it (ONNX files do); default a flat one. clock: what `seconds` means. A counterexample is replayed by the
+    network itself, in the dtype that it runs in.
+
+    Errors: `DataError` for a damaged file, or another number of inputs; `InputError` for another number of outputs;
+    `ModelError` for operators without known bounds.
+
+    >>> import torch, saddlepoint as sp
+    >>> relu = sp.Model(torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.ReLU()), bounds=None)
+    >>> lines = ["(declare-const X_0 Real)", "(declare-const Y_0 Real)", "(declare-const Y_1 Real)"]
+    >>> lines += ["(assert (>= X_0 0))", "(assert (<= X_0 1))", "(assert (<= Y_0 -1))"]
+    >>> sp.verify.decide(relu, sp.verify.parse_vnnlib("\\n".join(lines))).verdict
+    'robust'
+    """
+    known = property_ if isinstance(property_, Property) else read_vnnlib(property_)
+    if shape is None:
+        shape = next((tuple(net.shape) for net in model.networks() if getattr(net, "shape", None)), (known.inputs,))
+    dtype = model.dtype or torch.float32
+    like = torch.zeros(1, *shape, dtype=dtype, device=model.device)
+    seconds = budget.seconds if budget is not None and budget.seconds is not None else _SECONDS
+    started = clock()
+    with model.frozen():
+        cases = known.to_cases(shape, like[:, 0])
+        with torch.no_grad():
+            outputs = model.forward(like)
+        if outputs.shape != (1, known.outputs):
+            raise InputError(f"the property is about {known.outputs} outputs; the network gives {tuple(outputs.shape[1:])}")
+
+        def replay(point: Tensor, case: int) -> bool:
+            with torch.no_grad():
+                return bool(cases.take(torch.tensor([case])).margin(model.forward(point[None]))[0] <= 0)
+
+        return prove(read(model, like), cases, replay, seconds=max(seconds - (clock() - started), 0.0), clock=clock)
