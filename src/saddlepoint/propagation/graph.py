@@ -151,10 +151,10 @@ class _Reader:
         table = {one.name: self.known[one.name] for one in _mentioned(everything) if one.name in self.known}
         names = table | {name: name for name in inputs}
         arguments, settings = self._filled(everything, names)
-        where = str(call.meta.get("nn_module_stack") and list(call.meta["nn_module_stack"].values())[-1][0] or "")
+        where = str(list((call.meta.get("nn_module_stack") or {"": ("",)}).values())[-1][0])
 
         def applied(fixed: Mapping[str, Any]) -> Callable[..., Tensor]:
-            def apply(*values: Tensor) -> Tensor:
+            def apply(*values: Tensor) -> Any:
                 given = {name: value[0] if name in bare else value for name, value in zip(inputs, values, strict=True)}
                 args, kwargs = self._filled(everything, {**fixed, **given})
                 found = target(*args, **kwargs)  # type: ignore[operator]
@@ -164,7 +164,12 @@ class _Reader:
             return apply
 
         apply = applied(table)
-        magnitude = applied({key: value.abs() if isinstance(value, Tensor) and value.is_floating_point() else value for key, value in table.items()})
+        magnitude = applied(
+            {
+                key: value.abs() if isinstance(value, Tensor) and value.is_floating_point() else value
+                for key, value in table.items()
+            }
+        )
         if op == "_native_batch_norm_legit_no_training":
             apply = magnitude = _scaling(arguments)
         elif op in ("max_pool2d_with_indices", "max_pool3d_with_indices", "max", "min") and part not in (None, 0):

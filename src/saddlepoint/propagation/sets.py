@@ -77,7 +77,7 @@ class Ball(Box):
 
     def to(self, dtype: torch.dtype) -> Ball:
         """In another floating type."""
-        return Ball(*(one.to(dtype) for one in (self.lower, self.upper, self.centre, self.eps)), self.norm)
+        return Ball(self.lower.to(dtype), self.upper.to(dtype), self.centre.to(dtype), self.eps.to(dtype), self.norm)
 
     def least(self, a: Tensor) -> Tensor:
         """The least values of R linear functions (N, R, ...) over the set, or what lies below them, (N, R)."""
@@ -93,7 +93,8 @@ class Ball(Box):
             most = flat.abs().argmax(2, keepdim=True)
             step = torch.zeros_like(flat).scatter_(2, most, flat.gather(2, most).sign())
         points = self.centre[:, None] - (self.eps[:, None, None] * step).view_as(a)
-        return points.clamp(self.lower[:, None], self.upper[:, None])
+        inside: Tensor = points.clamp(self.lower[:, None], self.upper[:, None])
+        return inside
 
 
 def times(a: Tensor, value: Tensor) -> Tensor:
