@@ -14,7 +14,7 @@ import saddlepoint as sp
 from saddlepoint.errors import InputError, ModelError
 from saddlepoint.propagation.bounds import Method, bounds
 from saddlepoint.propagation.graph import read
-from saddlepoint.propagation.relax import Relu, Rule, Curve, _CURVES
+from saddlepoint.propagation.relax import _CURVES, Curve, Relu
 from saddlepoint.propagation.sets import Box
 from saddlepoint.verify.vnnlib import read_vnnlib
 

@@ -133,7 +133,7 @@ def _by_phases(a: Tensor, weight: Tensor, stride: int, padding: Sequence[int], s
     """
     taps = [-(-length // stride) for length in weight.shape[2:]]
     full = [0 if axis else stride * taps[place] - weight.shape[2 + place] for place in (1, 0) for axis in (1, 0)]
-    wide = functional.pad(weight, full).unflatten(3, (taps[1], stride)).unflatten(2, (taps[0], stride)).flip(2, 4)
+    wide = functional.pad(weight, full).reshape(*weight.shape[:2], taps[0], stride, taps[1], stride).flip(2, 4)
     kernel = wide.permute(1, 3, 5, 0, 2, 4).flatten(0, 2)
     out = functional.pixel_shuffle(functional.conv2d(a, kernel, padding=[tap - 1 for tap in taps]), stride)
     out = out[:, :, padding[0] : padding[0] + size[0], padding[1] : padding[1] + size[1]]

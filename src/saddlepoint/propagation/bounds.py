@@ -96,7 +96,8 @@ class Bounded:
     def refine(self, steps: int = 0) -> None:
         """Tighten the bounds of what goes into nonlinearities by linear bounds, layer by layer.
 
-        Of what only ReLUs use, only what crosses 0. steps: of ascent on the lower slopes, for each bound its own; 0 for CROWN's.
+        Of what only ReLUs use, only what crosses 0. steps: of ascent on the lower slopes, for each bound its own; 0 for
+        CROWN's.
         """
         done = set()
         for node in self.graph.nodes:
@@ -117,6 +118,8 @@ class Bounded:
         if name == self.graph.input or self._exact(name):
             return box
         users = [node for node in self.graph.nodes if name in node.inputs and node.rule is not None]
+        if steps and all(node.rule is not None and node.rule.free for node in users):
+            box = self._tightened(name, 0)  # what is stable then needs no ascent
         crossing = (box.lower < 0) & (box.upper > 0)  # all that ReLUs need; other nonlinearities profit everywhere
         free = all(node.rule is not None and node.rule.free for node in users)
         open_ = (crossing if free else box.lower < box.upper).flatten(1)
@@ -168,7 +171,7 @@ class Bounded:
         element = open_.new_empty((), dtype=self.boxes[self.graph.input].lower.dtype).element_size()
         alive = widest * _COPIES if not steps else 4 * sum(math.prod(node.shape) for node in self.graph.nodes)
         budget = max(1, min(self.memory // (element * alive), _CACHE // widest if open_.device.type == "cpu" else 2**62))
-        for samples in left.split(max(1, budget)):
+        for samples in torch.split(left, max(1, budget)):
             most = int(counts[samples].max())
             step = max(1, budget // len(samples))
             for first in range(0, most, step):
@@ -260,8 +263,8 @@ class Bounded:
         """How far rounding can have moved what `linear(...).lowest(...)` gives, (N, R), for any lower slopes.
 
         Each result is a sum of products; its error is at most gamma_n times the same sum of absolute values (Higham 2002,
-        "Accuracy and stability of numerical algorithms", sec. 3.1), which is carried backwards here. Small in float64; in float32
-        only for shallow networks.
+        "Accuracy and stability of numerical algorithms", sec. 3.1), which is carried backwards here. Small in float64; in
+        float32 only for shallow networks.
         """
         sizes: dict[str, Tensor] = {name: start.abs()}
         total = start.new_zeros(start.shape[:2])
@@ -419,8 +422,8 @@ def bounds(
       arXiv:2011.13824);
     - best: the best of ibp, forward where there are at most 64 inputs, crown and alpha-crown, each within those before.
 
-    memory: bytes for coefficients. rigorous: for ibp, crown-ibp, crown and alpha-crown, in float64 with what rounding can add
-    taken off, so that they hold for the network in real arithmetic. Errors: `InputError`, and `ModelError` for operators without known bounds.
+    memory: bytes for coefficients. rigorous: for ibp, crown-ibp, crown and alpha-crown, in float64 with what rounding can
+    add taken off, so that they hold for the network in real arithmetic. Errors: `InputError`, and `ModelError` for operators without known bounds.
 
     >>> import saddlepoint as sp
     >>> model = sp.zoo.build("digits-mlp")

@@ -20,7 +20,7 @@ def decompositions() -> Any:  # Any: torch's own table type
 
     Layer normalisation is a product with rsqrt of a mean of squares; max(a, b) = a + relu(b - a).
     """
-    table = torch.export.default_decompositions()
+    table: Any = torch.export.default_decompositions()
     for kept in (aten.linear, aten.matmul, aten.silu, aten.softplus, aten.square, aten.prelu, aten._prelu_kernel):
         table.pop(kept.default, None)
     table[aten.native_layer_norm.default] = _layer_norm
@@ -68,14 +68,14 @@ def _group_norm(
 
 
 def _log_sum(x: Tensor, dim: Sequence[int], keepdim: bool = False) -> Tensor:
-    mean = x.mean(dim, keepdim=True)  # affine, unlike the largest
-    out = (x - mean).exp().sum(dim, keepdim=True).log() + mean
-    return out if keepdim else out.squeeze(dim)
+    dims = tuple(dim)
+    mean = x.mean(dims, keepdim=True)  # affine, unlike the largest
+    return (x - mean).exp().sum(dims, keepdim=keepdim).log() + (mean if keepdim else x.mean(dims))
 
 
 def _norm(
     x: Tensor, order: float = 2, dim: Sequence[int] | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
-) -> Tensor:
+) -> Any:  # Any: NotImplemented leaves the operator as it is
     if order not in (1, 2):
         return NotImplemented
     dims = tuple(range(x.dim())) if dim is None else tuple(dim)
@@ -85,7 +85,7 @@ def _norm(
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0, causal: bool = False,
     *, scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Any:  # fmt: skip
     if causal or enable_gqa or (mask is not None and not mask.is_floating_point()):
         return NotImplemented
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)

@@ -84,8 +84,8 @@ def _afford(bounded: Bounded, count: int) -> None:
     size *= bounded.boxes[bounded.graph.input].lower.element_size()
     if size > bounded.memory:
         raise InputError(
-            f"forward bounds of {count} inputs take {size} bytes, memory allows {bounded.memory}: give more, fewer inputs at once, "
-            'or method="crown"'
+            f"forward bounds of {count} inputs take {size} bytes, memory allows {bounded.memory}: give more, "
+            'fewer inputs at once, or method="crown"'
         )
 
 
@@ -174,9 +174,7 @@ def _padded(given: Sequence[_Zonotope]) -> list[_Zonotope]:
 def _combined(left: Mapping[str, Tensor], known: Mapping[str, _Zonotope]) -> Tensor:
     names = list(left)
     values = _padded([known[name] for name in names])
-    centre, terms = 0.0, 0.0
-    for name, value in zip(names, values, strict=True):
-        centre = centre + times(left[name], value.centre)
-        terms = terms + left[name].flatten(2) @ value.generators.flatten(2).transpose(1, 2)
-    assert isinstance(centre, Tensor) and isinstance(terms, Tensor)
+    pairs = [(left[name], value) for name, value in zip(names, values, strict=True)]
+    centre = torch.stack([times(a, value.centre) for a, value in pairs]).sum(0)
+    terms = torch.stack([a.flatten(2) @ value.generators.flatten(2).transpose(1, 2) for a, value in pairs]).sum(0)
     return centre - terms.abs().sum(2)

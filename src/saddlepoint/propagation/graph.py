@@ -155,10 +155,10 @@ class _Reader:
         table = {one.name: self.known[one.name] for one in _mentioned(everything) if one.name in self.known}
         names = table | {name: name for name in inputs}
         arguments, settings = self._filled(everything, names)
-        where = str(call.meta.get("nn_module_stack") and list(call.meta["nn_module_stack"].values())[-1][0] or "")
+        where = str(list((call.meta.get("nn_module_stack") or {"": ("",)}).values())[-1][0])
 
         def applied(fixed: Mapping[str, Any]) -> Callable[..., Tensor]:
-            def apply(*values: Tensor) -> Tensor:
+            def apply(*values: Tensor) -> Any:
                 given = {name: value[0] if name in bare else value for name, value in zip(inputs, values, strict=True)}
                 args, kwargs = self._filled(everything, {**fixed, **given})
                 found = target(*args, **kwargs)  # type: ignore[operator]

@@ -373,8 +373,8 @@ class Largest(Rule):
 class Softmax(Rule):
     """exp(x_i) / sum_j exp(x_j) = 1 / S_i with S_i = sum_j exp(x_j - x_i), along one dimension, counted from the last.
 
-    1 / S is convex in S: a tangent below it takes the chords of exp, a chord above it takes tangents of exp (the construction of
-    Wei et al. 2023, arXiv:2303.01713). low, high: matrices (N, ..., i, j). Constants where they are better in the middle.
+    1 / S is convex in S: a tangent below it takes the chords of exp, a chord above it takes tangents of exp (the construction
+    of Wei et al. 2023, arXiv:2303.01713). low, high: matrices (N, ..., i, j). Constants where they are better in the middle.
     """
 
     def __init__(self, dim: int) -> None:
@@ -628,7 +628,8 @@ def _windows(node: Node, place: str) -> Tensor:
     wide = functional.pad(places, pads, value=-1)
     for axis in (0, 1):
         rows = torch.arange(node.shape[axis + 1])[:, None] * stride[axis] + torch.arange(kernel[axis]) * dilation[axis]
-        wide = wide.index_select(1 + axis * 2, rows.flatten()).unflatten(1 + axis * 2, rows.shape)
+        at = 1 + axis * 2
+        wide = wide.index_select(at, rows.flatten()).reshape(*wide.shape[:at], *rows.shape, *wide.shape[at + 1 :])
     return wide.movedim(2, 3).flatten(3)
 
 

@@ -81,7 +81,7 @@ class Ball(Box):
 
     def to(self, dtype: torch.dtype) -> Ball:
         """In another floating type."""
-        return Ball(*(one.to(dtype) for one in (self.lower, self.upper, self.centre, self.eps)), self.norm)
+        return Ball(self.lower.to(dtype), self.upper.to(dtype), self.centre.to(dtype), self.eps.to(dtype), self.norm)
 
     def inside(self, points: Tensor) -> Tensor:
         """Points (N, ...) moved into the sets: towards the centre, then into the box, which holds the centre."""
@@ -104,7 +104,8 @@ class Ball(Box):
             most = flat.abs().argmax(2, keepdim=True)
             step = torch.zeros_like(flat).scatter_(2, most, flat.gather(2, most).sign())
         points = self.centre[:, None] - (self.eps[:, None, None] * step).view_as(a)
-        return points.clamp(self.lower[:, None], self.upper[:, None])
+        inside: Tensor = points.clamp(self.lower[:, None], self.upper[:, None])
+        return inside
 
 
 def times(a: Tensor, value: Tensor) -> Tensor:
