@@ -15,5 +15,6 @@ from saddlepoint.verify.vnnlib import Property, parse_vnnlib, read_vnnlib
 
 __all__ = [
     "Ball", "Box", "Cases", "Certificates", "Certification", "Nearest", "OutputBounds", "Programme", "Proof", "Property",
-    "bounds", "certify", "certify_smoothed", "decide", "nearest", "parse_vnnlib", "prove", "proved_radius", "read", "read_vnnlib",
+    "bounds", "certify", "certify_smoothed", "decide", "nearest", "parse_vnnlib", "prove", "proved_radius", "read",
+    "read_vnnlib",
 ]  # fmt: skip

@@ -163,8 +163,8 @@ def certify(
     - crown-ibp, corners, crown, alpha-crown, search or inputs: see `prove`
 
     Complete for ReLU networks up to time and rounding; other nonlinearities are proved by bounds, or by halving where there are
-    at most 16 inputs. seed: of the attack; all else is deterministic, but for where time ends. folder: keeps what is finished, a
-    file for each sample; the same call goes on there. clock: what `seconds` means; `time.process_time` counts the processor's.
+    at most 16 inputs. seed: of the attack; all else is deterministic, but for where time ends. folder: keeps what is finished,
+    a file for each sample; the same call goes on there. clock: what `seconds` means; `time.process_time` is the processor's.
 
     Ctrl-C returns what is finished. Errors: `InputError` for bad inputs, other norms and random models, `CapabilityError` for
     models whose weights aren't known, `ModelError` for operators without known bounds, `DataError` for another run's folder,

@@ -12,6 +12,7 @@ from torch import Tensor
 from saddlepoint.engine.budget import Budget
 from saddlepoint.errors import InputError
 from saddlepoint.models.base import Classifier
+from saddlepoint.models.onnx_graph import OnnxNetwork
 from saddlepoint.propagation.graph import read
 from saddlepoint.verify.prove import Proof, prove
 from saddlepoint.verify.vnnlib import Property, read_vnnlib
@@ -41,7 +42,8 @@ def decide(
     """
     known = property_ if isinstance(property_, Property) else read_vnnlib(property_)
     if shape is None:
-        shape = next((tuple(net.shape) for net in model.networks() if getattr(net, "shape", None)), (known.inputs,))
+        stated = [net.shape for net in model.networks() if isinstance(net, OnnxNetwork) and net.shape is not None]
+        shape = stated[0] if stated else (known.inputs,)
     dtype = model.dtype or torch.float32
     like = torch.zeros(1, *shape, dtype=dtype, device=model.device)
     seconds = budget.seconds if budget is not None and budget.seconds is not None else _SECONDS
