@@ -3,125 +3,220 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
-from saddlepoint.errors import InputError
-from saddlepoint.propagation.graph import Graph, Node
-from saddlepoint.propagation.relax import Relaxation, relaxation
+from saddlepoint.errors import InputError, UnknownNameError
+from saddlepoint.models.base import Classifier
+from saddlepoint.propagation.affine import absolute, batched, pulled, spread
+from saddlepoint.propagation.forward import forwards, zonotopes
+from saddlepoint.propagation.graph import read
+from saddlepoint.propagation.nodes import MONOMIAL, SHAPES, Graph, Node
+from saddlepoint.propagation.precision import full_precision
+from saddlepoint.propagation.relax import Elementwise, Planes, offset
+from saddlepoint.propagation.sets import Ball as Ball
+from saddlepoint.propagation.sets import Box as Box
+from saddlepoint.propagation.sets import times
 
-Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown"]
+Method = Literal["ibp", "forward", "deepz", "crown-ibp", "crown", "alpha-crown", "best"]
 Slopes = dict[str, Tensor]
 """Lower slopes of nonlinearities by node, (N, R, ...): one for each of R functions that are bounded."""
 
-_STEPS, _RATE, _DECAY = 20, 0.1, 0.98  # of the ascent on slopes
-_ROWS = 2**24  # elements of the coefficients that are carried at once
-
-
-@dataclass(frozen=True)
-class Box:
-    """Lower and upper ends of a value for N boxes, (N, ...) each."""
-
-    lower: Tensor
-    upper: Tensor
-
-    def within(self, other: Box) -> Box:
-        """The intersection: both hold."""
-        return Box(torch.maximum(self.lower, other.lower), torch.minimum(self.upper, other.upper))
+MEMORY = 2**30
+_STEPS, _RATE, _DECAY = 20, 0.25, 0.95  # of the ascent on slopes; tighter than 0.1 and 0.98 after as many steps
+_FEW = 64  # inputs that forward bounds are cheap for
+_COPIES = 6  # tensors as large as the coefficients that are alive at once; with slopes more
+_CACHE = 2**21  # elements of coefficients that are carried at once, so that they stay near the processor
 
 
 @dataclass
 class Bounded:
-    """A graph with bounds of every value over N input boxes, as far as they are known."""
+    """A graph with bounds of every value over N input sets, as far as they are known.
+
+    boxes: by value; that of the input may be a `Ball`. memory: bytes that the coefficients may take; functions are bounded in
+    as many parts as that needs. outward: take off what rounding can add, see `error`.
+    """
 
     graph: Graph
     boxes: dict[str, Box]
-    _zeros: dict[str, Tensor] = field(default_factory=dict)
+    memory: int = MEMORY
+    outward: bool = False
+    _planes: dict[str, Planes] = field(default_factory=dict)
 
     @staticmethod
-    def of(graph: Graph, lower: Tensor, upper: Tensor) -> Bounded:
-        """Interval bounds of every value, for inputs between lower and upper (N, ...). Errors: `InputError`."""
+    def of(
+        graph: Graph, lower: Tensor | Box, upper: Tensor | None = None, memory: int = MEMORY, *, outward: bool = False
+    ) -> Bounded:
+        """Interval bounds of every value, for inputs between lower and upper (N, ...), or in a set. Errors: `InputError`."""
+        if isinstance(lower, Box):
+            inputs = lower
+        elif upper is None:
+            raise InputError("lower without upper: give both, or a set of inputs")
+        else:
+            inputs = Box(lower, upper)
+        lower, upper = inputs.lower, inputs.upper
         if lower.shape != upper.shape or lower.shape[1:] != graph.shape:
             found, wanted = (tuple(lower.shape), tuple(upper.shape)), (lower.shape[0], *graph.shape)
             raise InputError(f"lower and upper must both have shape {wanted}; got {found[0]} and {found[1]}")
         if bool((lower > upper).any()):
             raise InputError(f"lower is above upper in {int((lower > upper).sum())} places")
-        bounded = Bounded(graph, {graph.input: Box(lower, upper)})
+        if not bool(lower.isfinite().all() and upper.isfinite().all()):
+            raise InputError("lower and upper must be finite")
+        bounded = Bounded(graph, {graph.input: inputs}, memory, outward)
         for node in graph.nodes:
             bounded.boxes[node.name] = bounded._interval(node)
         return bounded
 
     def _interval(self, node: Node) -> Box:
         inputs = [self.boxes[name] for name in node.inputs]
-        if not node.affine:
-            return Box(*_rule(node).ends(inputs[0].lower, inputs[0].upper))
+        if node.rule is not None:
+            ends = node.rule.ends(*inputs)
+            slack = 4 * torch.finfo(ends.lower.dtype).eps if self.outward else 0.0
+            return Box(ends.lower - slack * ends.lower.abs(), ends.upper + slack * ends.upper.abs()) if slack else ends
         middles = [(box.lower + box.upper) / 2 for box in inputs]
         radii = [(box.upper - box.lower) / 2 for box in inputs]
-        middle, radius = _batched(node.apply)(*middles), _radius(self, node, radii)
-        return Box(middle - radius, middle + radius)
+        middle, radius = batched(node, node.apply, *middles), spread(node, radii)
+        if self.outward and node.op not in SHAPES:
+            size = spread(node, [box.lower.abs() + box.upper.abs() for box in inputs])
+            radius = radius + self._unit() * (size if node.constant is None else size + node.constant.abs())
+        return Box((middle - radius).nan_to_num(-torch.inf, torch.inf, -torch.inf),
+                   (middle + radius).nan_to_num(torch.inf, torch.inf, -torch.inf))  # fmt: skip
 
-    def constant(self, node: Node) -> Tensor:
-        """What an affine node gives for zeros, (1, ...): its constant part."""
-        if node.name not in self._zeros:
-            zeros = [torch.zeros_like(self.boxes[name].lower[:1]) for name in node.inputs]
-            self._zeros[node.name] = node.apply(*zeros)
-        return self._zeros[node.name]
+    def planes(self, node: Node) -> Planes:
+        """Those of a nonlinearity over its boxes; kept until they are tightened."""
+        if node.name not in self._planes:
+            assert node.rule is not None
+            self._planes[node.name] = node.rule.planes(*(self.boxes[name] for name in node.inputs))
+        return self._planes[node.name]
 
     def refine(self, steps: int = 0) -> None:
-        """Tighten the bounds of what goes into nonlinearities by linear bounds, layer by layer, only where they cross 0.
+        """Tighten the bounds of what goes into nonlinearities by linear bounds, layer by layer.
 
-        steps: of ascent on the lower slopes, for each bound its own; 0 for CROWN's.
+        Of what only ReLUs use, only what crosses 0. steps: of ascent on the lower slopes, for each bound its own; 0 for
+        CROWN's.
         """
+        done = set()
         for node in self.graph.nodes:
-            if node.affine:
+            if node.rule is None:
+                stale = any(name in done for name in node.inputs)
+                if stale:  # what comes after a tightened value is tighter too
+                    self.boxes[node.name] = self.boxes[node.name].within(self._interval(node))
+                    done.add(node.name)
                 continue
-            (name,) = node.inputs
-            self.boxes[name] = self.boxes[name].within(self._tightened(name, steps))
-            self.boxes[node.name] = self._interval(node)
+            for name in node.inputs:
+                self.boxes[name] = self._tightened(name, steps)
+            self._planes.pop(node.name, None)
+            self.boxes[node.name] = self.boxes[node.name].within(self._interval(node))
+            done.add(node.name)
 
     def _tightened(self, name: str, steps: int) -> Box:
         box = self.boxes[name]
-        if name == self.graph.input:
+        if name == self.graph.input or self._exact(name):
             return box
+        users = [node for node in self.graph.nodes if name in node.inputs and node.rule is not None]
+        if steps and all(node.rule is not None and node.rule.free for node in users):
+            box = self._tightened(name, 0)  # what is stable then needs no ascent
         crossing = (box.lower < 0) & (box.upper > 0)  # all that ReLUs need; other nonlinearities profit everywhere
-        users = [node for node in self.graph.nodes if name in node.inputs and not node.affine]
-        open_ = (crossing if all(_rule(node).free for node in users) else torch.ones_like(crossing)).flatten(1)
-        rows = open_.any(0).nonzero()[:, 0]
+        free = all(node.rule is not None and node.rule.free for node in users)
+        open_ = (crossing if free else box.lower < box.upper).flatten(1)
         lower, upper = box.lower.flatten(1).clone(), box.upper.flatten(1).clone()
-        width = lower.shape[1]
-        step = max(1, _ROWS // max(1, len(lower) * max(math.prod(node.shape) for node in self.graph.nodes)))
-        for part in torch.split(rows, step):
-            start = torch.zeros(len(lower), len(part), width, dtype=lower.dtype, device=lower.device)
-            start[:, torch.arange(len(part)), part] = 1
-            start = start.view(len(lower), len(part), *box.lower.shape[1:])
-            lower[:, part] = self.lowest(name, start, steps)
-            upper[:, part] = -self.lowest(name, -start, steps)
+        width, shape = lower.shape[1], box.lower.shape[1:]
+        for samples, rows in self._chunks(open_, steps):
+            part = self.rows(samples)
+            start = lower.new_zeros(len(samples), rows.shape[1], width).scatter_(2, rows[..., None], 1)
+            start = start.view(*rows.shape, *shape)
+            where = (samples[:, None], rows)
+            lower[where] = torch.maximum(lower[where], part.lowest(name, start, steps))
+            upper[where] = torch.minimum(upper[where], -part.lowest(name, -start, steps))
         return Box(lower.view_as(box.lower), upper.view_as(box.upper))
+
+    def _exact(self, name: str) -> bool:
+        """Whether linear bounds can't be better than the intervals.
+
+        So it is where one operator after the input mixes elements, and none branches; and for a function of each element.
+        """
+        mixed = 0
+        table = {node.name: node for node in self.graph.nodes}
+        if isinstance(table[name].rule, Elementwise) and len(table[name].inputs) == 1:
+            return True
+        while name != self.graph.input:
+            node = table[name]
+            if node.rule is not None or len(node.inputs) > 1:
+                return False
+            mixed += node.op not in MONOMIAL
+            (name,) = node.inputs
+        return mixed <= 1 and type(self.boxes[name]) is Box
+
+    def rows(self, samples: Tensor) -> Bounded:
+        """The bounds of some of the N input sets."""
+        if len(samples) == len(self.boxes[self.graph.input].lower):
+            return self
+        return Bounded(self.graph, {key: one.rows(samples) for key, one in self.boxes.items()}, self.memory, self.outward)
+
+    def _chunks(self, open_: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Samples (M,) and rows (M, K) of each that are bounded together, within the memory; open_ (N, width).
+
+        Samples with fewer open rows than others get some that aren't open, which does no harm.
+        """
+        counts = open_.sum(1)
+        order = open_.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        left = counts.nonzero()[:, 0]
+        if not len(left):
+            return
+        widest = max(math.prod(node.shape) for node in self.graph.nodes)
+        element = open_.new_empty((), dtype=self.boxes[self.graph.input].lower.dtype).element_size()
+        alive = widest * _COPIES if not steps else 4 * sum(math.prod(node.shape) for node in self.graph.nodes)
+        budget = max(1, min(self.memory // (element * alive), _CACHE // widest if open_.device.type == "cpu" else 2**62))
+        for samples in torch.split(left, max(1, budget)):
+            most = int(counts[samples].max())
+            step = max(1, budget // len(samples))
+            for first in range(0, most, step):
+                yield samples, order[samples, first : min(most, first + step)]
 
     def by_intervals(self, rows: Tensor) -> Tensor:
         """Lower bounds (N, R) of rows (N, R, C) times the outputs, from the intervals before the last affine operators.
 
         Those are joined with the rows first: a difference of two outputs is narrower than the outputs' intervals say.
         """
-        coefficients = {self.graph.output: rows}
-        bound = rows.new_zeros(rows.shape[:2])
+        bound, left = self.frontier(rows)
+        for name, a in left.items():
+            bound = bound + self.boxes[name].least(a)
+        if self.outward:
+            cut = Bounded(self.graph, self.boxes, self.memory, outward=True, _planes=self._constant_planes())
+            bound = bound - cut.error(self.graph.output, rows)
+        return _sound(bound)
+
+    def _constant_planes(self) -> dict[str, Planes]:
+        """Planes that are the ends of each nonlinearity, whose rounding is that of intervals."""
+        found = {}
+        for node in self.graph.nodes:
+            if node.rule is not None:
+                planes, ends = self.planes(node), self.boxes[node.name]
+                flat = tuple(torch.zeros_like(one) for one in planes.low)
+                found[node.name] = Planes(flat, ends.lower, flat, ends.upper)
+        return found
+
+    def frontier(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rows (N, R, C) times the outputs in terms of what goes into the last affine operators.
+
+        That is a constant (N, R), and coefficients of the outputs of nonlinearities or of the input by name.
+        """
+        coefficients, left = {self.graph.output: rows}, {}
+        constant = rows.new_zeros(rows.shape[:2])
         for node in reversed(self.graph.nodes):
             a = coefficients.pop(node.name, None)
             if a is None:
                 continue
-            if not node.affine:
-                bound = bound + _least(a, self.boxes[node.name])
+            if node.rule is not None:
+                left[node.name] = a
                 continue
-            bound = bound + (a * self.constant(node)[None]).flatten(2).sum(2)
-            parts = _pulled(node, a, [self.boxes[one].lower[:1] for one in node.inputs])
-            for one, part in zip(node.inputs, parts, strict=True):
-                coefficients[one] = coefficients[one] + part if one in coefficients else part
-        left = coefficients.get(self.graph.input)
-        return bound if left is None else bound + _least(left, self.boxes[self.graph.input])
+            constant = constant if node.constant is None else constant + times(a, node.constant)
+            _add(coefficients, node, pulled(node, a))
+        return constant, left | coefficients
 
     def lowest(self, name: str, start: Tensor, steps: int) -> Tensor:
         """Lower bounds (N, R) of R linear functions of the value `name`, with the best lower slopes that `steps` of Adam find.
@@ -156,7 +251,62 @@ class Bounded:
 
         slopes: of nonlinearities where they are free; an empty one is filled with CROWN's.
         """
-        return self.linear(name, start, slopes).lowest(self.boxes[self.graph.input])
+        found = self.linear(name, start, slopes).lowest(self.boxes[self.graph.input])
+        return found - self.error(name, start) if self.outward else found
+
+    def _unit(self) -> float:
+        """(n + 16) u / (1 - ...) for sums of as many terms as any value here can have: the factor of Higham's gamma_n."""
+        count = 16 + 2 * sum(node.shape.numel() for node in self.graph.nodes) + self.graph.shape.numel()
+        return 2 * count * torch.finfo(self.boxes[self.graph.input].lower.dtype).eps
+
+    def error(self, name: str, start: Tensor, multipliers: Mapping[str, Tensor] | None = None) -> Tensor:
+        """How far rounding can have moved what `linear(...).lowest(...)` gives, (N, R), for any lower slopes.
+
+        Each result is a sum of products; its error is at most gamma_n times the same sum of absolute values (Higham 2002,
+        "Accuracy and stability of numerical algorithms", sec. 3.1), which is carried backwards here. Small in float64; in
+        float32 only for shallow networks.
+        """
+        sizes: dict[str, Tensor] = {name: start.abs()}
+        total = start.new_zeros(start.shape[:2])
+        for node in reversed(self.graph.nodes):
+            m = sizes.pop(node.name, None)
+            if m is None:
+                continue
+            if node.rule is None:
+                total = total if node.constant is None else total + times(m, node.constant.abs())
+                parts = [part.abs() for part in pulled(absolute(node), m)]
+            else:
+                planes = self.planes(node)
+                steep = tuple(torch.maximum(low.abs(), high.abs()) if low.is_floating_point() else low
+                              for low, high in zip(planes.low, planes.high, strict=True))  # fmt: skip
+                steep = tuple(torch.ones_like(one) for one in steep) if node.rule.free else steep
+                parts = node.rule.pull(Planes(steep, None, steep, None), m, [one.shape[1:] for one in node.like])
+                for one in (planes.low_offset, planes.high_offset):
+                    total = total if one is None else total + times(m, one.abs())
+                if multipliers is not None and node.name in multipliers:
+                    parts[0] = parts[0] + multipliers[node.name].abs()
+            _add(sizes, node, parts)
+        box = self.boxes[self.graph.input]
+        if self.graph.input in sizes:
+            total = total + times(sizes[self.graph.input], 2 * torch.maximum(box.lower.abs(), box.upper.abs()))
+        return self._unit() * total
+
+    def double(self) -> Bounded:
+        """The same sets and bounds, for the network in float64, rounding taken off: to check a proof again.
+
+        The bounds of inner values are taken as they are, so make them with `outward`, or in float64 from the start.
+        """
+        boxes = {name: box.to(torch.float64) for name, box in self.boxes.items()}
+        return Bounded(self.graph.double, boxes, self.memory, outward=True)
+
+    def recheck(self, rows: Tensor, slopes: Slopes | None = None, multipliers: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Lower bounds (N, R) in float64 of rows (N, R, C) times the outputs, with given slopes, less what rounding can add."""
+        wide = self.double()
+        given = {key: value.double() for key, value in (slopes or {}).items()}
+        forces = None if multipliers is None else {key: value.double() for key, value in multipliers.items()}
+        start, output = rows.double(), self.graph.output
+        found = wide.linear(output, start, given or None, forces).lowest(wide.boxes[self.graph.input])
+        return found - wide.error(output, start, forces)
 
     def linear(
         self, name: str, start: Tensor, slopes: Slopes | None = None, multipliers: Mapping[str, Tensor] | None = None
@@ -173,21 +323,41 @@ class Bounded:
             a = coefficients.pop(node.name, None)
             if a is None:
                 continue
-            if node.affine:
-                constant = constant + (a * self.constant(node)[None]).flatten(2).sum(2)
-                parts = _pulled(node, a, [self.boxes[one].lower[:1] for one in node.inputs])
+            if node.rule is None:
+                constant = constant if node.constant is None else constant + times(a, node.constant)
+                parts = pulled(node, a)
             else:
-                box = self.boxes[node.inputs[0]]
+                planes = self.planes(node)
                 inner[node.name] = a
-                if slopes is not None and begin and _rule(node).free:
-                    slopes[node.name] = _rule(node).lines(box.lower, box.upper)[0][:, None].expand(a.shape)
-                moved, offset = _through(node, a, box, None if slopes is None else slopes.get(node.name))
+                if slopes is not None and node.rule.free:
+                    if begin:
+                        slopes[node.name] = planes.low[0][:, None].expand(a.shape)
+                    elif node.name in slopes:
+                        box = self.boxes[node.inputs[0]]
+                        between = ((box.lower < 0) & (box.upper > 0))[:, None]
+                        own = slopes[node.name].clamp(min=node.rule.floor) if node.rule.floor else slopes[node.name]
+                        low = torch.where(between, own, planes.low[0][:, None])
+                        planes = replace(planes, low=(low,))
+                parts = node.rule.pull(planes, a, [one.shape[1:] for one in node.like])
                 if multipliers is not None and node.name in multipliers:
-                    moved = moved - multipliers[node.name]
-                constant, parts = constant + offset, [moved]
-            for one, part in zip(node.inputs, parts, strict=True):
-                coefficients[one] = coefficients[one] + part if one in coefficients else part
-        return Linear(coefficients[self.graph.input], constant, inner)
+                    parts[0] = parts[0] - multipliers[node.name]
+                constant = constant + offset(planes, a)
+            _add(coefficients, node, parts)
+        left = coefficients.get(self.graph.input)
+        if left is None:  # constant planes all along
+            box = self.boxes[self.graph.input]
+            left = start.new_zeros(*start.shape[:2], *box.lower.shape[1:])
+        return Linear(left, constant, inner)
+
+
+def _add(coefficients: dict[str, Tensor], node: Node, parts: list[Tensor]) -> None:
+    for one, part in zip(node.inputs, parts, strict=True):
+        coefficients[one] = coefficients[one] + part if one in coefficients else part
+
+
+def _sound(bound: Tensor) -> Tensor:
+    """Where infinite ends met zeros nothing is known."""
+    return bound.nan_to_num(-torch.inf, torch.inf, -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -202,94 +372,120 @@ class Linear:
     inner: Mapping[str, Tensor]
 
     def lowest(self, box: Box) -> Tensor:
-        """Their least values over boxes, (N, R)."""
-        return self.constant + _least(self.coefficients, box)
+        """Their least values over boxes or balls, (N, R)."""
+        return _sound(self.constant + box.least(self.coefficients))
 
     def lowest_at(self, box: Box) -> Tensor:
-        """Where they are least: corners of the boxes, (N, R, ...)."""
-        return torch.where(self.coefficients > 0, box.lower[:, None], box.upper[:, None])
+        """Where they are least, (N, R, ...): corners of the boxes, points of the balls."""
+        return box.least_at(self.coefficients)
 
 
-def bounds(graph: Graph, lower: Tensor, upper: Tensor, specification: Tensor | None = None, method: Method = "crown") -> Tensor:
+@dataclass(frozen=True)
+class OutputBounds:
+    """Lower and upper bounds (N, C) of a network's outputs."""
+
+    lower: Tensor
+    upper: Tensor
+
+
+@overload
+def bounds(
+    model: Classifier | Graph, lower: Tensor | Box, upper: Tensor | None = None, specification: None = None,
+    method: Method = "crown", *, steps: int = _STEPS, memory: int = MEMORY, rigorous: bool = False,
+) -> OutputBounds: ...  # fmt: skip
+
+
+@overload
+def bounds(
+    model: Classifier | Graph, lower: Tensor | Box, upper: Tensor | None, specification: Tensor,
+    method: Method = "crown", *, steps: int = _STEPS, memory: int = MEMORY, rigorous: bool = False,
+) -> Tensor: ...  # fmt: skip
+
+
+def bounds(
+    model: Classifier | Graph, lower: Tensor | Box, upper: Tensor | None = None, specification: Tensor | None = None,
+    method: Method = "crown", *, steps: int = _STEPS, memory: int = MEMORY, rigorous: bool = False,
+) -> Tensor | OutputBounds:  # fmt: skip
     """Lower bounds (N, R) of specification (N, R, C) times the outputs, over inputs between lower and upper (N, ...).
 
-    Without a specification those of the outputs themselves. ibp: intervals; crown-ibp: linear bounds backwards, with intervals
-    inside; crown: linear bounds everywhere (Zhang et al. 2018, arXiv:1811.00866); alpha-crown: with lower slopes that are
-    optimised, layer by layer and for each bound (Xu et al. 2021, arXiv:2011.13824).
+    Without a specification, both ends of the outputs. Instead of lower and upper a set of inputs can be given, such as
+    `Ball.of(x, eps, "l2")`. Without `rigorous` they hold up to the rounding of the computation.
+
+    method:
+
+    - ibp: intervals, joined with the specification in the last affine operators (Gowal et al. 2018, arXiv:1810.12715);
+    - forward: linear bounds from the inputs on, for few inputs (Xu et al. 2020, arXiv:2002.12920);
+    - deepz: zonotopes (Singh et al. 2018, "Fast and effective robustness certification", NeurIPS);
+    - crown-ibp: linear bounds backwards, with intervals inside (Zhang et al. 2020, arXiv:1906.06316);
+    - crown: linear bounds everywhere (Zhang et al. 2018, arXiv:1811.00866);
+    - alpha-crown: with lower slopes that `steps` of Adam find, for each bound its own, layer by layer (Xu et al. 2021,
+      arXiv:2011.13824);
+    - best: the best of ibp, forward where there are at most 64 inputs, crown and alpha-crown, each within those before.
+
+    memory: bytes for coefficients. rigorous: for ibp, crown-ibp, crown and alpha-crown, in float64 with what rounding can
+    add taken off, so that they hold for the network in real arithmetic. Errors: `InputError`, and `ModelError` for operators without known bounds.
+
+    >>> import saddlepoint as sp
+    >>> model = sp.zoo.build("digits-mlp")
+    >>> x = torch.full((2, 1, 8, 8), 0.5)
+    >>> found = bounds(model, x - 0.01, x + 0.01)
+    >>> bool((found.lower <= model.logits(x)).all() and (model.logits(x) <= found.upper).all())
+    True
     """
-    with torch.no_grad():
-        bounded = Bounded.of(graph, lower, upper)
-        out = bounded.boxes[graph.output]
-        classes = out.lower.shape[1]
-        rows = torch.eye(classes).to(lower).expand(len(lower), -1, -1) if specification is None else specification.to(lower)
-        if method == "ibp":
-            return bounded.by_intervals(rows)
-        if method in ("crown", "alpha-crown"):
-            bounded.refine(_STEPS if method == "alpha-crown" else 0)
-        return bounded.lowest(graph.output, rows, _STEPS if method == "alpha-crown" else 0)
+    if method not in get_args(Method):
+        raise UnknownNameError("method", str(method), get_args(Method))
+    if steps < 0 or memory < 1:
+        raise InputError(f"steps must be at least 0 and memory at least 1; got {steps} and {memory}")
+    first = lower.lower if isinstance(lower, Box) else lower
+    if first.dim() < 2 or not len(first):
+        raise InputError(f"bounds need a batch (N, ...) of at least one input; its shape is {tuple(first.shape)}")
+    with torch.no_grad(), full_precision(first.device.type):
+        graph = model if isinstance(model, Graph) else read(model, first)
+        if rigorous and method in ("forward", "deepz", "best"):
+            raise InputError(f"method {method!r} has no rigorous form; those that have: ibp, crown-ibp, crown, alpha-crown")
+        if rigorous:
+            graph = graph.double
+            lower = lower.to(torch.float64)
+            upper = None if upper is None else upper.double()
+        bounded = Bounded.of(graph, lower, upper, memory, outward=rigorous)
+        out = bounded.boxes[graph.output].lower
+        if out.dim() != 2:
+            raise InputError(f"the outputs have shape {tuple(out.shape)}; bounds are those of (N, C)")
+        if specification is None:
+            eye = torch.eye(out.shape[1]).to(out)
+            rows = torch.cat([eye, -eye]).expand(len(out), -1, -1)
+        else:
+            rows = _rows(specification, out)
+        low = _lowest(bounded, rows, method, steps)
+    if specification is not None:
+        return low
+    return OutputBounds(low[:, : out.shape[1]], -low[:, out.shape[1] :])
 
 
-def _least(a: Tensor, box: Box) -> Tensor:
-    """The least of R linear functions (N, R, ...) over boxes, (N, R)."""
-    middle, radius = (box.lower + box.upper) / 2, (box.upper - box.lower) / 2
-    return (a * middle[:, None]).flatten(2).sum(2) - (a.abs() * radius[:, None]).flatten(2).sum(2)
+def _rows(specification: Tensor, out: Tensor) -> Tensor:
+    if specification.dim() != 3 or specification.shape[2] != out.shape[1] or len(specification) not in (1, len(out)):
+        wanted = (len(out), "R", out.shape[1])
+        raise InputError(f"specification must have shape {wanted}; got {tuple(specification.shape)}".replace("'R'", "R"))
+    if not bool(specification.isfinite().all()):
+        raise InputError("specification must be finite")
+    return specification.to(out).expand(len(out), -1, -1)
 
 
-# ---- affine operators
-
-
-def _batched(apply: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function of batches of one as one of batches."""
-    return torch.vmap(lambda *values: apply(*(value[None] for value in values))[0])
-
-
-def _radius(bounded: Bounded, node: Node, radii: list[Tensor]) -> Tensor:
-    """How far the output can be from its middle: the sum over inputs of |W| radius."""
-    if node.op == "convolution":
-        _, weight, _, *settings = node.arguments
-        spread: Tensor = torch.ops.aten.convolution(radii[0], weight.abs(), None, *settings)
-        return spread
-    if node.op in ("addmm", "linear", "mm"):
-        matrix: Tensor = node.arguments[2] if node.op == "addmm" else node.arguments[1]
-        return radii[0] @ (matrix.abs() if node.op != "linear" else matrix.abs().T)
-    zero = bounded.constant(node)
-    total: Tensor | None = None
-    for place, radius in enumerate(radii):  # other operators scale each element, or add with weights of one sign
-        alone = [radius if other == place else torch.zeros_like(one) for other, one in enumerate(radii)]
-        moved = (_batched(node.apply)(*alone) - zero).abs()
-        total = moved if total is None else total + moved
-    assert total is not None
-    return total
-
-
-def _pulled(node: Node, a: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """Coefficients (N, R, ...) of the output as such of the inputs: the operator's own vector-Jacobian product."""
-    count, rows = a.shape[0], a.shape[1]
-    if node.op in ("addmm", "linear", "mm"):
-        weight = (
-            node.arguments[2].T if node.op == "addmm" else node.arguments[1] if node.op == "linear" else node.arguments[1].T
-        )
-        return [a @ weight]
-    pull = torch.func.vjp(node.apply, *(torch.zeros_like(one) for one in like))[1]
-    parts = torch.vmap(pull)(a.reshape(count * rows, 1, *a.shape[2:]))
-    return [part.reshape(count, rows, *part.shape[2:]) for part in parts]
-
-
-# ---- nonlinearities
-
-
-def _rule(node: Node) -> Relaxation:
-    return relaxation(node.op, node.arguments, node.name)
-
-
-def _through(node: Node, a: Tensor, box: Box, slope: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Coefficients (N, R, ...) of the output as such of the input, and what they add to the constant, (N, R).
-
-    slope: of the lower line where it is free: of ReLUs whose box holds 0 inside.
-    """
-    rule = _rule(node)
-    low, low_offset, high, high_offset = (line[:, None] for line in rule.lines(box.lower, box.upper))
-    if slope is not None and rule.free:
-        low = torch.where(((box.lower < 0) & (box.upper > 0))[:, None], slope, low)
-    up, down = a.clamp(min=0), a.clamp(max=0)
-    return up * low + down * high, (up * low_offset + down * high_offset).flatten(2).sum(2)
+def _lowest(bounded: Bounded, rows: Tensor, method: Method, steps: int) -> Tensor:
+    output = bounded.graph.output
+    if method == "ibp":
+        return bounded.by_intervals(rows)
+    if method in ("forward", "deepz"):
+        return forwards(bounded, rows) if method == "forward" else zonotopes(bounded, rows)
+    if method == "best":
+        best = bounded.by_intervals(rows)
+        if bounded.boxes[bounded.graph.input].lower[0].numel() <= _FEW:
+            best = torch.maximum(best, forwards(bounded, rows))
+        for count in dict.fromkeys((0, steps)):
+            bounded.refine(count)
+            best = torch.maximum(best, bounded.lowest(output, rows, count))
+        return best
+    steps = steps if method == "alpha-crown" else 0
+    if method != "crown-ibp":
+        bounded.refine(steps)
+    return bounded.lowest(output, rows, steps)

@@ -1,0 +1,103 @@
+"""Sets of inputs that bounds hold over: boxes, and norm balls cut with boxes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from saddlepoint.errors import InputError
+
+
+@dataclass(frozen=True)
+class Box:
+    """Lower and upper ends of a value for N boxes, (N, ...) each.
+
+    >>> box = Box(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 2.0]]))
+    >>> box.least(torch.tensor([[[1.0, -1.0]]]))
+    tensor([[-2.]])
+    """
+
+    lower: Tensor
+    upper: Tensor
+
+    def within(self, other: Box) -> Box:
+        """The intersection: both hold."""
+        return Box(torch.maximum(self.lower, other.lower), torch.minimum(self.upper, other.upper))
+
+    def rows(self, index: Tensor) -> Box:
+        """Some of the N sets."""
+        return Box(self.lower[index], self.upper[index])
+
+    def to(self, dtype: torch.dtype) -> Box:
+        """In another floating type."""
+        return Box(self.lower.to(dtype), self.upper.to(dtype))
+
+    def least(self, a: Tensor) -> Tensor:
+        """The least values of R linear functions (N, R, ...) over the set, or what lies below them, (N, R)."""
+        middle, radius = (self.lower + self.upper) / 2, (self.upper - self.lower) / 2
+        return times(a, middle) - times(a.abs(), radius)
+
+    def least_at(self, a: Tensor) -> Tensor:
+        """Points of the set, (N, R, ...), where R linear functions are least, or nearly."""
+        return torch.where(a > 0, self.lower[:, None], self.upper[:, None])
+
+
+@dataclass(frozen=True)
+class Ball(Box):
+    """The points of a box whose l1 or l2 distance from centre (N, ...) is at most eps (N,).
+
+    By the dual norm a linear function a is at least a centre - eps ||a||_q over the ball, 1/p + 1/q = 1. Where the ball isn't
+    inside of the box, the better one of ball and box is taken, which is sound but not exact. The ends of the box must hold the
+    ball cut with the allowed inputs; `of` makes them so.
+    """
+
+    centre: Tensor
+    eps: Tensor
+    norm: Literal["l1", "l2"]
+
+    @staticmethod
+    def of(centre: Tensor, eps: float | Tensor, norm: str, bounds: tuple[float, float] | None = None) -> Box:
+        """The inputs within eps of centre (N, ...), and within bounds. norm: linf, l2 or l1. Errors: `InputError`."""
+        if norm not in ("linf", "l2", "l1"):
+            raise InputError(f"norm must be linf, l2 or l1; got {norm!r}")
+        radius = torch.as_tensor(eps, dtype=centre.dtype, device=centre.device).expand(len(centre))
+        if bool((radius < 0).any()) or not bool(radius.isfinite().all()):
+            raise InputError(f"eps must be finite and at least 0; got {eps}")
+        wide = radius.view(-1, *[1] * (centre.dim() - 1))
+        low, high = bounds if bounds is not None else (-torch.inf, torch.inf)
+        lower, upper = (centre - wide).clamp(low, high), (centre + wide).clamp(low, high)
+        return Box(lower, upper) if norm == "linf" else Ball(lower, upper, centre, radius, norm)  # type: ignore[arg-type]
+
+    def rows(self, index: Tensor) -> Ball:
+        """Some of the N sets."""
+        return Ball(self.lower[index], self.upper[index], self.centre[index], self.eps[index], self.norm)
+
+    def to(self, dtype: torch.dtype) -> Ball:
+        """In another floating type."""
+        return Ball(self.lower.to(dtype), self.upper.to(dtype), self.centre.to(dtype), self.eps.to(dtype), self.norm)
+
+    def least(self, a: Tensor) -> Tensor:
+        """The least values of R linear functions (N, R, ...) over the set, or what lies below them, (N, R)."""
+        dual = torch.linalg.vector_norm(a.flatten(2), 2 if self.norm == "l2" else torch.inf, dim=2)
+        return torch.maximum(times(a, self.centre) - self.eps[:, None] * dual, super().least(a))
+
+    def least_at(self, a: Tensor) -> Tensor:
+        """Points of the set, (N, R, ...), where R linear functions are least, or nearly: the ball's, moved into the box."""
+        flat = a.flatten(2)
+        if self.norm == "l2":
+            step = flat / torch.linalg.vector_norm(flat, dim=2, keepdim=True).clamp(min=torch.finfo(a.dtype).tiny)
+        else:
+            most = flat.abs().argmax(2, keepdim=True)
+            step = torch.zeros_like(flat).scatter_(2, most, flat.gather(2, most).sign())
+        points = self.centre[:, None] - (self.eps[:, None, None] * step).view_as(a)
+        inside: Tensor = points.clamp(self.lower[:, None], self.upper[:, None])
+        return inside
+
+
+def times(a: Tensor, value: Tensor) -> Tensor:
+    """The sum over features of a (N, R, ...) times value (N or 1, ...), (N, R)."""
+    flat = value.flatten(1)[:, :, None]
+    return torch.matmul(a.flatten(2), flat).squeeze(2)

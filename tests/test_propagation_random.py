@@ -1,0 +1,263 @@
+"""Bounds of hundreds of random networks hold at random points, corners and points found by gradient ascent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import saddlepoint as sp
+from saddlepoint.errors import InputError, ModelError
+from saddlepoint.propagation.bounds import Ball, Bounded, Box, Method, OutputBounds, bounds
+from saddlepoint.propagation.graph import Graph, read
+
+METHODS: tuple[Method, ...] = ("ibp", "forward", "deepz", "crown-ibp", "crown", "alpha-crown", "best")
+Function = Callable[[Tensor], Tensor]
+
+FUNCTIONS: dict[str, Function] = {
+    "relu": torch.relu, "leaky_relu": lambda x: functional.leaky_relu(x, 0.2), "prelu": nn.PReLU(), "relu6": nn.ReLU6(),
+    "tanh": torch.tanh, "sigmoid": torch.sigmoid, "gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "silu": nn.SiLU(),
+    "softplus": nn.Softplus(), "elu": nn.ELU(), "elu_steep": nn.ELU(1.5), "selu": nn.SELU(), "celu": nn.CELU(2.0),
+    "mish": nn.Mish(), "hardswish": nn.Hardswish(), "softsign": nn.Softsign(), "erf": torch.erf, "abs": torch.abs,
+    "exp": torch.exp, "log": lambda x: (x.exp() + 0.1).log(), "sqrt": lambda x: (x.abs() + 0.1).sqrt(),
+    "reciprocal": lambda x: 1 / (x.exp() + 0.1), "quotient": lambda x: x / (x.flip(1).exp() + 0.1), "square": lambda x: x**2,
+    "cube": lambda x: x**3, "power": lambda x: (x.abs() + 0.1) ** 1.5, "itself": lambda x: x * x, "product": lambda x: x * x.flip(1),
+    "clamp": lambda x: x.clamp(-0.2, 0.3), "clamp_min": lambda x: x.clamp(min=0.1), "clamp_max": lambda x: x.clamp(max=0.1),
+    "maximum": lambda x: torch.maximum(x, x.flip(1)), "minimum": lambda x: torch.minimum(x, x.flip(1)),
+    "largest": lambda x: x - x.amax(1, keepdim=True), "softmax": lambda x: x.softmax(1), "log_softmax": lambda x: x.log_softmax(1),
+    "variance": lambda x: x - x.var(1, keepdim=True), "norm": lambda x: x / (x.norm(dim=1, keepdim=True) + 1),
+    "outer": lambda x: (x.unsqueeze(2) @ x.unsqueeze(1)).sum(1), "split": lambda x: torch.cat(x.split(4, 1)[::-1], 1).relu(),
+    "affine": lambda x: (2 * x.roll(1, 1) - 3 + x.cumsum(1) / 4 + x.mean(1, keepdim=True)).view(-1, 2, 4).transpose(1, 2).flatten(1),
+    "layer_norm": lambda x: functional.layer_norm(x, (8,)), "group_norm": lambda x: functional.group_norm(x, 2),
+}  # fmt: skip
+
+
+class Dense(nn.Module):
+    """Linear, the function, a residual block with the function again, linear."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.first, self.second, self.last, self.function = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.function(self.first(x)))
+        return self.last(h + self.function(self.second(h)))
+
+
+class Images(nn.Module):
+    """Convolutions of several kinds with pooling and a branch."""
+
+    def __init__(self, pool: nn.Module, stride: int, groups: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 4, 3, stride=stride, padding=1), nn.Conv2d(4, 4, 3, padding=1, groups=groups)
+        self.side, self.norm, self.pool = nn.Conv2d(2, 4, 1, stride=stride, bias=False), nn.BatchNorm2d(4), pool
+        self.up, self.last = nn.ConvTranspose2d(4, 2, 2, stride=2), nn.LazyLinear(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.norm(self.first(x)))
+        h = torch.relu(self.second(h) + self.side(x))
+        return self.last(functional.hardtanh(self.up(self.pool(h))).flatten(1))
+
+
+class Attention(nn.Module):
+    """One block of a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.norm, self.mix = nn.Linear(4, 6), nn.LayerNorm(6), nn.MultiheadAttention(6, 2, batch_first=True)
+        self.dense, self.last = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inside(x)
+        y = self.norm(x)
+        x = x + self.mix(y, y, y, need_weights=False)[0]
+        return self.last((x + self.dense(self.norm(x))).mean(1))
+
+
+def made(net: nn.Module, x: Tensor) -> sp.Model:
+    net = net.to(x.dtype).eval()
+    net(x)
+    return sp.Model(net, bounds=None)
+
+
+def within(net: nn.Module, lower: Tensor, upper: Tensor) -> Tensor:
+    """Outputs (P, N, C) at random points, corners and where gradient steps lead."""
+    share = torch.rand(40, *lower.shape, dtype=lower.dtype)
+    points = torch.cat([lower + share * (upper - lower), torch.where(share > 0.5, lower, upper)])
+    with torch.no_grad():
+        found = [net(point) for point in points]
+    for column in range(found[0].shape[1]):
+        for sign in (1, -1):
+            x = (lower + upper) / 2
+            for _ in range(4):
+                x = x.detach().requires_grad_()
+                (gradient,) = torch.autograd.grad(sign * net(x)[:, column].sum(), x)
+                x = torch.where(gradient > 0, upper, lower) * 0.5 + 0.5 * x
+            found += [net(x).detach(), net(torch.where(gradient > 0, upper, lower)).detach()]
+    return torch.stack(found)
+
+
+def holds(found: OutputBounds, outputs: Tensor, slack: float) -> bool:
+    return bool((found.lower <= outputs + slack).all() and (outputs - slack <= found.upper).all())
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+def test_bounds_hold_for_every_function(name: str) -> None:
+    """Three networks, tiny to huge boxes, all methods, in float64 and float32."""
+    torch.manual_seed(len(name) + ord(name[0]))
+    x = torch.randn(2, 5, dtype=torch.float64)
+    model = made(Dense(FUNCTIONS[name]), x)
+    graph = read(model, x)
+    for eps in (1e-6, 0.05, 1.0):
+        outputs = within(model.net, x - eps, x + eps)  # type: ignore[arg-type]  # it is a module
+        for method in METHODS:
+            found = bounds(graph, x - eps, x + eps, method=method, steps=2)
+            assert holds(found, outputs, 1e-9 * float(1 + outputs.abs().max())), (method, eps)
+    tight = bounds(graph, x - 1e-6, x + 1e-6)
+    assert float((tight.upper - tight.lower).max()) < 1e-2  # not merely sound
+    single = made(Dense(FUNCTIONS[name]), x.float())
+    outputs = within(single.net, x.float() - 0.05, x.float() + 0.05)  # type: ignore[arg-type]
+    for method in METHODS:
+        found = bounds(single, x.float() - 0.05, x.float() + 0.05, method=method, steps=2)
+        assert found.lower.dtype == torch.float32
+        assert holds(found, outputs, 1e-4 * float(1 + outputs.abs().max())), method
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.AvgPool2d(2), nn.Upsample(scale_factor=2)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(("stride", "groups"), [(1, 1), (2, 2), (3, 4)])
+def test_bounds_hold_for_images(pool: nn.Module, stride: int, groups: int) -> None:
+    torch.manual_seed(stride)
+    x = torch.randn(2, 2, 7, 8, dtype=torch.float64)
+    model = made(Images(pool, stride, groups), x)
+    graph = read(model, x)
+    outputs = within(model.net, x - 0.1, x + 0.1)  # type: ignore[arg-type]
+    for method in METHODS:
+        assert holds(bounds(graph, x - 0.1, x + 0.1, method=method, steps=2), outputs, 1e-9), method
+
+
+def test_bounds_hold_for_attention() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    model = made(Attention(), x)
+    graph = read(model, x)
+    for eps in (0.001, 0.02, 0.2):
+        outputs = within(model.net, x - eps, x + eps)  # type: ignore[arg-type]
+        for method in METHODS:
+            assert holds(bounds(graph, x - eps, x + eps, method=method, steps=2), outputs, 1e-9), method
+    tight = bounds(graph, x - 0.001, x + 0.001)
+    assert float((tight.upper - tight.lower).max()) < 0.05
+
+
+def relus(seed: int, inputs: int = 6) -> tuple[Graph, sp.Model, Tensor]:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(inputs, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 3)).double()
+    x = torch.randn(4, inputs, dtype=torch.float64)
+    model = sp.Model(net, bounds=None)
+    return read(model, x), model, x
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_is_its_samples_and_memory_changes_nothing(method: Method) -> None:
+    graph, _, x = relus(0)
+    rows = torch.randn(4, 5, 3, dtype=torch.float64)
+    whole = bounds(graph, x - 0.2, x + 0.2, rows, method, steps=3)
+    parts = [
+        bounds(graph, one - 0.2, one + 0.2, row, method, steps=3) for one, row in zip(x.split(1), rows.split(1), strict=True)
+    ]
+    torch.testing.assert_close(whole, torch.cat(parts))
+    if method not in ("forward", "deepz"):
+        torch.testing.assert_close(bounds(graph, x - 0.2, x + 0.2, rows, method, steps=3, memory=1), whole)
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_balls(norm: str) -> None:
+    """Exact for linear networks, tighter than boxes, and sound."""
+    graph, model, x = relus(1)
+    eps, order = 0.5, {"l2": 2, "l1": 1}[norm]
+    ball = Ball.of(x, eps, norm)
+    delta = torch.randn(500, *x.shape, dtype=torch.float64)
+    delta[:250] = delta[:250] * (torch.rand_like(delta[:250]) > 0.7)
+    points = x + eps * delta / delta.norm(order, dim=2, keepdim=True).clamp(min=1e-9)
+    outputs = torch.stack([model.logits(point) for point in points])
+    for method in METHODS:
+        found, box = bounds(graph, ball, method=method, steps=3), bounds(graph, x - eps, x + eps, method=method, steps=3)
+        assert holds(found, outputs, 1e-9), method
+        assert bool((found.lower >= box.lower - 1e-9).all())
+    crown, box = bounds(graph, ball).lower, bounds(graph, x - eps, x + eps).lower
+    assert float((crown - box).mean()) > 0.1
+    a = torch.randn(4, 2, 6, dtype=torch.float64)
+    dual = a.norm({"l2": 2, "l1": torch.inf}[norm], dim=2)
+    torch.testing.assert_close(ball.least(a), (a * x[:, None]).sum(2) - eps * dual)
+    at = ball.least_at(a)
+    torch.testing.assert_close((a * at).sum(2), ball.least(a))
+    assert bool(((at - x[:, None]).norm(order, dim=2) <= eps + 1e-9).all())
+    cut = Ball.of(x.clamp(0, 1), eps, norm, (0.0, 1.0)).least_at(a)
+    assert bool(((cut >= 0) & (cut <= 1)).all())
+
+
+def test_rigorous_bounds_lie_below_and_hardly() -> None:
+    graph, _, x = relus(2)
+    for method in ("ibp", "crown-ibp", "crown", "alpha-crown"):
+        plain, careful = (bounds(graph, x - 0.3, x + 0.3, method=method, steps=3, rigorous=on) for on in (False, True))
+        gap = plain.lower - careful.lower
+        assert bool((gap > 0).all())
+        assert float(gap.max()) < 1e-10
+    single = sp.Model(nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 2)), bounds=None)
+    low, high = x.float() - 0.3, x.float() + 0.3
+    assert bounds(single, low, high, rigorous=True).lower.dtype == torch.float64
+    bounded, slopes = Bounded.of(read(single, low), low, high, outward=True), {}
+    bounded.refine()
+    rows = torch.randn(4, 3, 2)
+    found = bounded.linear(bounded.graph.output, rows, slopes).lowest(bounded.boxes[bounded.graph.input])
+    torch.testing.assert_close(bounded.recheck(rows, slopes), found.double(), atol=1e-4, rtol=1e-4)
+
+
+def test_the_best_is_at_least_as_good_as_each() -> None:
+    graph, _, x = relus(3)
+    best = bounds(graph, x - 0.3, x + 0.3, method="best").lower
+    for method in ("ibp", "forward", "crown", "alpha-crown"):
+        assert bool((best >= bounds(graph, x - 0.3, x + 0.3, method=method).lower - 1e-9).all()), method
+
+
+def test_reciprocals_of_what_may_be_zero_are_unknown() -> None:
+    x = torch.zeros(1, 2, dtype=torch.float64)
+    model = sp.Model(nn.Sequential(nn.Identity(), Reciprocal()), bounds=None)
+    for method in METHODS:
+        found = bounds(model, x - 1, x + 1, method=method)
+        assert bool((found.lower == -torch.inf).all() and (found.upper == torch.inf).all()), method
+    found = bounds(model, x + 1, x + 2)
+    assert bool((found.lower <= 0.5).all() and (found.upper >= 1).all())
+
+
+class Reciprocal(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 1 / x
+
+
+class Steps(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x > 0).to(x.dtype)
+
+
+def test_bad_input() -> None:
+    graph, _, x = relus(0)
+    with pytest.raises(InputError, match="unknown method 'cronw'; did you mean 'crown'"):
+        bounds(graph, x, x, method="cronw")  # type: ignore[call-overload]
+    with pytest.raises(InputError, match="lower without upper"):
+        bounds(graph, x)
+    with pytest.raises(InputError, match="finite"):
+        bounds(graph, x, x + torch.inf)
+    with pytest.raises(InputError, match=r"specification must have shape \(4, R, 3\); got \(4, 3\)"):
+        bounds(graph, x, x, torch.zeros(4, 3))
+    with pytest.raises(InputError, match="forward bounds of 6 inputs take"):
+        bounds(graph, x, x, method="forward", memory=10)
+    with pytest.raises(InputError, match="no rigorous form"):
+        bounds(graph, x, x, method="deepz", rigorous=True)
+    with pytest.raises(InputError, match="norm must be"):
+        Ball.of(x, 1.0, "l0")
+    with pytest.raises(ModelError, match=r"depends on the network's input and is of dtype torch.bool"):
+        read(sp.Model(Steps(), bounds=None), x)
+    assert type(Ball.of(x, 1.0, "linf")) is Box
