@@ -256,7 +256,7 @@ def test_regularisers_are_small_for_tight_boxes_and_balanced_signs():
         net[1].weight *= 10
     wide = tightness(Bounded.of(graph, x - 1e-6, x + 1e-6))
     wide.backward()
-    assert float((net[1].weight.grad * net[1].weight).sum()) > 0  # smaller weights, narrower boxes
+    assert (net[1].weight.grad * net[1].weight).sum().item() > 0  # smaller weights, narrower boxes
     with torch.no_grad():
         net[1].bias += 100
     one_sided = tightness(Bounded.of(graph, x - 1e-6, x + 1e-6))

@@ -35,6 +35,8 @@ def spread(node: Node, radii: Sequence[Tensor]) -> Tensor:
 
     Linear in the radii, which may have either sign.
     """
+    if node.op in SHAPES:
+        return batched(node, node.apply, *radii)
     if node.op == "convolution" and len(node.inputs) == 1:
         _, weight, _, *settings = node.arguments
         found: Tensor = torch.ops.aten.convolution(radii[0], weight.abs(), None, *settings)

@@ -83,8 +83,10 @@ class Bounded:
         if self.outward and node.op not in SHAPES:
             size = spread(node, [box.lower.abs() + box.upper.abs() for box in inputs])
             radius = radius + self._unit() * (size if node.constant is None else size + node.constant.abs())
-        return Box((middle - radius).nan_to_num(-torch.inf, torch.inf, -torch.inf),
-                   (middle + radius).nan_to_num(torch.inf, torch.inf, -torch.inf))  # fmt: skip
+        lower, upper = middle - radius, middle + radius
+        if lower.requires_grad:  # training stops at losses that aren't finite, and nan_to_num's derivative is slow
+            return Box(lower, upper)
+        return Box(lower.nan_to_num(-torch.inf, torch.inf, -torch.inf), upper.nan_to_num(torch.inf, torch.inf, -torch.inf))
 
     def planes(self, node: Node) -> Planes:
         """Those of a nonlinearity over its boxes; kept until they are tightened."""

@@ -50,8 +50,8 @@ class Exported:
     ) -> Graph:
         """The graph. gradients: with respect to the parameters, and follow them; else constants are evaluated once.
 
-        dtype: of the constants, instead of the model's own. replaced: other values for some parameters or buffers, by name, such
-        as "networks.0.1.running_mean". Errors: `ModelError`, which names operators without known bounds.
+        dtype: of the constants, instead of the model's own. replaced: other values for some parameters or buffers, by name,
+        such as "networks.0.1.running_mean". Errors: `ModelError`, which names operators without known bounds.
         """
         with torch.set_grad_enabled(gradients):
             return _Reader(self, gradients, dtype, replaced or {}).graph()

@@ -14,7 +14,7 @@ from saddlepoint.propagation.corners import corners
 from saddlepoint.propagation.nodes import Graph
 from saddlepoint.verify.cases import Cases
 from saddlepoint.verify.inputs import InputSearch
-from saddlepoint.verify.search import Found, Search, Verdict
+from saddlepoint.verify.search import Found, Search, Verdict, branching
 from saddlepoint.verify.tighten import tighten
 
 FEW_INPUTS = 16
@@ -174,7 +174,7 @@ class _Prover:
         return self._took(search.run(), search.counterexample)
 
     def _search(self) -> str:
-        if not any(node.op == "relu" for node in self.graph.nodes):
+        if not branching(self.graph):
             return "there are no ReLUs to split"
         part, left = self.cases.take(self.left), self.left
         used, of = torch.unique(part.of, return_inverse=True)

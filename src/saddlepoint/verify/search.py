@@ -89,7 +89,7 @@ class Search:
         self.root, self.cases, self.check = root, cases, check
         self.deadline, self.clock, self.tolerance = deadline, clock, tolerance
         before = self.graph.before(self.name)
-        self.relus: list[Node] = [node for node in self.graph.nodes if node.op == "relu" and node.name in before]
+        self.relus: list[Node] = [node for node in branching(self.graph) if node.name in before]
         self.free: dict[str, Tensor] = {}  # by ReLU, which of its elements are open in any box
         for node in self.relus:
             ends = root.boxes[node.inputs[0]]
@@ -251,6 +251,11 @@ class Search:
             signs = domains.signs.scatter(1, place[:, None], sign)
             two.append(_Domains(domains.case, signs, domains.slopes, domains.multipliers, domains.bound))
         return _Domains.join(two)
+
+
+def branching(graph: Graph) -> list[Node]:
+    """Nonlinearities with two linear pieces that meet at 0: ReLU and leaky ReLU."""
+    return [node for node in graph.nodes if node.rule is not None and node.rule.free]
 
 
 def _ranks(values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from saddlepoint.propagation.bounds import Bounded, Box
 from saddlepoint.propagation.nodes import Node
 from saddlepoint.verify.cases import Cases
-from saddlepoint.verify.search import Search
+from saddlepoint.verify.search import Search, branching
 
 _STEPS = 20
 
@@ -27,7 +27,7 @@ def tighten(
     The layers share the time evenly.
     """
     graph = root.graph
-    relus = [node for node in graph.nodes if node.op == "relu"]
+    relus = branching(graph)
     deep = [node for node in relus if any(one.name in graph.before(node.inputs[0]) for one in relus)]
     left = len(deep)
     for node in graph.nodes:

@@ -1,0 +1,205 @@
+"""The competition's benchmarks, bounds beside auto_LiRPA's, and certified accuracy of trained networks.
+
+    SADDLEPOINT_DATA=... python benchmarks/verification.py search NAME [--seconds 60] [--only 0,1,...] [--out FILE.jsonl]
+    SADDLEPOINT_DATA=... python benchmarks/verification.py bounds [NAME ...] [--json FILE]
+    SADDLEPOINT_DATA=... python benchmarks/verification.py accuracy [--network NAME] [--samples N] [--seconds 20] [--out FOLDER]
+
+search: every instance of a benchmark of `verification/` within so many processor seconds of one thread, without reading the
+files. A verdict against a checked counterexample of ground_truth.csv, or a claimed counterexample that isn't one, ends the run
+with an error. --out keeps each instance; the same call goes on there. Beside ours: the published verdicts (counts.csv).
+bounds: the least margin of each instance in peer_bounds.csv by our methods, with processor seconds; theirs were measured when
+the folder was made.
+accuracy: the interval [certified, attacked] of the networks in `models/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import saddlepoint as sp
+from saddlepoint.propagation.bounds import Method
+from saddlepoint.verify import Proof, Property, bounds, decide, read, read_vnnlib
+
+ANSWERS = {"robust": "unsat", "falsified": "sat"}
+METHODS: dict[str, Method] = {
+    "ibp": "ibp", "forward": "forward", "crown_ibp": "crown-ibp", "crown": "crown", "alpha_crown_20": "alpha-crown",
+}  # fmt: skip
+ACCURACY = (("mnist_cnnA_provable_eps0.1", "mnist", 0.1), ("cifar10_cnnA_provable_oval_wide", "cifar10", 2 / 255))
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """A table with a header."""
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+class Instances:
+    """A benchmark's networks and properties; each network is read once."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder / name, name
+        self.listed = [line.split(",") for line in (self.folder / "instances.csv").read_text().split()]
+        truth = rows(folder / "ground_truth.csv")
+        self.truth = {(row["onnx"], row["vnnlib"]): row for row in truth if row["benchmark"] == name}
+        self.models: dict[str, sp.Model] = {}
+
+    def load(self, onnx: str, vnnlib: str) -> tuple[sp.Model, Property]:
+        """A network and a property by their files' names."""
+        if onnx not in self.models:
+            self.models = {onnx: sp.Model(self.folder / "onnx" / f"{onnx}.gz", bounds=None)}
+        return self.models[onnx], read_vnnlib(self.folder / "vnnlib" / f"{vnnlib}.gz")
+
+    def all(self) -> Iterator[tuple[int, str, str]]:
+        """Number, network and property of each."""
+        for number, (onnx, vnnlib, _) in enumerate(self.listed):
+            yield number, onnx.split("/")[-1], vnnlib.split("/")[-1]
+
+
+def search(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Decide each instance; what is in --out is not done again."""
+    instances = Instances(folder, options.names[0])
+    only = {int(part) for part in options.only.split(",")} if options.only else None
+    kept = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out and options.out.exists() else []
+    done = {row["number"]: row for row in kept}
+    for number, onnx, vnnlib in instances.all():
+        if number in done or (only is not None and number not in only):
+            continue
+        model, property_ = instances.load(onnx, vnnlib)
+        proof = decide(model, property_, sp.Budget(seconds=options.seconds), clock=time.process_time)
+        truth = instances.truth.get((onnx, vnnlib), {})
+        _check(model, property_, proof, truth, vnnlib)
+        row = {"number": number, "onnx": onnx, "vnnlib": vnnlib, "truth": truth.get("truth", "unknown")}
+        row |= {key: value for key, value in asdict(proof).items() if key != "counterexample"}
+        done[number] = row
+        if options.out:
+            with options.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        print(
+            f"{number:>4} {onnx} {vnnlib}: {proof.verdict} by {proof.stage} in {proof.seconds:.2f} s {proof.reason}", flush=True
+        )
+    found = [done[number] for number in sorted(done)]
+    counts = Counter(row["verdict"] for row in found)
+    spent = [row["seconds"] for row in found if row["verdict"] != "unknown"]
+    print(
+        f"{options.names[0]}: {counts['robust']} unsat, {counts['falsified']} sat, {counts['unknown']} open of {len(found)} "
+        f"within {options.seconds:g} s; median {statistics.median(spent) if spent else 0:.2f} s, most {max(spent, default=0):.2f} s"
+    )
+    for row in rows(folder / "counts.csv"):
+        if row["benchmark"] == options.names[0]:
+            print("  published:", ", ".join(f"{key} {value}" for key, value in row.items() if key != "benchmark"))
+    return found
+
+
+def _check(model: sp.Model, property_: Property, proof: Proof, truth: dict[str, str], name: str) -> None:
+    """Stop at a wrong verdict."""
+    if proof.verdict == "robust" and truth.get("basis") == "counterexample_checked" and truth["truth"] == "sat":
+        sys.exit(f"{name}: proved, but there is a checked counterexample")
+    if proof.counterexample is not None:
+        point = proof.counterexample[None].double()
+        output = model.logits(proof.counterexample[None])[0].double()
+        flat = point.flatten()
+        inside = [
+            bool(((case.lower - 1e-6 <= flat) & (flat <= case.upper + 1e-6)).all())
+            and bool((case.rows @ output + case.constants <= 0).all())
+            for case in property_.cases
+        ]
+        if not any(inside):
+            sys.exit(f"{name}: the counterexample is none")
+
+
+def beside(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Our margins and seconds beside those of peer_bounds.csv."""
+    found: list[dict[str, Any]] = []
+    wanted = set(options.names)
+    for name in sorted({row["benchmark"] for row in rows(folder / "peer_bounds.csv")}):
+        if wanted and name not in wanted:
+            continue
+        instances = Instances(folder, name)
+        for row in rows(folder / "peer_bounds.csv"):
+            method = METHODS.get(row["method"])
+            if row["benchmark"] != name or method is None:
+                continue
+            model, property_ = instances.load(row["onnx"], row["vnnlib"])
+            (net,) = model.networks()
+            shape = getattr(net, "shape", None) or (property_.inputs,)
+            cases = property_.to_cases(shape, torch.zeros(1))
+            graph = read(model, cases.inputs.lower[:1])
+            specification = (cases.rows[:, 0][None]).expand(len(cases.inputs.lower), -1, -1)
+            began = time.process_time()
+            low = bounds(graph, cases.inputs, None, specification, method)
+            spent = time.process_time() - began
+            ours = float((low[0] + cases.constants[:, 0]).min())
+            found.append({
+                "benchmark": name, "onnx": row["onnx"], "vnnlib": row["vnnlib"], "method": row["method"], "ours": ours,
+                "theirs": float(row["margin"]), "our_seconds": spent, "their_seconds": float(row["cpu_seconds"]),
+            })  # fmt: skip
+    for name, method in dict.fromkeys((row["benchmark"], row["method"]) for row in found):
+        part = [row for row in found if (row["benchmark"], row["method"]) == (name, method)]
+        differ = [(row["ours"] - row["theirs"]) / max(abs(row["theirs"]), 1e-3) for row in part]
+        ratio = statistics.median(row["our_seconds"] / max(row["their_seconds"], 1e-4) for row in part)
+        print(
+            f"{name:<16} {method:<15} {len(part):>3} instances: ours looser by {max(0, -min(differ)):.1e} at most, tighter by "
+            f"{max(0, max(differ)):.1e} at most; {ratio:.2f} times their seconds (median)"
+        )
+    return found
+
+
+def accuracy(data: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Certified and attacked accuracy of trained networks."""
+    from zoo import reference, test_split
+
+    found = []
+    for name, dataset, eps in ACCURACY:
+        if options.network and options.network != name:
+            continue
+        net, mean, std, _ = reference(name, data)
+        model = sp.Model(net, mean=mean, std=std)
+        split = test_split(dataset, data).take(options.samples)
+        proved = sp.verify.certify(
+            model, split.x, split.y, sp.Linf(eps), sp.Budget(seconds=options.seconds), clock=time.process_time,
+            folder=options.out / name if options.out else None, progress=True,
+        )  # fmt: skip
+        print(f"{name}: {proved.summary()}", flush=True)
+        found.append({"network": name, "eps": eps} | proved.to_dict())
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Verification.")
+    parser.add_argument("what", choices=("search", "bounds", "accuracy"))
+    parser.add_argument("names", nargs="*", help="benchmarks")
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--only", help="numbers of instances")
+    parser.add_argument("--network")
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    data = Path(os.environ["SADDLEPOINT_DATA"])
+    if options.what == "search" and len(options.names) != 1:
+        parser.error("search takes the name of one benchmark")
+    folder = data / "verification"
+    found = {
+        "search": lambda: search(folder, options), "bounds": lambda: beside(folder, options),
+        "accuracy": lambda: accuracy(data, options),
+    }[options.what]()  # fmt: skip
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
