@@ -13,7 +13,7 @@ from torch import Tensor
 from saddlepoint.errors import InputError, UnknownNameError
 from saddlepoint.models.base import Classifier
 from saddlepoint.propagation.affine import absolute, batched, pulled, spread
-from saddlepoint.propagation.forward import forwards, zonotopes
+from saddlepoint.propagation.forward import forwards, size, zonotopes
 from saddlepoint.propagation.graph import read
 from saddlepoint.propagation.nodes import MONOMIAL, SHAPES, Graph, Node
 from saddlepoint.propagation.precision import full_precision
@@ -425,7 +425,9 @@ def bounds(
     - best: the best of ibp, forward where there are at most 64 inputs, crown and alpha-crown, each within those before.
 
     memory: bytes for coefficients. rigorous: for ibp, crown-ibp, crown and alpha-crown, in float64 with what rounding can
-    add taken off, so that they hold for the network in real arithmetic. Errors: `InputError`, and `ModelError` for operators without known bounds.
+    add taken off, so that they hold for the network in real arithmetic.
+
+    Errors: `InputError`, and `ModelError` for operators without known bounds.
 
     >>> import saddlepoint as sp
     >>> model = sp.zoo.build("digits-mlp")
@@ -481,11 +483,12 @@ def _lowest(bounded: Bounded, rows: Tensor, method: Method, steps: int) -> Tenso
         return forwards(bounded, rows) if method == "forward" else zonotopes(bounded, rows)
     if method == "best":
         best = bounded.by_intervals(rows)
-        if bounded.boxes[bounded.graph.input].lower[0].numel() <= _FEW:
+        count = bounded.graph.shape.numel()
+        if count <= _FEW and size(bounded, count) <= bounded.memory:
             best = torch.maximum(best, forwards(bounded, rows))
-        for count in dict.fromkeys((0, steps)):
-            bounded.refine(count)
-            best = torch.maximum(best, bounded.lowest(output, rows, count))
+        for ascent in dict.fromkeys((0, steps)):
+            bounded.refine(ascent)
+            best = torch.maximum(best, bounded.lowest(output, rows, ascent))
         return best
     steps = steps if method == "alpha-crown" else 0
     if method != "crown-ibp":

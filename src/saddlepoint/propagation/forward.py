@@ -78,13 +78,16 @@ def forwards(bounded: Bounded, rows: Tensor) -> Tensor:
     return found.nan_to_num(-torch.inf, torch.inf, -torch.inf)
 
 
+def size(bounded: Bounded, count: int) -> int:
+    """Bytes that terms of `count` inputs or errors take."""
+    inputs = bounded.boxes[bounded.graph.input].lower
+    return 4 * count * sum(node.shape.numel() for node in bounded.graph.nodes) * len(inputs) * inputs.element_size()
+
+
 def _afford(bounded: Bounded, count: int) -> None:
-    nodes = bounded.graph.nodes
-    size = 4 * count * sum(node.shape.numel() for node in nodes) * len(bounded.boxes[bounded.graph.input].lower)
-    size *= bounded.boxes[bounded.graph.input].lower.element_size()
-    if size > bounded.memory:
+    if (needed := size(bounded, count)) > bounded.memory:
         raise InputError(
-            f"forward bounds of {count} inputs take {size} bytes, memory allows {bounded.memory}: give more, "
+            f"forward bounds of {count} inputs take {needed} bytes, memory allows {bounded.memory}: give more, "
             'fewer inputs at once, or method="crown"'
         )
 

@@ -482,7 +482,7 @@ def _silu_slope(x: Tensor) -> Tensor:
 
 
 _ALL, _LEFT, _RIGHT = ((-math.inf, math.inf),), ((-math.inf, 0.0),), ((0.0, math.inf),)
-_BELL, _SWISH, _TANH_BELL = math.sqrt(2), 2.3993572805154, 1.4182225
+_BELL, _SWISH, _TANH_BELL = math.sqrt(2), 2.3993572805154, 1.418504008790828
 
 
 def _outside(turn: float) -> Pieces:
@@ -522,9 +522,8 @@ def rule(node: Node) -> Rule:
             raise ModelError(f"{op} {place} has slope {given}: bounds are known for slopes in [0, 1]")
         return Relu(given)
     if op == "gelu" and (node.settings.get("approximate", arguments[1] if len(arguments) > 1 else "none")) == "tanh":
-        value = _CURVES["gelu"]
         return Curve(lambda x: functional.gelu(x, approximate="tanh"), _gelu_tanh_slope, ((-_TANH_BELL, _TANH_BELL),),
-                     _outside(_TANH_BELL), (-0.7524613,)) if value else value  # fmt: skip
+                     _outside(_TANH_BELL), (-0.7524614220710162,))  # fmt: skip
     if op in ("clamp", "hardtanh", "clamp_min", "clamp_max", "relu6"):
         return _clamp(op, arguments, node.settings)
     if op == "elu":
