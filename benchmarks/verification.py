@@ -92,9 +92,10 @@ def search(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     found = [done[number] for number in sorted(done)]
     counts = Counter(row["verdict"] for row in found)
     spent = [row["seconds"] for row in found if row["verdict"] != "unknown"]
+    middle, most = (statistics.median(spent), max(spent)) if spent else (0, 0)
     print(
         f"{options.names[0]}: {counts['robust']} unsat, {counts['falsified']} sat, {counts['unknown']} open of {len(found)} "
-        f"within {options.seconds:g} s; median {statistics.median(spent) if spent else 0:.2f} s, most {max(spent, default=0):.2f} s"
+        f"within {options.seconds:g} s; median {middle:.2f} s, most {most:.2f} s"
     )
     for row in rows(folder / "counts.csv"):
         if row["benchmark"] == options.names[0]:

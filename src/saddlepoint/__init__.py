@@ -125,7 +125,6 @@ __all__ = [
     "defenses",
     "detect",
     "detectors",
-    "verify",
     "diagnose",
     "distance",
     "estimate",
@@ -140,5 +139,6 @@ __all__ = [
     "train",
     "transfer_matrix",
     "transforms",
+    "verify",
     "zoo",
 ]  # fmt: skip

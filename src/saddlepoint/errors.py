@@ -60,7 +60,7 @@ class Unavailable(ModelError):  # noqa: N818  # it says what the model is
 
 
 class SoundnessError(SaddlepointError):
-    """A proof and a counterexample contradict each other: a defect of Saddlepoint, or a model that changes. Please report it."""
+    """A proof and a counterexample contradict each other: a defect of Saddlepoint, or a model that changes. Report it."""
 
 
 class SaddlepointWarning(UserWarning):

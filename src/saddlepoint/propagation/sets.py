@@ -86,9 +86,10 @@ class Ball(Box):
     def inside(self, points: Tensor) -> Tensor:
         """Points (N, ...) moved into the sets: towards the centre, then into the box, which holds the centre."""
         delta = points - self.centre
-        size = delta.flatten(1).norm(p=1 if self.norm == "l1" else 2, dim=1)
+        size = torch.linalg.vector_norm(delta.flatten(1), 1 if self.norm == "l1" else 2, dim=1)
         share = (self.eps / size.clamp(min=torch.finfo(delta.dtype).tiny)).clamp(max=1) * (1 - 2**-20)
-        return (self.centre + delta * share.view(-1, *[1] * (delta.dim() - 1))).clamp(self.lower, self.upper)
+        points = self.centre + delta * share.view(-1, *[1] * (delta.dim() - 1))
+        return points.clamp(self.lower, self.upper)
 
     def least(self, a: Tensor) -> Tensor:
         """The least values of R linear functions (N, R, ...) over the set, or what lies below them, (N, R)."""
