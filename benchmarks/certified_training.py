@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,8 @@ def proven(model: sp.Model, x: Tensor, y: Tensor, eps: float, method: str) -> fl
 
 def steps(json_file: Path | None, repeats: int = 15) -> int:
     """Milliseconds of a step, forward and backward, the least of several that take turns."""
-    threat, at_once = sp.Linf(0.1), {"warmup": 0.0, "ramp": 0.0}
+    threat = sp.Linf(0.1)
+    at_once: dict[str, Any] = {"warmup": 0.0, "ramp": 0.0}
     objectives: dict[str, defenses.Objective] = {
         "plain": defenses.Standard(),
         "IBP": defenses.IBP(threat=threat, **at_once),

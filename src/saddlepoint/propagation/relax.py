@@ -118,7 +118,7 @@ class Relu(Elementwise):
 
     def ends(self, *boxes: Box) -> Box:
         """The function is increasing."""
-        return Box(*(torch.where(end > 0, end, self.floor * end) if self.floor else end.clamp(min=0)
+        return Box(*(torch.where(end > 0, end, self.floor * end) if self.floor else end.relu()
                      for end in (boxes[0].lower, boxes[0].upper)))  # fmt: skip
 
     def planes(self, *boxes: Box) -> Planes:
