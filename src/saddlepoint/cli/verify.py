@@ -42,6 +42,7 @@ def verify(
     onnx: Annotated[Path | None, typer.Option(help="With --vnnlib: the network, an ONNX file or .onnx.gz.")] = None,
     vnnlib: Annotated[Path | None, typer.Option(help="With --onnx: the property, a VNNLIB file or .vnnlib.gz.")] = None,
     budget: Annotated[float, typer.Option(min=0.001, help="Seconds for each sample, or for the property.")] = 60.0,
+    rigorous: Annotated[bool, typer.Option("--rigorous", help="Compute in float64 and allow for rounding; slower.")] = False,
     samples: Samples = None,
     seed: Seed = 0,
     mean: Mean = None,
@@ -63,7 +64,7 @@ def verify(
     limit = Budget(seconds=budget)
     if onnx is not None:
         assert vnnlib is not None
-        write_json(json_file, _property(onnx, vnnlib, limit))
+        write_json(json_file, _property(onnx, vnnlib, limit, rigorous))
         return
     assert model is not None
     if eps is None:
@@ -75,7 +76,7 @@ def verify(
     name, victim = inputs.model(model, found, mean=mean, std=std, device=device)
     warn_of_random_weights([model])
     split = inputs.samples(found, samples)
-    proved = certify(victim, split.x, split.y, threat, limit, seed=seed, progress=True, folder=out)
+    proved = certify(victim, split.x, split.y, threat, limit, seed=seed, rigorous=rigorous, progress=True, folder=out)
     if out is not None:
         configuration.write(context, out)
     console.print(f"{name}: {proved.summary()}", markup=False)
@@ -84,11 +85,11 @@ def verify(
         raise typer.Exit(130)
 
 
-def _property(onnx: Path, vnnlib: Path, limit: Budget) -> dict[str, Any]:
+def _property(onnx: Path, vnnlib: Path, limit: Budget, rigorous: bool) -> dict[str, Any]:
     """Decide, say so, and what to write."""
     property_ = read_vnnlib(vnnlib)
     console.print(f"property: {property_}", markup=False)
-    proof = decide(models_module.Model(onnx, bounds=None), property_, limit)
+    proof = decide(models_module.Model(onnx, bounds=None), property_, limit, rigorous=rigorous)
     point = None if proof.counterexample is None else proof.counterexample.flatten().tolist()
     words = {
         "robust": "robust: none of the cases can occur",
@@ -101,5 +102,5 @@ def _property(onnx: Path, vnnlib: Path, limit: Budget) -> dict[str, Any]:
     )
     return {
         "verdict": proof.verdict, "stage": proof.stage, "bound": proof.bound, "parts": proof.parts, "seconds": proof.seconds,
-        "reason": proof.reason, "counterexample": point,
+        "reason": proof.reason, "rigorous": proof.rigorous, "counterexample": point,
     }  # fmt: skip

@@ -49,6 +49,10 @@ class Cases:
         """Some of them, (K,) positions or a mask."""
         return Cases(self.inputs, self.of[index], self.rows[index], self.constants[index])
 
+    def double(self) -> Cases:
+        """In float64."""
+        return Cases(self.inputs.to(torch.float64), self.of, self.rows.double(), self.constants.double())
+
     def margin(self, outputs: Tensor) -> Tensor:
         """How far outputs (D, C) are from unsafe, (D,): the largest of the K values; <= 0 where they are unsafe."""
         values = torch.einsum("dc,dkc->dk", outputs, self.rows.to(outputs))

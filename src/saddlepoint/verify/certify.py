@@ -118,6 +118,7 @@ class Certification:
 
     def summary(self) -> str:
         """The interval of robust accuracy, and what each stage did, in plain text."""
+        sure = all(proof.rigorous for proof in self.proofs if proof.verdict == "robust")
         lines = [
             f"Verification of {len(self)} samples within {self.threat}",
             f"  clean accuracy   {_mean(self.right):.2%}",
@@ -129,6 +130,7 @@ class Certification:
         for stage, counts in self.stages().items():
             numbers = "".join(f"{counts.get(verdict, 0):>{width}}" for verdict, width in _COLUMNS)
             lines.append(f"  {stage:<13}{numbers}")
+        lines += [] if sure else ["  ! proofs hold up to rounding in the network's dtype; rigorous=True allows for it"]
         for reason, count in Counter(proof.reason for proof in self.proofs if proof.reason).most_common(3):
             lines.append(f"  ! {count}: {reason}")
         return "\n".join(lines if self.complete else [*lines, "  ! interrupted: later samples are missing"])
@@ -151,7 +153,8 @@ _COLUMNS = (("robust", 8), ("falsified", 11), ("unknown", 9))
 
 def certify(
     model: Classifier, x: Tensor, y: Tensor, threat: Threat, budget: Budget | None = None, *, seed: int = 0,
-    progress: bool = False, folder: str | Path | None = None, clock: Callable[[], float] = time.perf_counter,
+    rigorous: bool = False, progress: bool = False, folder: str | Path | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Certification:  # fmt: skip
     """Prove or refute, for each sample, that every input of the threat is classified as it should be.
 
@@ -163,8 +166,9 @@ def certify(
     - crown-ibp, corners, crown, alpha-crown, search or inputs: see `prove`
 
     Complete for ReLU networks up to time and rounding; other nonlinearities are proved by bounds, or by halving where there are
-    at most 16 inputs. seed: of the attack; all else is deterministic, but for where time ends. folder: keeps what is finished,
-    a file for each sample; the same call goes on there. clock: what `seconds` means; `time.process_time` is the processor's.
+    at most 16 inputs. rigorous: allow for rounding, see `prove`. seed: of the attack; all else is deterministic, but for where
+    time ends. folder: keeps what is finished, a file for each sample; the same call goes on there. clock: what `seconds`
+    means; `time.process_time` is the processor's.
 
     Ctrl-C returns what is finished. Errors: `InputError` for bad inputs, other norms and random models, `CapabilityError` for
     models whose weights aren't known, `ModelError` for operators without known bounds, `DataError` for another run's folder,
@@ -180,7 +184,7 @@ def certify(
     _check(model, x, y, threat)
     x, y = x.detach().cpu(), y.detach().cpu()
     seconds = budget.seconds if budget is not None and budget.seconds is not None else _SECONDS
-    ledger = _Ledger(folder, model, x, y, threat, seconds, seed) if folder is not None else None
+    ledger = _Ledger(folder, model, x, y, threat, seconds, seed, rigorous) if folder is not None else None
     proofs: dict[int, Proof] = dict(ledger.read(x)) if ledger is not None else {}
 
     def keep(place: int, proof: Proof) -> None:
@@ -194,7 +198,7 @@ def certify(
         try:
             rest = [place for place in range(len(y)) if place not in proofs]
             if rest:
-                _through(model, x, y, threat, torch.tensor(rest), seconds, seed, clock, keep)
+                _through(model, x, y, threat, torch.tensor(rest), seconds, seed, rigorous, clock, keep)
         except KeyboardInterrupt:
             complete = False
     nothing = Proof("unknown", "none", -math.inf, None, 0, 0.0, "interrupted")
@@ -220,7 +224,7 @@ def _check(model: Classifier, x: Tensor, y: Tensor, threat: Threat) -> None:
 
 def _through(
     model: Classifier, x: Tensor, y: Tensor, threat: Threat, rows: Tensor, seconds: float, seed: int,
-    clock: Callable[[], float], keep: Callable[[int, Proof], None],
+    rigorous: bool, clock: Callable[[], float], keep: Callable[[int, Proof], None],
 ) -> None:  # fmt: skip
     started = clock()
     result = run_attack(model, x[rows], y[rows], Sprint(steps=20), threat.only(rows, x), seed=seed, ids=rows)
@@ -240,27 +244,27 @@ def _through(
     for row in left:
         one = torch.tensor([row])
         region = threat.only(one, x).around(x[one].to(device), model.bounds if model.bounds is not None else None)
-        keep(row, _proved(model, graph, region, y[one].to(device), classes, max(seconds - spent, 0.0), spent, clock))
+        keep(row, _proved(model, graph, region, y[one].to(device), classes, max(seconds - spent, 0.0), spent, rigorous, clock))
 
 
 def _proved(
     model: Classifier, graph: Graph, region: Region, y: Tensor, classes: int, seconds: float, spent: float,
-    clock: Callable[[], float],
+    rigorous: bool, clock: Callable[[], float],
 ) -> Proof:  # fmt: skip
     """One sample; where memory runs out that is the reason why it stays unknown."""
     cases = Cases.of_classes(inputs_of(region), y, classes)
 
     def replay(point: Tensor, case: int) -> bool:
-        inside = region.snap(region.project(point[None]))
+        inside = region.snap(region.project(point[None].to(region.origin)))
         return bool(region.contains(inside)[0]) and int(model.predict(inside)[0]) != int(y[0])
 
     started = clock()
     try:
-        proof = prove(graph, cases, replay, seconds=seconds, clock=clock)
+        proof = prove(graph, cases, replay, seconds=seconds, clock=clock, rigorous=rigorous)
     except (MemoryError, torch.OutOfMemoryError) as error:
         proof = Proof("unknown", "none", -math.inf, None, 0, clock() - started, f"out of memory: {str(error)[:80]}")
     if proof.counterexample is not None:
-        point = region.snap(region.project(proof.counterexample[None]))[0]
+        point = region.snap(region.project(proof.counterexample[None].to(region.origin)))[0]
         if int(model.predict(point[None])[0]) == int(y[0]):
             raise SoundnessError(
                 "a counterexample was confirmed, and then was none: does the model change while it is verified?"
@@ -285,12 +289,13 @@ class _Ledger:
     """A folder with a file for each finished sample."""
 
     def __init__(
-        self, folder: str | Path, model: Classifier, x: Tensor, y: Tensor, threat: Threat, seconds: float, seed: int
-    ) -> None:
+        self, folder: str | Path, model: Classifier, x: Tensor, y: Tensor, threat: Threat, seconds: float, seed: int,
+        rigorous: bool,
+    ) -> None:  # fmt: skip
         self.path = Path(folder).expanduser()
         wanted = {
             "format": _FORMAT, "model": fingerprint(model), "data": data_fingerprint(x, y), "threat": threat.settings(),
-            "seconds": seconds, "seed": seed,
+            "seconds": seconds, "seed": seed, "rigorous": rigorous,
         }  # fmt: skip
         wanted = json.loads(json.dumps(wanted, default=str))
         manifest = self.path / "certification.json"

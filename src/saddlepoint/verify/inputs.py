@@ -23,13 +23,14 @@ class InputSearch:
     Each box is bounded by CROWN with interval bounds joined in where those are tighter; it is halved along the input that moves
     the bound most, |A| * width, of the row nearest to a proof. The minimiser of each bound and the middle of each box are tried
     as counterexamples. Any nonlinearity will do. check, deadline, clock, tolerance: as in `Search`.
+    outward: take off what rounding can add.
     """
 
     def __init__(
         self, graph: Graph, cases: Cases, check: Callable[[Tensor, Tensor], Tensor | None], *, deadline: float,
-        clock: Callable[[], float] = time.perf_counter, tolerance: float = 0.0,
+        clock: Callable[[], float] = time.perf_counter, tolerance: float = 0.0, outward: bool = False,
     ) -> None:  # fmt: skip
-        self.graph, self.cases, self.check = graph, cases, check
+        self.graph, self.cases, self.check, self.outward = graph, cases, check, outward
         self.deadline, self.clock, self.tolerance = deadline, clock, tolerance
         self.count = 0
         self.counterexample: Tensor | None = None
@@ -69,17 +70,18 @@ class InputSearch:
     def _bounded(self, part: Cases, boxes: Box, case: Tensor) -> tuple[Tensor, Tensor]:
         """Lower bounds (D,) of the cases' best rows, and how much each input moves them, (D, ...)."""
         self.count += len(part)
-        bounded = Bounded.of(self.graph, boxes)
-        bound = bounded.linear(self.graph.output, part.rows).lowest(boxes) + part.constants
+        bounded = Bounded.of(self.graph, boxes, outward=self.outward)
+        bound = bounded.backward(self.graph.output, part.rows) + part.constants
         open_ = (bound.amax(1) <= self.tolerance).nonzero()[:, 0]
         pull = torch.zeros_like(boxes.lower)
         if not len(open_):
             return bound.amax(1), pull
         few, boxes = part.take(open_), boxes.rows(open_)
-        bounded = Bounded.of(self.graph, boxes)
+        bounded = Bounded.of(self.graph, boxes, outward=self.outward)
         bounded.refine()
         line = bounded.linear(self.graph.output, few.rows)
-        tighter = torch.maximum(line.lowest(boxes) + few.constants, bound[open_])
+        low = line.lowest(boxes) - (bounded.error(self.graph.output, few.rows) if self.outward else 0)
+        tighter = torch.maximum(low + few.constants, bound[open_])
         points = torch.cat([line.lowest_at(boxes).flatten(0, 1), (boxes.lower + boxes.upper) / 2])
         owners = torch.cat([case[open_].repeat_interleave(few.rows.shape[1]), case[open_]])
         self.counterexample = self.check(points, owners)

@@ -22,13 +22,13 @@ _SECONDS = 60.0
 
 def decide(
     model: Classifier, property_: Property | str | Path, budget: Budget | None = None, *, shape: Sequence[int] | None = None,
-    clock: Callable[[], float] = time.perf_counter,
+    rigorous: bool = False, clock: Callable[[], float] = time.perf_counter,
 ) -> Proof:  # fmt: skip
     """Whether a network has a property: "robust" if no case of it can occur, "falsified" with an input where one does.
 
     property_: from `read_vnnlib`, or the file. budget: `Budget(seconds=...)`, default 60. shape: of one input, where the model
-    doesn't know it (ONNX files do); default a flat one. clock: what `seconds` means. A counterexample is replayed by the
-    network itself, in the dtype that it runs in.
+    doesn't know it (ONNX files do); default a flat one. rigorous: allow for rounding, see `prove`. clock: what `seconds`
+    means. A counterexample is replayed by the network itself, in the dtype that it runs in.
 
     Errors: `DataError` for a damaged file, or another number of inputs; `InputError` for another number of outputs;
     `ModelError` for operators without known bounds.
@@ -57,6 +57,7 @@ def decide(
 
         def replay(point: Tensor, case: int) -> bool:
             with torch.no_grad():
-                return bool(cases.take(torch.tensor([case])).margin(model.forward(point[None]))[0] <= 0)
+                return bool(cases.take(torch.tensor([case])).margin(model.forward(point[None].to(like)))[0] <= 0)
 
-        return prove(read(model, like), cases, replay, seconds=max(seconds - (clock() - started), 0.0), clock=clock)
+        left = max(seconds - (clock() - started), 0.0)
+        return prove(read(model, like), cases, replay, seconds=left, clock=clock, rigorous=rigorous)

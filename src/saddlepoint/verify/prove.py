@@ -12,6 +12,7 @@ from torch import Tensor
 from saddlepoint.propagation.bounds import Bounded, Box
 from saddlepoint.propagation.corners import corners
 from saddlepoint.propagation.nodes import Graph
+from saddlepoint.propagation.precision import full_precision
 from saddlepoint.verify.cases import Cases
 from saddlepoint.verify.inputs import InputSearch
 from saddlepoint.verify.search import Found, Search, Verdict, branching
@@ -28,8 +29,9 @@ _MOST, _GROWTH = 10, 4  # parts for each bound in the first round of tightening,
 class Proof:
     """What became of one property.
 
-    stage: what decided it, or the last that was tried. bound: the least lower bound of the cases' margins; positive where all
-    are proved. counterexample: an input (...) or None. parts: how many subproblems were bounded. reason: why it is unknown.
+    stage: what decided it, or the last that was tried. rigorous: whether rounding is allowed for. bound: the least lower bound
+    of the cases' margins; positive where all are proved. counterexample: an input (...) or None. parts: how many subproblems
+    were bounded. reason: why it is unknown.
     """
 
     verdict: Verdict
@@ -39,6 +41,7 @@ class Proof:
     parts: int
     seconds: float
     reason: str = ""
+    rigorous: bool = False
 
 
 Replay = Callable[[Tensor, int], bool]
@@ -47,7 +50,7 @@ Replay = Callable[[Tensor, int], bool]
 
 def prove(
     graph: Graph, cases: Cases, replay: Replay, *, seconds: float, clock: Callable[[], float] = time.perf_counter,
-    tolerance: float = 0.0,
+    rigorous: bool = False,
 ) -> Proof:  # fmt: skip
     """Decide cases by the cheapest means that do: counterexamples, intervals, linear bounds, search.
 
@@ -56,17 +59,21 @@ def prove(
     inputs        halving boxes, for networks of at most 16 inputs
     search        branch and bound on ReLUs, in turns with tightening the bounds inside by searches of their own
 
-    Each stage gets the cases that are left.
+    Each stage gets the cases that are left. rigorous: compute in float64, and take off what rounding can add; it takes about
+    twice the time. Otherwise proofs hold up to the rounding of the dtype that the network is in.
     Errors: those of `Bounded`.
     """
-    return _Prover(graph, cases, replay, seconds, clock, tolerance).run()
+    if rigorous:
+        graph, cases = graph.double, cases.double()
+    with full_precision(cases.rows.device.type):
+        return _Prover(graph, cases, replay, seconds, clock, rigorous).run()
 
 
 class _Prover:
     def __init__(
-        self, graph: Graph, cases: Cases, replay: Replay, seconds: float, clock: Callable[[], float], tolerance: float
+        self, graph: Graph, cases: Cases, replay: Replay, seconds: float, clock: Callable[[], float], rigorous: bool
     ) -> None:  # fmt: skip
-        self.graph, self.cases, self.replay, self.clock, self.tolerance = graph, cases, replay, clock, tolerance
+        self.graph, self.cases, self.replay, self.clock, self.rigorous = graph, cases, replay, clock, rigorous
         self.started, self.seconds = clock(), seconds
         self.left = torch.arange(len(cases), device=cases.rows.device)
         self.bound = cases.rows.new_full((len(cases),), -torch.inf)
@@ -93,14 +100,21 @@ class _Prover:
             last, reason = name, stage()
             if self.counterexample is not None:
                 return self._proof("falsified", name, "")
-            self.left = (self.bound <= self.tolerance).nonzero()[:, 0]
+            self.left = (self.bound <= 0).nonzero()[:, 0]
             if not len(self.left):
                 return self._proof("robust", name, "")
         return self._proof("unknown", last, reason)
 
     def _proof(self, verdict: Verdict, stage: str, reason: str) -> Proof:
         return Proof(
-            verdict, stage, float(self.bound.min()), self.counterexample, self.parts, self.clock() - self.started, reason
+            verdict,
+            stage,
+            float(self.bound.min()),
+            self.counterexample,
+            self.parts,
+            self.clock() - self.started,
+            reason,
+            self.rigorous,
         )
 
     def _improve(self, index: Tensor, bound: Tensor) -> None:
@@ -120,7 +134,7 @@ class _Prover:
     @torch.no_grad()
     def _quick(self) -> str:
         part = self.cases.take(self.left)
-        self.root = Bounded.of(self.graph, self.cases.inputs)
+        self.root = Bounded.of(self.graph, self.cases.inputs, outward=self.rigorous)
         wide = _of_cases(self.root, part.of)
         joined = torch.maximum(wide.lowest(self.graph.output, part.rows, 0), wide.by_intervals(part.rows))
         self._improve(self.left, (joined + part.constants).amax(1))
@@ -169,7 +183,7 @@ class _Prover:
         part, left = self.cases.take(self.left), self.left
         search = InputSearch(
             self.graph, part, lambda points, case: self.check(points, left[case]),
-            deadline=self.deadline, clock=self.clock, tolerance=self.tolerance,
+            deadline=self.deadline, clock=self.clock, outward=self.rigorous,
         )  # fmt: skip
         return self._took(search.run(), search.counterexample)
 
@@ -184,7 +198,7 @@ class _Prover:
         while self.clock() < self.deadline:
             search = Search(
                 root, part, lambda points, case: self.check(points, left[case]),
-                deadline=min(self.deadline, self.clock() + slice_), clock=self.clock, tolerance=self.tolerance,
+                deadline=min(self.deadline, self.clock() + slice_), clock=self.clock,
             )  # fmt: skip
             found = search.run()
             reason = self._took(found, search.counterexample)
@@ -200,7 +214,7 @@ class _Prover:
         self.parts += found.domains
         self.counterexample = counterexample
         if found.verdict == "robust":
-            self.bound[self.left] = self.bound[self.left].clamp(min=_above(self.bound, self.tolerance))
+            self.bound[self.left] = self.bound[self.left].clamp(min=_above(self.bound, 0.0))
         return found.reason
 
 
@@ -211,4 +225,6 @@ def _above(like: Tensor, value: float) -> float:
 
 def _of_cases(bounded: Bounded, of: Tensor) -> Bounded:
     """The bounds over sets (B, ...) as such of cases."""
-    return Bounded(bounded.graph, {name: ends.rows(of) for name, ends in bounded.boxes.items()}, bounded.memory)
+    return Bounded(
+        bounded.graph, {name: ends.rows(of) for name, ends in bounded.boxes.items()}, bounded.memory, bounded.outward
+    )

@@ -172,13 +172,18 @@ class Search:
                 torch.where(sign > 0, ends.lower.clamp(min=0), ends.lower),
                 torch.where(sign < 0, ends.upper.clamp(max=0), ends.upper),
             )
-        return Bounded(self.graph, boxes)
+        return Bounded(self.graph, boxes, self.root.memory, self.root.outward)
 
     def _line(self, bounded: Bounded, domains: _Domains, slopes: Tensor, multipliers: Tensor | None) -> Linear:
         """Linear functions below the case's rows, constants included."""
         below = None if multipliers is None else self._wide(multipliers * domains.signs[:, None].to(multipliers))
         line = bounded.linear(self.name, self.cases.rows[domains.case], self._wide(slopes), below)
         return Linear(line.coefficients, line.constant + self.cases.constants[domains.case], line.inner)
+
+    @torch.no_grad()
+    def _error(self, bounded: Bounded, domains: _Domains, multipliers: Tensor) -> Tensor:
+        """How far rounding can have moved the bounds of `_line`, (D, K)."""
+        return bounded.error(self.name, self.cases.rows[domains.case], self._wide(multipliers))
 
     # ---- bounding
 
@@ -188,12 +193,15 @@ class Search:
         self.count += len(domains)
         slopes, betas = domains.slopes.clone().requires_grad_(), domains.multipliers.clone().requires_grad_()
         optimizer = torch.optim.Adam([{"params": [slopes], "lr": _SLOPE_RATE}, {"params": [betas], "lr": _SIGN_RATE}])
-        best = domains.bound.clone()
+        best, most = domains.bound.clone(), domains.multipliers.clone()
         for step in range(_STEPS):
             last = step + 1 == _STEPS
             with torch.set_grad_enabled(not last):
                 line = self._line(bounded, domains, slopes, betas)
                 bound = line.lowest(bounded.boxes[ends])
+            if self.root.outward:  # what rounding can add, with the largest multipliers of any step so far
+                most = torch.maximum(most, betas.detach())
+                bound = bound - self._error(bounded, domains, most)
             best = torch.maximum(best, bound.detach().amax(1))
             done = best > self.tolerance
             if step == 0 or last:
