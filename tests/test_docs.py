@@ -10,12 +10,15 @@ import subprocess
 import sys
 from dataclasses import is_dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 import saddlepoint
 import saddlepoint as sp
+from saddlepoint.propagation.bounds import Method
+from saddlepoint.verify.certify import STAGES
 
 ROOT = Path(__file__).parent.parent
 
@@ -185,6 +188,23 @@ def test_defenses_page_examples(capsys, tmp_path, monkeypatch):
     pytest.importorskip("accelerate")
     exec(compile(several, "docs/defenses.md", "exec"), {"__name__": "defenses_page"})
     assert Path("hardened.safetensors").exists()
+
+
+def test_verification_page_examples(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, votes = blocks("docs/verification.md", "python")
+    names: dict[str, object] = {"__name__": "verification_page"}
+    exec(compile(first, "docs/verification.md", "exec"), names)
+    exec(compile(votes, "docs/verification.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "Verification of 20 samples" in printed
+    assert "Interval(certified=0." in printed
+
+
+def test_verification_page_names_every_method_and_stage() -> None:
+    page = (ROOT / "docs" / "verification.md").read_text()
+    assert not {name for name in get_args(Method) if f"`{name}" not in page}
+    assert not {name for name in STAGES if name != "none" and name not in page}
 
 
 def test_detection_page_names_every_detector() -> None:
