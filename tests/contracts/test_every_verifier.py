@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +22,7 @@ from saddlepoint.verify import Cases, Programme, Proof
 from saddlepoint.verify import prove as prove_
 from saddlepoint.verify.cases import margins
 
-prove_module = __import__("sys").modules["saddlepoint.verify.prove"]
+prove_module = sys.modules["saddlepoint.verify.prove"]  # the package has a function of this name
 
 SIZES = (0.02, 0.1, 0.3)
 CLASSES = 3
@@ -74,6 +76,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], int, bool]] = {
 LINEAR = [name for name in KINDS if name != "sigmoid"]
 
 
+@functools.cache
 def made(kind: str, dtype: torch.dtype) -> tuple[sp.Model, Exported]:
     """A network, read once: its graph follows its weights."""
     model = sp.Model(KINDS[kind][0]().to(dtype), bounds=None)
