@@ -177,7 +177,7 @@ class Interrupting:
         return 0.0
 
 
-@pytest.mark.parametrize("looks", [0, 1, 2, 10, 25])
+@pytest.mark.parametrize("looks", [0, 1, 2, 10, 16])
 def test_ctrl_c_keeps_what_is_finished_and_the_same_call_goes_on(tmp_path: Path, looks: int) -> None:
     model, x, y = setting()
     first = sp.verify.certify(model, x, y, sp.Linf(0.04), TIME, folder=tmp_path, clock=Interrupting(looks))
@@ -186,7 +186,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_call_goes_on(tmp_path: Path,
     finished = [proof.reason != "interrupted" for proof in first.proofs]
     assert not all(finished)
     assert sum(finished) == len(list(tmp_path.glob("0*.json")))
-    if looks == 25:
+    if looks == 16:
         assert any(finished)
     again = sp.verify.certify(model, x, y, sp.Linf(0.04), TIME, folder=tmp_path)
     assert again.complete
@@ -287,7 +287,7 @@ def test_models_of_which_nothing_can_be_proved() -> None:
     _, x, y = setting()
     with pytest.raises(CapabilityError, match="no bound holds"), pytest.warns(sp.errors.SaddlepointWarning, match="random"):
         sp.verify.certify(sp.Model(Shaky(), bounds=(0, 1)), x, y, sp.Linf(0.1))
-    labels = sp.models.CallableModel(lambda points: net()(points).argmax(1), num_classes=3, bounds=(0, 1), access="labels")
+    labels = sp.Model(lambda points: net()(points).argmax(1), gives="labels", num_classes=3, bounds=(0, 1))
     with pytest.raises(CapabilityError, match="certify"):
         sp.verify.certify(labels, x, y, sp.Linf(0.1))
     sorting = sp.Model(Sorting(), bounds=(0, 1))
