@@ -1,4 +1,4 @@
-"""`saddlepoint verify` from the command line: samples within a threat, properties of ONNX files, and errors of one line each."""
+"""`saddlepoint verify` from the command line: samples within a threat, properties of ONNX files, and errors of one line."""
 
 from __future__ import annotations
 
@@ -65,12 +65,16 @@ def network(here: Path) -> Path:
     second = np.array([[1, 1, 1, 1], [0, 0, 0, 0]], dtype=np.float32).T
     make = onnx.helper
     graph = make.make_graph(
-        [make.make_node("MatMul", ["x", "a"], ["h"]), make.make_node("Relu", ["h"], ["r"]), make.make_node("MatMul", ["r", "b"], ["y"])],
+        [
+            make.make_node("MatMul", ["x", "a"], ["h"]),
+            make.make_node("Relu", ["h"], ["r"]),
+            make.make_node("MatMul", ["r", "b"], ["y"]),
+        ],
         "absolute",
         [make.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 2])],
         [make.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 2])],
         [onnx.numpy_helper.from_array(first, "a"), onnx.numpy_helper.from_array(second, "b")],
-    )  # fmt: skip
+    )
     made = make.make_model(graph, opset_imports=[make.make_opsetid("", 17)])
     made.ir_version = 8
     path = here / "net.onnx"
@@ -121,7 +125,9 @@ def test_properties_of_onnx_files(here: Path, call: Call, network: Path, name: s
         for place, path in enumerate(files):
             files[place] = path.with_name(path.name + ".gz")
             files[place].write_bytes(gzip.compress(path.read_bytes()))
-    status, out, _ = call("verify", "--onnx", str(files[0]), "--vnnlib", str(files[1]), "--budget", "20", "--json", "found.json")
+    status, out, _ = call(
+        "verify", "--onnx", str(files[0]), "--vnnlib", str(files[1]), "--budget", "20", "--json", "found.json"
+    )
     assert status == 0
     assert verdict in out
     assert "1 cases of 2 inputs and 2 outputs" in out
@@ -184,7 +190,9 @@ def test_usage_errors_and_help(call: Call) -> None:
 
 
 def test_no_time_is_unknown_and_no_error(here: Path, call: Call, network: Path) -> None:
-    status, out, _ = call("verify", "--onnx", "net.onnx", "--vnnlib", "holds.vnnlib", "--budget", "0.001", "--json", "found.json")
+    status, out, _ = call(
+        "verify", "--onnx", "net.onnx", "--vnnlib", "holds.vnnlib", "--budget", "0.001", "--json", "found.json"
+    )
     assert status == 0
     found = json.loads((here / "found.json").read_text())
     assert found["verdict"] in ("robust", "unknown")

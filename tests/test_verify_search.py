@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def spread(box: Box, count: int = 400, seed: int = 0) -> Tensor:
     return box.lower + torch.cat([share, share.round()]) * (box.upper - box.lower)
 
 
-def first_below(graph: Graph, cases: Cases):  # noqa: ANN201
+def first_below(graph: Graph, cases: Cases) -> Callable[[Tensor, Tensor], Tensor | None]:
     """A check of `Search`: the first point that is unsafe by the graph itself, and in its set."""
 
     def check(points: Tensor, case: Tensor) -> Tensor | None:
@@ -97,7 +98,7 @@ def test_cases_of_classes_and_their_margin() -> None:
 
 @pytest.mark.parametrize("seed", range(1, 4))
 def test_search_finds_the_least_of_several_rows(seed: int) -> None:
-    """A conjunction is unsafe where all rows are <= 0 at one input: the least of their largest, here by a grid and the search."""
+    """A conjunction is unsafe where all rows are <= 0 at one input: the least of their largest, here by a grid."""
     _, graph = drawn(seed, 2)
     x = torch.rand(1, 2, generator=torch.Generator().manual_seed(seed)).double()
     box = Box(x - 0.4, x + 0.4)

@@ -79,7 +79,8 @@ def test_conditions_mean_what_they_say(conditions, unsafe) -> None:
 
 def test_comments_spacing_and_declared_order_do_not_matter() -> None:
     plain = parse_vnnlib(text(2, 2, *UNIT, "(<= Y_0 Y_1)"))
-    odd = "; a (comment\n(declare-const Y_1 Real)(declare-const X_1 Real) ; )\n(declare-const X_0 Real)\n(declare-const Y_0 Real)"
+    odd = "; a (comment\n(declare-const Y_1 Real)(declare-const X_1 Real) ; )\n"
+    odd += "(declare-const X_0 Real)\n(declare-const Y_0 Real)"
     odd += "".join(f"\n( assert\n {one} )" for one in ["(<= Y_0 Y_1)", *reversed(UNIT)])
     other = parse_vnnlib(odd)
     assert len(plain.cases) == len(other.cases) == 1

@@ -122,18 +122,18 @@ def test_verdicts_agree_with_mixed_integer_programmes(kind: str, search: str, mo
     verdicts: Counter[str] = Counter()
     for dtype, slack in ((torch.float32, 1e-4), (torch.float64, 1e-6)):
         model, exported = made(kind, dtype)
-        for seed in range(10):
+        for seed in range(7):
             x, y = drawn(model, inputs, seed)
             eps = SIZES[seed % len(SIZES)] * (0.5 if inputs > 4 else 1.0)
             box, rows = Box(x - eps, x + eps), margins(y, CLASSES, dtype)
-            proof = proved(model, exported, box, y, 30.0 if complete else 0.5)
+            proof = proved(model, exported, box, y, 30.0 if complete else 0.2)
             programme = Programme(exported.graph(), x)
             least = min(programme.minimise(box, row).value for row in rows[0])
             verdicts[proof.verdict] += 1
             assert proof.bound <= least + slack, (kind, seed)
             if proof.verdict == "robust":
                 assert least > -slack, (kind, seed)
-                assert 0 < proof.bound
+                assert proof.bound > 0
             elif proof.verdict == "falsified":
                 assert least <= slack, (kind, seed)
                 assert proof.counterexample is not None
@@ -143,15 +143,15 @@ def test_verdicts_agree_with_mixed_integer_programmes(kind: str, search: str, mo
             else:
                 assert proof.reason
                 assert not complete or abs(least) <= slack, (kind, seed, least, proof)
-    assert verdicts["robust"] >= 4
-    assert verdicts["falsified"] >= 4
+    assert verdicts["robust"] >= 3
+    assert verdicts["falsified"] >= 3
 
 
 @pytest.mark.parametrize("kind", LINEAR)
 def test_bounds_of_every_method_lie_below_the_least_margin(kind: str) -> None:
     _, inputs, _ = KINDS[kind]
     model, exported = made(kind, torch.float64)
-    for seed in range(8):
+    for seed in range(6):
         x, y = drawn(model, inputs, 100 + seed)
         eps = SIZES[seed % len(SIZES)]
         box, rows, graph = Box(x - eps, x + eps), margins(y, CLASSES, torch.float64), exported.graph()
@@ -170,11 +170,11 @@ def test_no_sample_of_a_robust_box_is_wrong(kind: str, search: str, monkeypatch:
     _, inputs, _ = KINDS[kind]
     model, exported = made(kind, torch.float32)
     robust = 0
-    for seed in range(12):
+    for seed in range(8):
         x, y = drawn(model, inputs, 200 + seed)
         eps = (0.02, 0.05, 0.1)[seed % 3]
         box = Box(x - eps, x + eps)
-        proof = proved(model, exported, box, y, 1.0)
+        proof = proved(model, exported, box, y, 0.3)
         points = points_of(box, torch.Generator().manual_seed(seed))
         outputs = model.logits(points)
         margin = outputs.gather(1, y.expand(len(points))[:, None]) - outputs
@@ -185,7 +185,7 @@ def test_no_sample_of_a_robust_box_is_wrong(kind: str, search: str, monkeypatch:
             assert bool((model.predict(points) == y).all()), (kind, seed)
             strong = sp.attack(model, x, y, sp.attacks.PGD(steps=10), sp.Linf(eps * (1 - 1e-6)))
             assert not bool(strong.success.any())
-    assert robust >= 3
+    assert robust >= 2
 
 
 @pytest.fixture
@@ -244,7 +244,9 @@ def test_batch_mates_do_not_change_a_bound() -> None:
     rows = margins(y, CLASSES, torch.float64)
     for method in get_args(Method):
         together = bounds(graph, x - 0.1, x + 0.1, rows, method, steps=3)
-        alone = torch.cat([bounds(graph, x[k : k + 1] - 0.1, x[k : k + 1] + 0.1, rows[k : k + 1], method, steps=3) for k in range(5)])
+        alone = torch.cat(
+            [bounds(graph, x[k : k + 1] - 0.1, x[k : k + 1] + 0.1, rows[k : k + 1], method, steps=3) for k in range(5)]
+        )
         assert torch.allclose(together, alone, rtol=0, atol=1e-9), method
     boxes = Bounded.of(graph, x - 0.1, x + 0.1).boxes
     assert bool((boxes[graph.output].lower <= graph.outputs(x)).all())

@@ -364,12 +364,12 @@ class Programme:
     def leaf(
         self, boxes: Mapping[str, Box], signs: Mapping[str, Tensor], rows: Tensor, constants: Tensor | float = 0.0
     ) -> tuple[float, Tensor | None]:
-        """The least value of the largest of rows (K, C) times the outputs plus constants (K,), in one domain of branch and bound.
+        """The least of the largest of rows (K, C) times the outputs plus constants (K,), in one domain, and a minimiser.
 
-        With a minimiser. rows may be one row (C,). boxes: of the domain, by name, at least the input's. signs: of what goes into
-        ReLUs, by node, +1, -1 or 0 where it is open, which is relaxed by the triangle; so the value is exact where no crossing
-        ReLU is open, and a lower bound always (by weak duality, whatever the solver's tolerance). inf and None where no input has
-        these signs, up to 1e-7.
+        rows may be one row (C,). boxes: of the domain, by name, at least the input's. signs: of what goes into ReLUs, by node,
+        +1, -1 or 0 where it is open, which is relaxed by the triangle; so the value is exact where no crossing ReLU is open,
+        and a lower bound always (by weak duality, whatever the solver's tolerance). inf and None where no input has these
+        signs, up to 1e-7.
         """
         only = {name: (_numbers(sign) > 0) - (_numbers(sign) == 0).astype(np.int64) for name, sign in signs.items()}
         found = [self.objective(row) for row in rows.view(-1, rows.shape[-1])]

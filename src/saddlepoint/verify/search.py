@@ -144,7 +144,7 @@ class Search:
         return domains.take((domains.bound <= self.tolerance).nonzero()[:, 0])
 
     def _leaves(self, domains: _Domains) -> _Domains:
-        """Parts with nothing left to split, by a linear programme each, which is exact where ReLUs are all that isn't affine."""
+        """Parts with nothing left to split, by a linear programme each: exact where all but ReLUs is affine."""
         if not len(domains) or self.programme is None:
             return domains
         bounded, bound = self._bounded(domains), domains.bound.clone()
