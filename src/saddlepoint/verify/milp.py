@@ -362,18 +362,29 @@ class Programme:
         return Least(float(cost @ self.variables(x)) + constant, bound + constant, x, status)
 
     def leaf(
-        self, boxes: Mapping[str, Box], signs: Mapping[str, Tensor], row: Tensor, constant: float = 0.0
+        self, boxes: Mapping[str, Box], signs: Mapping[str, Tensor], rows: Tensor, constants: Tensor | float = 0.0
     ) -> tuple[float, Tensor | None]:
-        """The least value of row (C,) times the outputs plus a constant in one domain of branch and bound, and a minimiser.
+        """The least of the largest of rows (K, C) times the outputs plus constants (K,), in one domain, and a minimiser.
 
-        boxes: of the domain, by name, at least the input's. signs: of what goes into ReLUs, by node, +1, -1 or 0 where it is
-        open, which is relaxed by the triangle; so the value is exact where no crossing ReLU is open, and a lower bound always
-        (by weak duality, whatever the solver's tolerance). inf and None where no input has these signs, up to 1e-7.
+        rows may be one row (C,). boxes: of the domain, by name, at least the input's. signs: of what goes into ReLUs, by node,
+        +1, -1 or 0 where it is open, which is relaxed by the triangle; so the value is exact where no crossing ReLU is open,
+        and a lower bound always (by weak duality, whatever the solver's tolerance). inf and None where no input has these
+        signs, up to 1e-7.
         """
         only = {name: (_numbers(sign) > 0) - (_numbers(sign) == 0).astype(np.int64) for name, sign in signs.items()}
-        cost, offset = self.objective(row)
-        value, v = self.system(boxes, only, whole=False).lowest(cost)
-        return value + offset + constant, None if v is None else self.point(v, boxes[self.graph.input])
+        found = [self.objective(row) for row in rows.view(-1, rows.shape[-1])]
+        offsets = np.array([offset for _, offset in found]) + _numbers(torch.as_tensor(constants))
+        system = self.system(boxes, only, whole=False)
+        if len(found) == 1:
+            value, v = system.lowest(found[0][0])
+            return value + float(offsets[0]), None if v is None else self.point(v, boxes[self.graph.input])
+        width = len(system.lower)  # the largest is one more variable, t >= c v for all rows c
+        costs = sparse.csr_array(np.stack([np.pad(cost, (0, width - len(cost))) for cost, _ in found]))
+        low, high = (float(end.max()) for end in Affine(costs, offsets).over(system.lower, system.upper))
+        above = sparse.hstack([-costs, np.ones((len(found), 1))], format="csr")
+        system = system.extended(above, offsets, np.full(len(found), math.inf), np.array([low]), np.array([high]))
+        value, v = system.lowest(np.eye(1, width + 1, width)[0])
+        return value, None if v is None else self.point(v, boxes[self.graph.input])
 
     def point(self, v: Array, box: Box) -> Tensor:
         """The input (...) among the variables, in the network's dtype, and inside of the box."""

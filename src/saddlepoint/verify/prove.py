@@ -85,7 +85,8 @@ class _Prover:
         return self.started + self.seconds
 
     def run(self) -> Proof:
-        last, reason = "none", f"the time of {self.seconds:g} s is up"
+        late = f"the time of {self.seconds:g} s is up"
+        last, reason = "none", late
         few = self.graph.shape.numel() <= FEW_INPUTS and type(self.cases.inputs) is Box
         stages: list[tuple[str, Callable[[], str]]] = [
             ("crown-ibp", self._quick),
@@ -97,7 +98,7 @@ class _Prover:
         for name, stage in stages:
             if self.clock() >= self.deadline:
                 break
-            last, reason = name, stage()
+            last, reason = name, stage() or late
             if self.counterexample is not None:
                 return self._proof("falsified", name, "")
             self.left = (self.bound <= 0).nonzero()[:, 0]

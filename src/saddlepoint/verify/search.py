@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from saddlepoint.errors import ModelError
 from saddlepoint.propagation.bounds import Bounded, Box, Linear
 from saddlepoint.propagation.nodes import Graph, Node
 from saddlepoint.verify.cases import Cases
+from saddlepoint.verify.milp import Programme
 
 Verdict = Literal["robust", "falsified", "unknown"]
 _BATCH = 256
@@ -70,8 +73,8 @@ class Search:
 
     Each domain is bounded by ascent on lower slopes and on the multipliers of its signs together (beta-CROWN, Wang et al. 2021,
     arXiv:2103.06624), its inner bounds are the root's, cut by the signs. The ReLU to split is, of the few that lose most in the
-    bound (Bunel et al. 2020, arXiv:1909.06588), the one whose children are best. Every minimiser of a bound is tried as a
-    counterexample.
+    bound (Bunel et al. 2020, arXiv:1909.06588), the one whose children are best. Where all signs are fixed, a linear programme
+    decides. Every minimiser is tried as a counterexample.
 
     root: bounds over the cases' sets, (B, ...) each. check: of inputs (Q, ...) for the cases
     with these numbers (Q,), a counterexample or None. deadline: on `clock`. name: the value that the rows speak of, if it isn't
@@ -112,7 +115,7 @@ class Search:
         first = torch.cat([slopes[node.name].flatten(2)[..., self.free[node.name]] for node in self.relus], 2)
         start = _Domains(start.case, signs, first.detach(), zero, start.bound)
         open_ = _Domains.join([self._left(self._solved(start.take(part))) for part in torch.split(start.case, self.batch)])
-        reason = ""
+        reason, fixed = "", open_.take(open_.case[:0])
         while len(open_) and self.counterexample is None:
             if self.clock() >= self.deadline:
                 reason = f"time is up; {len(open_)} parts of {self.count} are open"
@@ -126,11 +129,12 @@ class Search:
                 order = order[_ranks(open_.case[order]).argsort(stable=True)]
             worst, rest = open_.take(order[: self.batch]), open_.take(order[self.batch :])
             splittable = self._splittable(worst)
-            if not bool(splittable.any()):
-                reason = "every ReLU of a part is fixed, and its bound is not above 0"
-                break
-            children = self._left(self._solved(self._split(worst)))
-            open_ = _Domains.join([children, rest])
+            fixed = _Domains.join([fixed, self._left(self._leaves(worst.take(~splittable)))])
+            worst = worst.take(splittable)
+            open_ = _Domains.join([self._left(self._solved(self._split(worst))), rest]) if len(worst) else rest
+        if len(fixed) and not reason:
+            reason = f"every ReLU of {len(fixed)} parts is fixed, and their bounds are not above 0"
+        open_ = _Domains.join([open_, fixed])
         verdict: Verdict = "falsified" if self.counterexample is not None else "unknown" if len(open_) else "robust"
         self.bounds = like.new_full((size,), self.tolerance).scatter_reduce(0, open_.case, open_.bound, "amin")
         bound = float(open_.bound.min()) if len(open_) else self.tolerance
@@ -138,6 +142,31 @@ class Search:
 
     def _left(self, domains: _Domains) -> _Domains:
         return domains.take((domains.bound <= self.tolerance).nonzero()[:, 0])
+
+    def _leaves(self, domains: _Domains) -> _Domains:
+        """Parts with nothing left to split, by a linear programme each: exact where all but ReLUs is affine."""
+        if not len(domains) or self.programme is None:
+            return domains
+        bounded, bound = self._bounded(domains), domains.bound.clone()
+        signs = self._wide(domains.signs)
+        for place, case in enumerate(domains.case.tolist()):
+            boxes = {name: ends.rows(torch.tensor([place], device=bound.device)) for name, ends in bounded.boxes.items()}
+            least, point = self.programme.leaf(
+                boxes, {name: sign[place] for name, sign in signs.items()}, self.cases.rows[case], self.cases.constants[case]
+            )
+            bound[place] = max(float(bound[place]), least)
+            if point is not None and self.counterexample is None:
+                owner = domains.case[place : place + 1]
+                self.counterexample = self.check(self.cases.take(owner).sets.inside(point[None].to(bound.device)), owner)
+        return replace(domains, bound=bound)
+
+    @cached_property
+    def programme(self) -> Programme | None:
+        """Of the graph up to the value; None where it has other nonlinearities."""
+        try:
+            return Programme(replace(self.graph, output=self.name), self.cases.inputs.lower[:1])
+        except ModelError:
+            return None
 
     def _splittable(self, domains: _Domains) -> Tensor:
         """Which have a ReLU whose sign is open, (D,) bool."""

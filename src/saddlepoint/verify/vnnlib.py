@@ -126,9 +126,9 @@ def _trees(text: str) -> Iterator[Tree]:
 def _alternatives(tree: Tree) -> list[list[Atom]]:
     """A condition as alternatives, each a list of atoms that hold together."""
     match tree:
-        case ["or", *parts]:
+        case ["or", *parts] if parts:
             return [alternative for part in parts for alternative in _alternatives(part)]
-        case ["and", *parts]:
+        case ["and", *parts] if parts:
             return [list(itertools.chain(*chosen)) for chosen in itertools.product(*map(_alternatives, parts))]
         case ["<=" | "<", left, right]:
             return [[_less(left, right)]]
@@ -147,10 +147,13 @@ def _less(left: Tree, right: Tree) -> Atom:
             coefficients[side] = coefficients.get(side, 0.0) + sign
         else:
             try:
-                constant += sign * float(side)
+                value = float(side)
             except ValueError:
-                raise DataError(f"{side!r} is neither a variable nor a number") from None
-    return coefficients, constant
+                value = math.nan
+            if not math.isfinite(value):
+                raise DataError(f"{side!r} is neither a variable nor a finite number")
+            constant += sign * value
+    return {name: weight for name, weight in coefficients.items() if weight}, constant
 
 
 def _case(atoms: list[Atom], declared: dict[str, int]) -> Case:
