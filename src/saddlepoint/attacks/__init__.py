@@ -17,8 +17,8 @@ from saddlepoint.attacks.evolution import CMAES, FewPixel, GenAttack
 from saddlepoint.attacks.external import External
 from saddlepoint.attacks.fab import FAB
 from saddlepoint.attacks.fmn import DDN, FMN, SigmaZero
-from saddlepoint.attacks.lagrangian import ALMA, PDGD, PDPGD
 from saddlepoint.attacks.guided import BoundGuided
+from saddlepoint.attacks.lagrangian import ALMA, PDGD, PDPGD
 from saddlepoint.attacks.leaf_boxes import LeafBoxes
 from saddlepoint.attacks.linear import HotCold, LinearClosedForm
 from saddlepoint.attacks.minimal import minimal

@@ -143,7 +143,7 @@ class BoundGuided(Attack):
         size = max(1, _ELEMENTS // (each * _CHOICES * others.shape[1]))
         parts = []
         with full_precision(self.model.device.type):
-            for part in torch.arange(count, device=device).split(size):
+            for part in torch.split(torch.arange(count, device=device), size):
                 parts.append(self._starts(graph, take(problem.region, part), problem, part))
         points, ascended = (torch.cat(each) for each in zip(*parts, strict=True))
         owner = torch.arange(count, device=device).repeat_interleave(points.shape[1])
@@ -167,7 +167,9 @@ class BoundGuided(Attack):
         others = (aim.unwanted if targeted else aim.wanted)[part]
         classes, outputs = others.shape[1], bounded.boxes[bounded.graph.output].lower
         if outputs.shape[1:] != (classes,):
-            raise InputError(f"{self._name} gives outputs {tuple(outputs.shape[1:])}; the model under attack has {classes} classes")
+            raise InputError(
+                f"{self._name} gives outputs {tuple(outputs.shape[1:])}; the model under attack has {classes} classes"
+            )
         anchor = aim.wanted[part].int().argmax(1) if targeted else problem.labels[part]
         eye = torch.eye(classes).to(problem.origin)
         margins = (eye[anchor][:, None] - eye) * (-1 if targeted else 1)  # (P, C, C); 0 for the anchor itself
