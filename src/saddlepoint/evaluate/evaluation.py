@@ -330,9 +330,9 @@ class Evaluation:
         """The figure, how it came about, and what it cost, in plain text."""
         between, naive, each = self.interval, self.naive_accuracy, max(len(self), 1)
         proven = "nothing: no proof was looked for"
-        if self.proving is not None:
+        if self.proving is not None or bool(self.certified.any()):
             sure = f"; {between.low:.2%} for all such inputs (97.5 % sure)" if bool(self.certified.any()) else ""
-            proven = f"{between.certified:.2%} at least{sure}; {int(self.undecided.sum())} undecided, {self.proving:.1f} s"
+            proven = f"{between.certified:.2%} at least{sure}; {int(self.undecided.sum())} undecided, {self.proving or 0:.1f} s"
         lines = [
             f"Evaluation of {len(self)} samples within {self.threat}",
             f"  clean accuracy   {self.clean_accuracy:.2%}",
