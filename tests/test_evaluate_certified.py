@@ -77,6 +77,13 @@ class Sorting(nn.Module):
         return 5 * x.flatten(1).sort(1).values[:, :10]
 
 
+@pytest.fixture
+def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations that are short: the cheap attacks, and no look at signs of masking."""
+    monkeypatch.setattr(cascade, "plans", lambda *given: plans(given[0], "quick", given[2]))
+    monkeypatch.setattr(cascade._Cascade, "signs", lambda run: [])
+
+
 def walled() -> tuple[sp.Model, Tensor, Tensor]:
     return sp.Model(Wall()), torch.full((4, 1, 8, 8), 0.5), torch.zeros(4, dtype=torch.int64)
 
@@ -84,6 +91,7 @@ def walled() -> tuple[sp.Model, Tensor, Tensor]:
 # The ladder that bounds guide
 
 
+@pytest.mark.usefixtures("trusting")
 def test_the_guided_ladder_breaks_what_no_gradient_does() -> None:
     model, x, y = walled()
     evaluation = sp.evaluate(model, x, y, sp.Linf(EPS))
@@ -108,9 +116,10 @@ def test_who_is_guided(relus: sp.Model, few: Samples, monkeypatch: pytest.Monkey
     assert unbounded(plan, few[0][:1]) == ""
     (unread,) = guided(sp.Model(Sorting()), sp.Norm.LINF, "standard")
     assert "sort" in unbounded(unread, few[0][:1])
+    noisy = Plan("guided", "", BoundGuided(sp.Model(Noisy())))
     with pytest.warns(sp.SaddlepointWarning, match="random"):
-        noisy = Plan("guided", "", BoundGuided(sp.Model(Noisy())))
-        assert "random" in unbounded(noisy, few[0][:1])
+        why = unbounded(noisy, few[0][:1])
+    assert "random" in why
     # 12 neurons that see 64 features, these again as a vector, and themselves
     monkeypatch.setattr(cascade, "_READ", 12 * (64 + 64 + 12))
     assert unbounded(plan, few[0][:1]) == ""
@@ -118,11 +127,10 @@ def test_who_is_guided(relus: sp.Model, few: Samples, monkeypatch: pytest.Monkey
     assert "coefficients a sample" in unbounded(plan, few[0][:1])
 
 
+@pytest.mark.usefixtures("trusting")
 def test_what_is_left_out_is_noted_where_effort_is_thorough(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, y = walled()
     monkeypatch.setattr(cascade, "_READ", 1)
-    monkeypatch.setattr(cascade, "plans", lambda *given: plans(given[0], "quick", given[2]))
-    monkeypatch.setattr(cascade, "escalation", lambda *given: ())
     for effort, noted in (("standard", False), ("thorough", True)):
         evaluation = sp.evaluate(model, x, y, sp.Linf(EPS), effort)  # type: ignore[call-overload]
         assert evaluation.robust_accuracy == 1
@@ -130,15 +138,14 @@ def test_what_is_left_out_is_noted_where_effort_is_thorough(monkeypatch: pytest.
 
 
 def test_passes_are_counted(few: Samples, relus: sp.Model) -> None:
-    """But for those of the export, which happen once."""
+    """Also the one that reads the network."""
     counting = Counting(relus.net)
     model = sp.Model(counting)
     evaluation = sp.evaluate(model, *few, sp.Linf(EPS))
     assert "guided" in [stage.name for stage in evaluation.stages]
     spent = evaluation.queries
-    asked = sum(counting.calls)
-    assert 0 <= asked - model.queries.forward <= 4
-    assert model.queries.forward == int(spent.forward.sum() + spent.verify.sum()) + spent.probe
+    assert sum(counting.calls) == model.queries.forward
+    assert abs(model.queries.forward - int(spent.forward.sum() + spent.verify.sum()) - spent.probe) <= 1
 
 
 # Proofs
@@ -166,6 +173,7 @@ def test_everything_is_decided(found: Evaluation, plain: Evaluation, relus: sp.M
         assert (relus.predict((found.x[one] + noise[:, one]).clamp(0, 1)) == found.y[one]).all()
 
 
+@pytest.mark.usefixtures("trusting")
 def test_a_counterexample_is_a_stage_of_its_own() -> None:
     model, x, y = walled()
     evaluation = sp.evaluate(model, x, y, sp.Linf(EPS), "quick", certify=BUDGET)
@@ -291,7 +299,7 @@ def test_a_campaign_keeps_proofs(
 def test_the_command_and_its_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from saddlepoint.cli.app import main
+    from saddlepoint.cli import main
 
     (tmp_path / "net.py").write_text(
         "import torch\nfrom torch import nn\ntorch.manual_seed(0)\n"

@@ -52,7 +52,8 @@ class BoundGuided(Attack):
     towards a target, those that are hardest to beat.
 
     The bounds cost no query, but they aren't free: for each sample about as much as one pass for each neuron that can be on
-    either side of 0, and memory in proportion. Nothing is random. After the weights of `model` change it reads them anew.
+    either side of 0, and memory in proportion. Reading the network takes one pass, once. Nothing is random. When the weights of
+    `model` change, so do the bounds.
 
     Errors: `CapabilityError` for models whose parameters aren't granted, `ModelError` for operators without known bounds.
 
@@ -123,10 +124,11 @@ class BoundGuided(Attack):
         return super().settings() | {"model": f"{self._name}, {fingerprint(self.model)[:16]}"}
 
     def graph(self, x: Tensor) -> Graph:
-        """The network for inputs like x (1, ...), with the weights as they are now. Errors: `ModelError`."""
+        """The network for inputs like x (1, ...), with the weights as they are now; a pass the first time. Errors: `ModelError`."""
         known: dict[torch.Size, Exported] = self._exported  # type: ignore[attr-defined]  # no field, as it can be made again
         if x.shape[1:] not in known:
             known[x.shape[1:]] = export(self.model, x[:1].detach().to(self.model.device))
+            self.model.queries.forward += 1  # the network runs once
         return known[x.shape[1:]].graph()
 
     def current(self, state: Descent) -> Tensor:
