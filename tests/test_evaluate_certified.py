@@ -72,6 +72,14 @@ class Noisy(nn.Module):
         return x.flatten(1)[:, :10] + 0.1 * torch.randn(len(x), 10)
 
 
+class Single(nn.Module):
+    """One number for each input on the way, without a dimension of features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.flatten(1).mean(1) - 0.5
+        return torch.stack([mean, -mean], 1)
+
+
 class Sorting(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return 5 * x.flatten(1).sort(1).values[:, :10]
@@ -116,6 +124,8 @@ def test_who_is_guided(relus: sp.Model, few: Samples, monkeypatch: pytest.Monkey
     assert unbounded(plan, few[0][:1]) == ""
     (unread,) = guided(sp.Model(Sorting()), sp.Norm.LINF, "standard")
     assert "sort" in unbounded(unread, few[0][:1])
+    (vector,) = guided(sp.Model(Single()), sp.Norm.LINF, "standard")
+    unbounded(vector, few[0][:1])  # whatever it says, it raises nothing
     noisy = Plan("guided", "", BoundGuided(sp.Model(Noisy())))
     with pytest.warns(sp.SaddlepointWarning, match="random"):
         why = unbounded(noisy, few[0][:1])
