@@ -98,7 +98,7 @@ class Evaluation:
     proving: float | None = None
 
     def __post_init__(self) -> None:
-        if bool((both := self.certified & ~self.stands).any()):
+        if bool(self.certified.any()) and bool((both := self.certified & ~self.stands).any()):
             raise SoundnessError(
                 f"samples {_short(both)} have a proof, and an attack or the model itself says otherwise: a defect of "
                 "Saddlepoint, or a model that changes. Please report it"
