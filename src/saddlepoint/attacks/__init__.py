@@ -17,6 +17,7 @@ from saddlepoint.attacks.evolution import CMAES, FewPixel, GenAttack
 from saddlepoint.attacks.external import External
 from saddlepoint.attacks.fab import FAB
 from saddlepoint.attacks.fmn import DDN, FMN, SigmaZero
+from saddlepoint.attacks.guided import BoundGuided
 from saddlepoint.attacks.lagrangian import ALMA, PDGD, PDPGD
 from saddlepoint.attacks.leaf_boxes import LeafBoxes
 from saddlepoint.attacks.linear import HotCold, LinearClosedForm
@@ -69,6 +70,7 @@ __all__ = [
     "AutoAttack",
     "Bandits",
     "Bisect",
+    "BoundGuided",
     "BoundaryAttack",
     "BrendelBethge",
     "CarliniWagnerL0",

@@ -141,6 +141,12 @@ def evaluate(
     curve: Annotated[
         bool, typer.Option("--curve", help="With --effort: look for the smallest perturbations too, for every size's figure.")
     ] = False,
+    certify: Annotated[
+        float | None,
+        typer.Option(
+            help="With --effort: prove what stands, in so many seconds a sample at most; campaigns go on with that too."
+        ),
+    ] = None,
     source: Annotated[
         list[str] | None,
         typer.Option(
@@ -164,7 +170,8 @@ def evaluate(
     """Attack models at several eps, and write a report: accuracies, security curve, pictures, results.json."""
     only = {
         "--at-least": at_least is not None, "--junit": junit is not None, "--curve": curve, "--source": bool(source),
-        "--export": export is not None, "--groups": groups is not None, "--json": json is not None, "--dry-run": dry_run,
+        "--certify": certify is not None, "--export": export is not None, "--groups": groups is not None,
+        "--json": json is not None, "--dry-run": dry_run,
     }  # fmt: skip
     if effort is None and any(only.values()):
         given = listed(name for name, here in only.items() if here)
@@ -198,7 +205,7 @@ def evaluate(
 
         cascade = Cascade(
             models, split, threats, effort, out, curve=curve, sources=tuple(others.values()), seed=seed, batch_size=batch_size,
-            groups=metadata, at_least=at_least, junit=junit, json=json, kind=export,
+            groups=metadata, certify=certify, at_least=at_least, junit=junit, json=json, kind=export,
             write=lambda folder: configuration.write(context, folder), report=report,
         )  # fmt: skip
         return cascade.estimate() if dry_run else cascade.run()

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from saddlepoint.cli.options import console, make_way, write_json, writing
 from saddlepoint.data.dataset import Split
+from saddlepoint.engine import Budget
 from saddlepoint.evaluate import AdversarialSet, Campaign, Effort, Evaluation, estimate, evaluate, export
 from saddlepoint.evaluate.export import Kind
 from saddlepoint.files import write_file
@@ -26,7 +27,8 @@ from saddlepoint.threats import Threat
 
 @dataclass(frozen=True)
 class Cascade:
-    """What is asked for: each of the models within each of the threats. at_least, junit, json, kind: None where not wanted.
+    """What is asked for: each of the models within each of the threats. certify, at_least, junit, json, kind: None where not
+    wanted. certify: seconds for the proof of each sample that stands.
 
     groups: metadata by field, one value for each sample. write: keeps the configuration in a folder. report: writes the page
     and says where it is. kind: of the adversarial set.
@@ -42,6 +44,7 @@ class Cascade:
     seed: int
     batch_size: int | None
     groups: Mapping[str, Sequence[str]]
+    certify: float | None
     at_least: float | None
     junit: Path | None
     json: Path | None
@@ -93,6 +96,8 @@ class Cascade:
                 model, self.split.x, threat, self.effort, curve=self.curve, sources=self.sources, batch_size=self.batch_size
             )
             found.append({"model": name, "threat": threat.settings()} | expected.to_dict())
+            if self.certify is not None:
+                console.print(f"proofs: at most about {self.certify:g} s more for each sample that stands", markup=False)
             console.print(f"within {threat}, {self.effort}: {expected.summary()}", markup=False, soft_wrap=True)
         write_json(self.json, {"format": 1, "estimates": found})
         console.print("nothing was attacked: leave out --dry-run for that")
@@ -105,10 +110,11 @@ class Cascade:
 
     def _evaluate(self, model: Classifier, threat: Threat, folder: Path) -> Evaluation:
         campaign = Campaign(folder)
-        known = campaign.complete
+        known = campaign.complete and self.certify is None  # there may be proofs that it didn't have
         found = evaluate(
             model, self.split.x, self.split.y, threat, self.effort, curve=self.curve, sources=self.sources, seed=self.seed,
             batch_size=self.batch_size, progress=True, campaign=campaign,
+            certify=None if self.certify is None else Budget(seconds=self.certify),
         )  # fmt: skip
         with writing(folder):
             self.write(folder)

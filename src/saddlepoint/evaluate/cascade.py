@@ -3,7 +3,8 @@
 The heavier attacks climb ladders. Each begins with the samples of largest margin, which the earlier ones came closest to
 breaking; then the one that broke most for its passes goes on, in rungs as large as the last one's successes pay for, as long
 as any breaks something. So where gradients are honest, few samples pay for them. Some begin at the best point that is known.
-Signs of masked gradients add other ladders, among them searches that gradients do not lead.
+Signs of masked gradients add other ladders, among them searches that gradients do not lead. Where the network can be read,
+bounds of its outputs say where one more attack begins, and proofs decide on what still stands, if they are asked for.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from saddlepoint.attacks import (
     APGDT,
     FAB,
     PGD,
+    BoundGuided,
     BrendelBethge,
     DualAveraging,
     Restarts,
@@ -39,7 +41,7 @@ from saddlepoint.engine import Attack, AttackResult, Budget, Interrupted
 from saddlepoint.engine.problem import input_gradient
 from saddlepoint.engine.result import STATUSES, merge
 from saddlepoint.engine.slots import NO_CLASS
-from saddlepoint.errors import InputError, UnknownNameError
+from saddlepoint.errors import CapabilityError, InputError, ModelError, UnknownNameError
 from saddlepoint.evaluate.campaign import Campaign, manifest
 from saddlepoint.evaluate.diagnose import Diagnosis, diagnose
 from saddlepoint.evaluate.evaluation import FAILED, STANDS, WRONG, Evaluation, Stage, WorstCase
@@ -48,8 +50,12 @@ from saddlepoint.goals import Untargeted
 from saddlepoint.models.base import Classifier, Probe
 from saddlepoint.models.compose import Borrowed, Defended
 from saddlepoint.models.fingerprint import fingerprint
+from saddlepoint.propagation.bounds import Bounded
+from saddlepoint.propagation.graph import read
+from saddlepoint.propagation.nodes import Graph
 from saddlepoint.taxonomy import Access, Norm, Status
 from saddlepoint.threats import Threat
+from saddlepoint.verify.certify import certify as verify
 
 Effort = Literal["quick", "standard", "thorough"]
 PART = 500  # samples of a stage that are finished, and kept by a campaign, together
@@ -67,6 +73,8 @@ _TOGETHER = 32  # of these in the model, unless the caller says how many
 _DIAGNOSED = 40  # samples at least, and every twentieth
 _DRAWS = 10  # to average over where the model is random
 _SAME = 8  # samples for which a campaign's model must say the same again
+_READ = 2**26  # coefficients of a sample's linear bounds at most: they take about a second of a processor's core
+_CONFIRM = PGD(steps=10, loss="margin", schedule="cosine", random_start=False)  # begins at what it is given
 _ROUNDING = 100  # within so many times the margin that numerical noise is allowed
 
 
@@ -89,7 +97,7 @@ class Plan:
 
 
 def plans(norm: Norm, effort: Effort, access: Access = Access.GRADIENTS) -> tuple[Plan, ...]:
-    """What `evaluate` runs if nothing looks suspicious."""
+    """What `evaluate` runs if nothing looks suspicious; beside these `guided`."""
     queries = {"quick": 300, "standard": 1000, "thorough": 5000}[effort]
     if access < Access.SCORES:
         noise = SaltAndPepperNoise() if norm is Norm.L0 else SignNoise() if norm is Norm.LINF else UniformNoise()
@@ -136,6 +144,48 @@ def plans(norm: Norm, effort: Effort, access: Access = Access.GRADIENTS) -> tupl
             _share(effort, 0.02), seeded=True,
         ),
     )  # fmt: skip
+
+
+def guided(model: Classifier, norm: Norm, effort: Effort) -> tuple[Plan, ...]:
+    """What follows `plans`, but for "quick", where the model grants its parameters: a ladder that bounds of its outputs guide.
+
+    It is left out where `unbounded` says why; with "thorough" that is noted.
+    """
+    if effort == "quick" or norm is Norm.L0 or model.access < Access.PARAMETERS:
+        return ()
+    why = "from where bounds of the margins are least"
+    return (Plan("guided", why, BoundGuided(model), _share(effort, 0.02)),)
+
+
+def unbounded(plan: Plan, x: Tensor) -> str:
+    """Why a plan of `guided` is left out for inputs like x (1, ...); empty if it isn't.
+
+    It is for random models, operators without known bounds, and networks whose linear bounds take more than 2**26 coefficients
+    a sample: of each value that goes into a nonlinearity, its size times that of all values before it.
+    """
+    attack = plan.attack
+    assert isinstance(attack, BoundGuided)
+    if attack.model.probe(x).stochastic:
+        return "the model is random"
+    try:
+        graph = attack.graph(x)
+        if (count := _coefficients(graph)) > _READ:
+            return f"its bounds take {count:.1e} coefficients a sample, more than {_READ:.1e}"
+        point = x[:1].to(attack.model.device)
+        with torch.no_grad():
+            bounded = Bounded.of(graph, point, point)
+            bounded.backward(graph.output, torch.ones_like(bounded.boxes[graph.output].lower)[:, None])
+    except ModelError as error:
+        return str(error)
+    except Exception as error:  # one attack more or less must not end an evaluation
+        return f"its outputs can't be bounded ({type(error).__name__}: {error})"
+    return ""
+
+
+def _coefficients(graph: Graph) -> int:
+    sizes = {node.name: node.shape.numel() for node in graph.nodes} | {graph.input: graph.shape.numel()}
+    bounded = {name for node in graph.nodes if node.rule is not None for name in node.inputs}
+    return sum(sizes[name] * sum(sizes[before] for before in graph.before(name)) for name in bounded)
 
 
 def nearest(norm: Norm, access: Access) -> tuple[Attack, int | None]:
@@ -229,9 +279,11 @@ class _Cascade:
     diagnosis: Diagnosis | None = None
     nearest: Tensor | None = None
     naive: Tensor | None = None
+    proving: float | None = None
 
     def __post_init__(self) -> None:
         count = len(self.y)
+        self.certified = torch.zeros(count, dtype=torch.bool)
         self.broken_by = torch.full((count,), STANDS)
         self.clean_predicted = torch.full((count,), -1)
         self.adversarial = self.x.clone()
@@ -256,6 +308,39 @@ class _Cascade:
     def search(self, plan: Plan) -> None:
         """A stage for the samples that stand and have no gradients."""
         self._stage(plan, self.threat, self._open(plan) & self.blind)
+
+    def guide(self, effort: Effort) -> None:
+        """The ladder that bounds guide, where there are some and anything stands."""
+        for plan in guided(self.model, self.threat.norm, effort):
+            if not bool((self.broken_by == STANDS).any()):
+                continue
+            before = self.model.queries.forward
+            why = unbounded(plan, self.x[:1])
+            self.probe += self.model.queries.forward - before
+            if not why:
+                self.run([plan])
+            elif effort == "thorough":
+                self.notes.append(f"{plan.name}: left out, since {why}")
+
+    def prove(self, budget: Budget) -> bool:
+        """Proofs for what stands; what the verifier refutes is for the engine to confirm. False after Ctrl-C."""
+        self.proving = 0.0
+        rows = (self.broken_by == STANDS).nonzero()[:, 0]
+        if not len(rows):
+            return True
+        folder = self.campaign.path / f"proofs-{budget.seconds:g}s" if self.campaign is not None else None
+        found = verify(
+            self.model, self.x[rows], self.y[rows], self.threat.only(rows, self.x), budget,
+            seed=self.seed, progress=self.progress, folder=folder,
+        )  # fmt: skip
+        self.proving = float(found.seconds.sum())
+        self.certified[rows[found.robust]] = True
+        refuted = rows[found.falsified]
+        self.adversarial[refuted] = found.counterexamples[found.falsified]
+        plan = Plan("verifier", "counterexamples that proofs ran into", _CONFIRM, seeded=True)
+        if len(refuted):
+            self._stage(plan, self.threat, torch.zeros_like(self.certified).index_fill(0, refuted, True))
+        return found.complete
 
     def _rung(self, ladder: _Ladder) -> None:
         """The next samples by margin; how many come after them."""
@@ -446,8 +531,8 @@ class _Cascade:
                 self.notes.append(f"{stage.name}: the model gave NaN or infinite values for {count} samples")
         return Evaluation(
             self.x, self.y, self.threat, self.clean_predicted, tuple(self.stages.values()), self.broken_by, self.adversarial,
-            self.margin, torch.zeros_like(self.looked), self.looked, self.diagnosis, tuple(self.notes), self.nearest,
-            self.probe, complete, self.naive,
+            self.margin, self.certified, self.looked, self.diagnosis, tuple(self.notes), self.nearest,
+            self.probe, complete, self.naive, self.proving,
         )  # fmt: skip
 
 
@@ -497,6 +582,7 @@ def evaluate(
     batch_size: int | None = ...,
     progress: bool = ...,
     campaign: Campaign | str | Path | None = ...,
+    certify: Budget | None = ...,
 ) -> Evaluation: ...
 @overload
 def evaluate(
@@ -511,6 +597,7 @@ def evaluate(
     seed: int = ...,
     batch_size: int | None = ...,
     progress: bool = ...,
+    certify: Budget | None = ...,
 ) -> WorstCase: ...
 def evaluate(
     model: Classifier,
@@ -525,6 +612,7 @@ def evaluate(
     batch_size: int | None = None,
     progress: bool = False,
     campaign: Campaign | str | Path | None = None,
+    certify: Budget | None = None,
 ) -> Evaluation | WorstCase:
     """Robust accuracy within a threat, with the evidence: a cascade of attacks from cheap to strong.
 
@@ -534,10 +622,13 @@ def evaluate(
     curve: look for the smallest perturbations too, so that `Evaluation.curve` answers for every size. sources: other models of
     the same classes, whose gradients are tried where this one's mislead.
     campaign: a folder that keeps what is finished; the same call goes on where an earlier one was stopped.
+    certify: `Budget(seconds=...)` for a proof of each sample that stands, see `sp.verify.certify`: then `Evaluation.interval`
+    has the share that is proved. Counterexamples are a stage of their own. A campaign can be given proofs later.
 
     Where there are signs of masked gradients, more and other attacks run, and `diagnose` says what is wrong. Ctrl-C returns
     what is finished. Errors: `InputError` for bad inputs, `CapabilityError` for a model that gives labels only, those of
-    `Campaign`.
+    `Campaign`; with certify also `CapabilityError` and `ModelError` for models without known bounds, before any attack, and
+    `SoundnessError` should a sample be both proved and broken.
 
     >>> import torch, saddlepoint as sp
     >>> model = sp.Model(torch.nn.Linear(4, 3), bounds=(0, 1))
@@ -546,17 +637,20 @@ def evaluate(
     1.0
     """
     _check(model, threat, effort, sources)
+    if certify is not None:
+        for one in [threat] if isinstance(threat, Threat) else threat:
+            _check_provable(model, x, one, certify)
     if not isinstance(threat, Threat):
         if campaign is not None:
             raise InputError("a campaign holds one threat: evaluate one after another, each in its own folder")
         parts: list[Evaluation] = []
         for one in threat:
-            parts.append(
-                evaluate(
-                    model, x, y, one, effort, curve=curve, sources=sources, seed=seed, batch_size=batch_size, progress=progress
-                )
-            )
-            if not parts[-1].complete:
+            part = evaluate(
+                model, x, y, one, effort, curve=curve, sources=sources, seed=seed, batch_size=batch_size, progress=progress,
+                certify=certify,
+            )  # fmt: skip
+            parts.append(part)
+            if not part.complete:
                 break
         return WorstCase(tuple(parts))
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
@@ -571,7 +665,7 @@ def evaluate(
         _check_source(model, source, x[:1], f"sources[{number}]")
     campaign = Campaign(campaign) if isinstance(campaign, str | Path) else campaign
     if campaign is not None:
-        todo = [*plans(threat.norm, effort, model.access)]
+        todo = [*plans(threat.norm, effort, model.access), *guided(model, threat.norm, effort)]
         todo += [*finishing(threat.norm, effort), *escalation(threat.norm, effort)]
         settings = {
             "effort": effort, "plans": [plan.attack.settings() | {"share": plan.share, "seeded": plan.seeded} for plan in todo],
@@ -585,7 +679,7 @@ def evaluate(
             if campaign is not None:
                 _check_outputs(campaign, model, x, probe)
         run.probe = model.queries.forward - before
-        evaluation = _through(run, effort, sources, curve)
+        evaluation = _through(run, effort, sources, curve, certify)
         if campaign is not None and evaluation.complete:
             campaign.record("evaluation", evaluation.to_dict())
             campaign.finish()
@@ -621,6 +715,18 @@ def _check_source(model: Classifier, source: Classifier, x: Tensor, name: str) -
     model.queries.forward += borrowed.queries.forward
 
 
+def _check_provable(model: Classifier, x: Tensor, threat: Threat, certify: Budget) -> None:
+    """Here, and not after hours when it is needed."""
+    if not isinstance(certify, Budget) or certify.seconds is None or certify.passes or certify.queries:
+        raise InputError(f"certify must be Budget(seconds=...), for each sample that stands; got {certify!r}")
+    if isinstance(x, Tensor) and len(x):
+        if model.probe(x).stochastic:
+            raise CapabilityError("the model is random: no bound holds for it; sp.defenses.Smoothed certifies by votes")
+        none = torch.zeros(0, dtype=torch.int64)
+        verify(model, x[:0], none, threat.only(none, x), certify)  # refuses what can't be
+        read(model, x[:1].to(model.device))
+
+
 def _check_outputs(campaign: Campaign, model: Classifier, x: Tensor, probe: Probe) -> None:
     """A fingerprint knows the weights, not the code around them: what the model says must be the same too."""
     if probe.stochastic:
@@ -638,7 +744,7 @@ def _check_outputs(campaign: Campaign, model: Classifier, x: Tensor, probe: Prob
     )
 
 
-def _through(run: _Cascade, effort: Effort, sources: Sequence[Classifier], curve: bool) -> Evaluation:
+def _through(run: _Cascade, effort: Effort, sources: Sequence[Classifier], curve: bool, certify: Budget | None) -> Evaluation:
     """All stages; after Ctrl-C what is finished."""
     model, norm = run.model, run.threat.norm
     if len(run.y):
@@ -658,6 +764,7 @@ def _through(run: _Cascade, effort: Effort, sources: Sequence[Classifier], curve
             run.run(borrowing(model, sources, norm))
         run.run(plans(norm, effort, access))
         if gradients:
+            run.guide(effort)
             if int((run.broken_by == STANDS).sum()) <= _HARDLY * len(run.y):
                 run.run(finishing(norm, effort))
             if len(run.y) and model.probe(run.x).stochastic and model.draws == 1:
@@ -670,6 +777,8 @@ def _through(run: _Cascade, effort: Effort, sources: Sequence[Classifier], curve
                 for plan in groping(norm, effort):
                     run.search(plan)
         run.unaware()
+        if certify is not None and not run.prove(certify):
+            return run.evaluation(complete=False)
         if curve:
             run.measure()
     except KeyboardInterrupt:

@@ -26,9 +26,11 @@ from saddlepoint.evaluate.cascade import (
     escalation,
     evaluate,
     finishing,
+    guided,
     nearest,
     no_gradients,
     plans,
+    unbounded,
 )
 from saddlepoint.goals import Targeted
 from saddlepoint.models.base import Classifier
@@ -118,6 +120,7 @@ def estimate(
     todo = [*plans(threat.norm, effort, access), *borrowing(model, sources, threat.norm)]
     if gradients:
         todo += [*finishing(threat.norm, effort), *escalation(threat.norm, effort)]
+        todo += [plan for plan in guided(model, threat.norm, effort) if not unbounded(plan, x[:1])]
         if probe.stochastic and model.draws == 1:
             todo.append(averaging(model, threat.norm))
     attacks = [(plan.attack, plan.model or model, plan.queries) for plan in todo]

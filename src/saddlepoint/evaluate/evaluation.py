@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from saddlepoint.engine import AttackResult, Queries
-from saddlepoint.errors import InputError
+from saddlepoint.errors import InputError, SoundnessError
 from saddlepoint.taxonomy import Status
 from saddlepoint.threats import Threat, size
 
 if TYPE_CHECKING:
     from saddlepoint.evaluate.diagnose import Diagnosis
+    from saddlepoint.verify.certify import Certification
 
 STANDS, WRONG, FAILED = -1, -2, -3  # in `Evaluation.broken_by`, beside the numbers of stages
 SIGNS = "signs of masking"  # with which a stage's reason begins
@@ -73,7 +74,9 @@ class Evaluation:
     notes: what to know about the figure. nearest (N,) float64: distance of the nearest adversarial input in the ball or beyond,
     where they were looked for (`curve=True`). probe: rows spent on looking at the model before. complete: False after Ctrl-C:
     later stages are missing. naive (N,) bool: of a model behind transformations, the samples that stand an attack on the model
-    inside, which doesn't know of them; None where there is no such attack.
+    inside, which doesn't know of them; None where there is no such attack. proving: seconds spent on proofs, None where none
+    were looked for.
+    Errors: `SoundnessError` where a sample that has a proof was broken, or is wrong.
     """
 
     x: Tensor
@@ -92,6 +95,14 @@ class Evaluation:
     probe: int = 0
     complete: bool = True
     naive: Tensor | None = None
+    proving: float | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.certified.any()) and bool((both := self.certified & ~self.stands).any()):
+            raise SoundnessError(
+                f"samples {_short(both)} have a proof, and an attack or the model itself says otherwise: a defect of "
+                "Saddlepoint, or a model that changes. Please report it"
+            )
 
     def __len__(self) -> int:
         return len(self.y)
@@ -123,6 +134,33 @@ class Evaluation:
     def robust_accuracy(self) -> float:
         """Share of samples that the model gets right and nothing broke: an upper bound of what the model is worth."""
         return _mean(self.stands)
+
+    @property
+    def undecided(self) -> Tensor:
+        """Samples that nothing broke and that have no proof, (N,) bool."""
+        return self.stands & ~self.certified
+
+    def with_proofs(self, certification: Certification) -> Evaluation:
+        """The same with what `sp.verify.certify` proved of the same samples within the same threat.
+
+        Counterexamples that no attack found are noted, not counted: `evaluate(..., certify=...)` lets the engine confirm them.
+        Errors: `InputError` for other samples or another threat, `SoundnessError` where a sample is both proved and broken.
+        """
+        if certification.threat != self.threat:
+            raise InputError(f"these are proofs within {certification.threat}; the evaluation is within {self.threat}")
+        if not (torch.equal(certification.y, self.y) and torch.equal(certification.x, self.x)):
+            raise InputError("these are proofs for other samples: certify the x and y of the evaluation, in the same order")
+        fails = self.broken_by == FAILED  # what is proved holds for real numbers, and isn't counted where floating ones fail
+        refuted = int((certification.falsified & self.stands).sum())
+        told = (
+            f"the verifier has counterexamples for {refuted} samples that stand: evaluate with certify=..., which counts them"
+        )
+        return replace(
+            self,
+            certified=self.certified | (certification.robust & ~fails),
+            proving=(self.proving or 0.0) + float(certification.seconds.sum()),
+            notes=(*self.notes, told) if refuted else self.notes,
+        )
 
     @property
     def naive_accuracy(self) -> float | None:
@@ -291,7 +329,10 @@ class Evaluation:
     def summary(self) -> str:
         """The figure, how it came about, and what it cost, in plain text."""
         between, naive, each = self.interval, self.naive_accuracy, max(len(self), 1)
-        proven = f"{between.certified:.2%}" if bool(self.certified.any()) else "nothing: no proof was looked for"
+        proven = "nothing: no proof was looked for"
+        if self.proving is not None or bool(self.certified.any()):
+            sure = f"; {between.low:.2%} for all such inputs (97.5 % sure)" if bool(self.certified.any()) else ""
+            proven = f"{between.certified:.2%} at least{sure}; {int(self.undecided.sum())} undecided, {self.proving or 0:.1f} s"
         lines = [
             f"Evaluation of {len(self)} samples within {self.threat}",
             f"  clean accuracy   {self.clean_accuracy:.2%}",
@@ -321,8 +362,9 @@ class Evaluation:
         """The figures, ready for JSON. Shares are between 0 and 1.
 
         samples, clean_accuracy, robust_accuracy, naive_accuracy (or None); per_class: {class: [samples, clean, robust
-        accuracy]}; threat: its settings; interval: {certified, attacked, low, high}, see `Interval`; passes: {forward,
-        backward} of a sample, on average; seconds, complete, notes: as the attributes; curve: [[eps, robust accuracy], ...] or
+        accuracy]}; threat: its settings; interval: {certified, attacked, low, high}, see `Interval`; proofs: {certified,
+        undecided, seconds} with numbers of samples, or None where none were looked for; passes: {forward, backward} of a
+        sample, on average; seconds, complete, notes: as the attributes; curve: [[eps, robust accuracy], ...] or
         None; diagnosis: `Diagnosis.to_dict()` or None; stages: a list of {name, why, heavy, attacked, broke, fell, alone,
         after, passes, seconds}, where attacked and broke count samples, fell those that it was the first to break, alone such
         that others had tried in vain and no other broke; after is the share left, counted down the list (see `cumulative`),
@@ -334,6 +376,9 @@ class Evaluation:
             "samples": len(self), "threat": self.threat.settings(),
             "clean_accuracy": self.clean_accuracy, "robust_accuracy": self.robust_accuracy,
             "naive_accuracy": self.naive_accuracy, "interval": asdict(between),
+            "proofs": None if self.proving is None else {
+                "certified": int(self.certified.sum()), "undecided": int(self.undecided.sum()), "seconds": self.proving,
+            },
             "passes": {"forward": float(queries.forward.sum()) / each, "backward": float(queries.backward.sum()) / each},
             "seconds": self.seconds, "complete": self.complete, "notes": list(self.notes),
             "stages": [
@@ -471,6 +516,12 @@ def _closest(stands: Tensor, margin: Tensor, count: int) -> Tensor:
         raise InputError(f"count must be at least 0; got {count}")
     rows = stands.nonzero()[:, 0]
     return rows[margin[rows].argsort(descending=True)][:count]
+
+
+def _short(mask: Tensor) -> str:
+    """Some positions of a mask."""
+    rows = mask.nonzero()[:, 0].tolist()
+    return ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
 
 
 def _mean(mask: Tensor) -> float:

@@ -243,6 +243,7 @@ def evaluation_results(
     | samples, threat, clean_accuracy, robust_accuracy | robust accuracy is an upper bound |
     | naive_accuracy | under an attack that doesn't know the transformations of a defended model; null without any |
     | interval | {certified, attacked, low, high}: see `Interval` |
+    | proofs | numbers of samples and time, {certified, undecided, seconds}; null where no proof was looked for |
     | passes | {forward, backward} of a sample, on average |
     | totals | passes of all samples: {forward, backward, verify, probe, looked, diagnosis}; verify confirmed successes; looked, a part of forward and backward: at gradients, for signs of masking |
     | seconds, complete, notes | wall time of the stages; false after Ctrl-C; what to know about the figure |
@@ -400,26 +401,29 @@ def _sentences(entry: _Entry) -> str:
     if not right:
         sentences.append(f"Without an attack, {name} {clean}, so there was nothing to break.")
     else:
-        holds = f"at most {percent(between.attacked)}" if stands else percent(between.attacked)
+        holds = f"at most {percent(between.attacked)}" if proven < stands else percent(between.attacked)
         broke = "none of those" if stands == right else f"{right - stands} of those" if stands else "all of those"
         sentences.append(f"Within {entry.within}, the robust accuracy of {name} is {holds}.")
         sentences.append(f"Without an attack it {clean}; attacks broke {broke}.")
     if not proven:
         bounds = f"lies between {percent(0)} and {percent(between.attacked)}"
+        nothing = "Nothing was proved" if found.proving is None else "Of those that stand none could be proved in time"
         if stands:
             sentences.append(
-                f"Nothing was proved, so that for these samples the truth {bounds}; for all such inputs it is at most "
+                f"{nothing}, so that for these samples the truth {bounds}; for all such inputs it is at most "
                 f"{percent(between.high)} ({sure})."
             )
         elif right:
             sentences.append(f"For all such inputs it is at most {percent(between.high)} ({sure}).")
     else:
-        sentences.append(
-            f"{proven} samples have a proof, so that for these samples the truth lies between {percent(between.certified)} and "
-            f"{percent(between.attacked)}; for all such inputs between {percent(between.low)} and {percent(between.high)} "
-            f"({sure} of each)."
-        )
-    if right:
+        some = f"{proven} samples have" if proven > 1 else "1 sample has"
+        truth = f"lies between {percent(between.certified)} and {percent(between.attacked)}"
+        known = f"{some} a proof, so that for these samples the truth {truth}"
+        if proven == stands:
+            known = f"All that stand, {proven}, have a proof, so that for these samples the figure is the truth"
+        limits = f"for all such inputs between {percent(between.low)} and {percent(between.high)} ({sure} of each)"
+        sentences.append(f"{known}; {limits}.")
+    if right and not 0 < proven == stands:  # gradients don't matter to what is proved
         sentences.append(_TRUST[entry.trust])
     return " ".join(sentences)
 
