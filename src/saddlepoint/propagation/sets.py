@@ -111,5 +111,5 @@ class Ball(Box):
 
 def times(a: Tensor, value: Tensor) -> Tensor:
     """The sum over features of a (N, R, ...) times value (N or 1, ...), (N, R)."""
-    flat = value.flatten(1)[:, :, None]
-    return torch.matmul(a.flatten(2), flat).squeeze(2)
+    rows = a.reshape(*a.shape[:2], -1)  # also of values without features
+    return torch.matmul(rows, value.reshape(len(value), -1)[:, :, None]).squeeze(2)

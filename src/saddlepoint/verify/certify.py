@@ -25,7 +25,7 @@ from saddlepoint.models.fingerprint import fingerprint
 from saddlepoint.progress import bar
 from saddlepoint.propagation.graph import read
 from saddlepoint.propagation.nodes import Graph
-from saddlepoint.propagation.sets import Ball, Box
+from saddlepoint.propagation.regions import inputs_of
 from saddlepoint.taxonomy import Access, Norm, Status
 from saddlepoint.threats import Region, Threat
 from saddlepoint.verify.cases import Cases
@@ -271,18 +271,6 @@ def _proved(
             )
         proof = replace(proof, counterexample=point.cpu())
     return replace(proof, seconds=proof.seconds + spent)
-
-
-def inputs_of(region: Region) -> Box:
-    """The inputs of a bound threat: for l-infinity its box; for l2 and l1 a ball cut with the range and the mask."""
-    if region.threat.norm is Norm.LINF:
-        return Box(region.lower, region.upper)
-    radius = region.eps.to(region.origin.dtype)
-    wide = radius.view(-1, *[1] * (region.origin.dim() - 1))
-    lower = torch.maximum(region.lower, region.origin - wide)
-    upper = torch.minimum(region.upper, region.origin + wide)
-    ends = torch.minimum(lower, region.origin), torch.maximum(upper, region.origin)
-    return Ball(*ends, region.origin, radius, "l2" if region.threat.norm is Norm.L2 else "l1")
 
 
 class _Ledger:

@@ -21,9 +21,9 @@ class InputSearch:
     """Branch and bound on the inputs.
 
     Each box is bounded by CROWN with interval bounds joined in where those are tighter; it is halved along the input that moves
-    the bound most, |A| * width, of the row nearest to a proof. The minimiser of each bound and the middle of each box are tried
-    as counterexamples. Any nonlinearity will do. check, deadline, clock, tolerance: as in `Search`.
-    outward: take off what rounding can add.
+    the bounds most, |A| * width, summed over the rows: which of them will prove a part isn't known before. The minimiser of
+    each bound and the middle of each box are tried as counterexamples. Any nonlinearity will do. check, deadline, clock,
+    tolerance: as in `Search`. outward: take off what rounding can add.
     """
 
     def __init__(
@@ -85,9 +85,7 @@ class InputSearch:
         points = torch.cat([line.lowest_at(boxes).flatten(0, 1), (boxes.lower + boxes.upper) / 2])
         owners = torch.cat([case[open_].repeat_interleave(few.rows.shape[1]), case[open_]])
         self.counterexample = self.check(points, owners)
-        nearest = tighter.argmax(1)
-        chosen = line.coefficients[torch.arange(len(open_), device=nearest.device), nearest]
-        pull[open_] = chosen.abs() * (boxes.upper - boxes.lower)
+        pull[open_] = (line.coefficients.abs() * (boxes.upper - boxes.lower)[:, None]).sum(1)
         return bound.amax(1).index_copy(0, open_, tighter.amax(1)), pull
 
 

@@ -22,6 +22,7 @@ FEW_INPUTS = 16
 _STEPS = 20
 _DESCENT = 40  # steps from each corner
 _FIRST = 0.04  # of the time: the first search; each later one has twice as long
+_OTHER = 0.3  # of the time: left for the search on ReLUs, where inputs are halved first
 _MOST, _GROWTH = 10, 4  # parts for each bound in the first round of tightening, and how they grow
 
 
@@ -56,7 +57,7 @@ def prove(
 
     corners       the minimisers of linear bounds, and descent from them
     ibp, crown-ibp, crown, alpha-crown: see `bounds`
-    inputs        halving boxes, for networks of at most 16 inputs
+    inputs        halving boxes, for networks of at most 16 inputs; what has ReLUs leaves time for the search
     search        branch and bound on ReLUs, in turns with tightening the bounds inside by searches of their own
 
     Each stage gets the cases that are left. rigorous: compute in float64, and take off what rounding can add; it takes about
@@ -92,8 +93,8 @@ class _Prover:
             ("crown-ibp", self._quick),
             ("corners", self._corners),
             ("crown", self._crown),
-            *([] if few else [("alpha-crown", self._alpha)]),
-            ("inputs", self._inputs) if few else ("search", self._search),
+            *([("inputs", self._inputs)] if few else []),
+            *([] if few and not branching(self.graph) else [("alpha-crown", self._alpha), ("search", self._search)]),
         ]
         for name, stage in stages:
             if self.clock() >= self.deadline:
@@ -107,16 +108,10 @@ class _Prover:
         return self._proof("unknown", last, reason)
 
     def _proof(self, verdict: Verdict, stage: str, reason: str) -> Proof:
+        spent = self.clock() - self.started
         return Proof(
-            verdict,
-            stage,
-            float(self.bound.min()),
-            self.counterexample,
-            self.parts,
-            self.clock() - self.started,
-            reason,
-            self.rigorous,
-        )
+            verdict, stage, float(self.bound.min()), self.counterexample, self.parts, spent, reason, self.rigorous
+        )  # fmt: skip
 
     def _improve(self, index: Tensor, bound: Tensor) -> None:
         self.bound[index] = torch.maximum(self.bound[index], bound)
@@ -184,7 +179,8 @@ class _Prover:
         part, left = self.cases.take(self.left), self.left
         search = InputSearch(
             self.graph, part, lambda points, case: self.check(points, left[case]),
-            deadline=self.deadline, clock=self.clock, outward=self.rigorous,
+            deadline=self.deadline - (_OTHER * self.seconds if branching(self.graph) else 0), clock=self.clock,
+            outward=self.rigorous,
         )  # fmt: skip
         return self._took(search.run(), search.counterexample)
 
