@@ -124,7 +124,7 @@ class BoundGuided(Attack):
         return super().settings() | {"model": f"{self._name}, {fingerprint(self.model)[:16]}"}
 
     def graph(self, x: Tensor) -> Graph:
-        """The network for inputs like x (1, ...), with the weights as they are now; a pass the first time. Errors: `ModelError`."""
+        """The network for inputs like x (1, ...), with the weights of now; a pass the first time. Errors: `ModelError`."""
         known: dict[torch.Size, Exported] = self._exported  # type: ignore[attr-defined]  # no field, as it can be made again
         if x.shape[1:] not in known:
             known[x.shape[1:]] = export(self.model, x[:1].detach().to(self.model.device))

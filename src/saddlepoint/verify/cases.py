@@ -55,8 +55,14 @@ class Cases:
 
     def margin(self, outputs: Tensor) -> Tensor:
         """How far outputs (D, C) are from unsafe, (D,): the largest of the K values; <= 0 where they are unsafe."""
-        values = torch.einsum("dc,dkc->dk", outputs, self.rows.to(outputs))
-        return (values + self.constants.to(outputs)).amax(1)
+        return self._values(outputs).amax(1)
+
+    def excess(self, outputs: Tensor) -> Tensor:
+        """The sum of what is above 0 among the K values, (D,): 0 where outputs (D, C) are unsafe, smoother than `margin`."""
+        return self._values(outputs).clamp(min=0).sum(1)
+
+    def _values(self, outputs: Tensor) -> Tensor:
+        return torch.einsum("dc,dkc->dk", outputs, self.rows.to(outputs)) + self.constants.to(outputs)
 
 
 def margins(y: Tensor, classes: int, dtype: torch.dtype) -> Tensor:

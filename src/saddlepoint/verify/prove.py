@@ -21,6 +21,7 @@ from saddlepoint.verify.tighten import tighten
 FEW_INPUTS = 16
 _STEPS = 20
 _DESCENT = 40  # steps from each corner
+_SCATTERED, _SETTLING = 256, 60  # points, and steps from them, where several conditions must hold together
 _FIRST = 0.04  # of the time: the first search; each later one has twice as long
 _OTHER = 0.3  # of the time: left for the search on ReLUs, where inputs are halved first
 _MOST, _GROWTH = 10, 4  # parts for each bound in the first round of tightening, and how they grow
@@ -55,7 +56,8 @@ def prove(
 ) -> Proof:  # fmt: skip
     """Decide cases by the cheapest means that do: counterexamples, intervals, linear bounds, search.
 
-    corners       the minimisers of linear bounds, and descent from them
+    corners       the minimisers of linear bounds, and descent from them; from other points too for conditions that must hold
+                  together
     ibp, crown-ibp, crown, alpha-crown: see `bounds`
     inputs        halving boxes, for networks of at most 16 inputs; what has ReLUs leaves time for the search
     search        branch and bound on ReLUs, in turns with tightening the bounds inside by searches of their own
@@ -140,10 +142,12 @@ class _Prover:
     def _corners(self) -> str:
         part = self.cases.take(self.left)
         self.root.refine()
-        points = corners(_of_cases(self.root, part.of), part.rows)  # (D, S, K, ...)
-        case = self.left.repeat_interleave(points.shape[1] * points.shape[2])
+        points = corners(_of_cases(self.root, part.of), part.rows).flatten(1, 2)  # (D, S * K, ...)
+        case = self.left.repeat_interleave(points.shape[1])
         with torch.enable_grad():
-            self.counterexample = self._descend(points.flatten(0, 2), case)
+            self.counterexample = self._descend(points.flatten(0, 1), case)
+            if self.counterexample is None and part.rows.shape[1] > 1:
+                self.counterexample = self._settle(self.left.repeat_interleave(_SCATTERED))
         return ""
 
     def _descend(self, points: Tensor, case: Tensor) -> Tensor | None:
@@ -155,10 +159,28 @@ class _Prover:
             if (found := self.check(points, case)) is not None or self.clock() >= self.deadline:
                 return found
             leaf = points.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(part.margin(self.graph.outputs(leaf)).sum(), leaf)
+            (gradient,) = torch.autograd.grad(part.excess(self.graph.outputs(leaf)).sum(), leaf)
             size = width * (1 - step / _DESCENT)
             points = sets.inside(points - size * gradient.sign())
         return self.check(points, case)
+
+    def _settle(self, case: Tensor) -> Tensor | None:
+        """By Adam, from points all over the boxes: what several conditions want together is seldom at a corner of one."""
+        part = self.cases.take(case)
+        lower, width = part.sets.lower, part.sets.upper - part.sets.lower
+        generator = torch.Generator().manual_seed(0)
+        share = torch.rand(lower.shape, generator=generator, dtype=torch.float64).to(lower).requires_grad_()
+        optimizer = torch.optim.Adam([share], lr=0.1)
+        for step in range(_SETTLING):
+            points = part.sets.inside(lower + width * share)
+            (share.grad,) = torch.autograd.grad(part.excess(self.graph.outputs(points)).sum(), share)
+            if step % 5 == 4 and ((found := self.check(points.detach(), case)) is not None or self.clock() >= self.deadline):
+                return found
+            optimizer.step()
+            with torch.no_grad():
+                share.clamp_(0, 1)
+            optimizer.param_groups[0]["lr"] *= 0.95
+        return None
 
     @torch.no_grad()
     def _crown(self) -> str:
