@@ -26,9 +26,9 @@ from saddlepoint.reproduce.szegedy import WeightDecay, sigmoid_network
 from saddlepoint.reproduce.training import SINGLE_STEP, first_less_second, simple_network, slopes
 
 DIGITS = sp.data.load("digits")
-NUMBERS = [*range(1, 19), *range(20, 30), *range(34, 39), 52]
+NUMBERS = [*range(1, 19), *range(20, 30), *range(31, 39), 52]
 TRAINED = [f"R{number}" for number in NUMBERS]
-EXPERIMENTS = ["D26", "G3", "G4", "H4", "H13"]
+EXPERIMENTS = ["D26", "F5", "G3", "G4", "H4", "H13"]
 FIRST = [*TRAINED, "R53", *EXPERIMENTS]
 
 
