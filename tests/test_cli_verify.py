@@ -133,7 +133,7 @@ def test_properties_of_onnx_files(here: Path, call: Call, network: Path, name: s
     assert "1 cases of 2 inputs and 2 outputs" in out
     found = json.loads((here / "found.json").read_text())
     assert found["verdict"] == verdict
-    assert set(found) == {"verdict", "stage", "bound", "parts", "seconds", "reason", "counterexample"}
+    assert set(found) == {"verdict", "stage", "bound", "parts", "seconds", "reason", "rigorous", "counterexample"}
     if verdict == "falsified":
         assert sum(abs(each) for each in found["counterexample"]) >= 1.9
         assert max(abs(each) for each in found["counterexample"]) <= 1

@@ -47,7 +47,7 @@ def test_some_docstrings_have_examples():
 
 
 def test_readme_example_runs_and_shows_what_it_says(capsys):
-    first, figure, gate, second, black, defended, detected = blocks("README.md", "python")
+    first, figure, gate, second, black, defended, detected, proofs = blocks("README.md", "python")
     names: dict[str, object] = {}
     exec(compile(first, "README.md", "exec"), names)  # the README's own example
     printed = capsys.readouterr().out
@@ -76,6 +76,9 @@ def test_readme_example_runs_and_shows_what_it_says(capsys):
     exec(compile(detected, "README.md", "exec"), names)
     assert isinstance(names["guarded"], sp.Guarded)
     assert 0 <= float(capsys.readouterr().out.splitlines()[-1]) <= 1
+    exec(compile(proofs, "README.md", "exec"), names)
+    assert names["proved"].certified_accuracy > 0.5
+    assert "(proved)" in capsys.readouterr().out
 
 
 def test_attacks_page_example(capsys):

@@ -697,7 +697,7 @@ def test_descriptions_are_json() -> None:
     described = json.loads(json.dumps(model.describe()))
     assert described["parameters"] == 18
     assert described["mean"] == [0.1] * 5
-    assert described["access"] == "gradients"
+    assert described["access"] == "parameters"
     whole = Ensemble([Defended(model, [BitDepth(3), GaussianNoise(0.1)]), Model(lambda x: x)], weights=[1, 3])
     nested = json.loads(json.dumps(whole.describe()))
     assert nested["weights"] == [0.25, 0.75]

@@ -101,7 +101,7 @@ def test_without_a_processor_it_is_the_network_as_it_is() -> None:
     net, x = image_classifier(), images()
     assert recognises(net)
     assert not recognises(torch.nn.Linear(1, 1))
-    assert adapted(net).access is sp.Access.GRADIENTS
+    assert adapted(net).access is sp.Access.PARAMETERS
     torch.testing.assert_close(adapted(net).call(x).logits, net(x).logits)
     with pytest.raises(sp.InputError, match="takes pixel_values: give hugging_face"):
         hugging_face(net)

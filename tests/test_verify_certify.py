@@ -96,7 +96,7 @@ def test_stages_summary_and_figures_for_json() -> None:
     assert figures["clean_accuracy"] == 0.75
     assert figures["stages"] == stages
     assert figures["threat"]["eps"] == 0.04
-    assert {"verdict", "stage", "bound", "parts", "seconds", "reason"} == set(figures["proofs"][0])
+    assert {"verdict", "stage", "bound", "parts", "seconds", "reason", "rigorous"} == set(figures["proofs"][0])
 
 
 def test_no_samples_at_all() -> None:

@@ -430,7 +430,7 @@ def bounds(
     Errors: `InputError`, and `ModelError` for operators without known bounds.
 
     >>> import saddlepoint as sp
-    >>> model = sp.zoo.build("digits-mlp")
+    >>> model = sp.zoo.build("digits-cnn")
     >>> x = torch.full((2, 1, 8, 8), 0.5)
     >>> found = bounds(model, x - 0.01, x + 0.01)
     >>> bool((found.lower <= model.logits(x)).all() and (model.logits(x) <= found.upper).all())
