@@ -77,7 +77,7 @@ def test_readme_example_runs_and_shows_what_it_says(capsys):
     assert isinstance(names["guarded"], sp.Guarded)
     assert 0 <= float(capsys.readouterr().out.splitlines()[-1]) <= 1
     exec(compile(proofs, "README.md", "exec"), names)
-    assert names["proved"].certified_accuracy > 0.5
+    assert names["proved"].certified_accuracy > 0.3
     assert "(proved)" in capsys.readouterr().out
 
 

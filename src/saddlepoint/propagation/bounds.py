@@ -430,7 +430,7 @@ def bounds(
     Errors: `InputError`, and `ModelError` for operators without known bounds.
 
     >>> import saddlepoint as sp
-    >>> model = sp.zoo.build("digits-cnn")
+    >>> model = sp.Model(sp.zoo.build("digits-cnn"))
     >>> x = torch.full((2, 1, 8, 8), 0.5)
     >>> found = bounds(model, x - 0.01, x + 0.01)
     >>> bool((found.lower <= model.logits(x)).all() and (model.logits(x) <= found.upper).all())
@@ -440,6 +440,8 @@ def bounds(
         raise UnknownNameError("method", str(method), get_args(Method))
     if steps < 0 or memory < 1:
         raise InputError(f"steps must be at least 0 and memory at least 1; got {steps} and {memory}")
+    if not isinstance(model, Classifier | Graph):
+        raise InputError(f"model must be a Saddlepoint model: sp.Model(net, ...); got {type(model).__name__}")
     first = lower.lower if isinstance(lower, Box) else lower
     if first.dim() < 2 or not len(first):
         raise InputError(f"bounds need a batch (N, ...) of at least one input; its shape is {tuple(first.shape)}")
