@@ -58,7 +58,14 @@ class Exported:
 
 
 def export(model: Classifier, x: Tensor) -> Exported:
-    """A model for inputs like x (1, ...), in evaluation mode. Errors: `ModelError` for networks that can't be exported."""
+    """A model for inputs like x (1, ...), in evaluation mode.
+
+    Errors: `ModelError` for networks that can't be exported, and for weights that are not finite.
+    """
+    for net in model.networks():
+        for name, value in (*net.named_parameters(), *net.named_buffers()):
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise ModelError(f"nothing can be said of the network: {name} holds NaN or infinite values")
     with model.frozen(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch.export about itself
         with torch.no_grad():
