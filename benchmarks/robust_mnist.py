@@ -62,7 +62,8 @@ def main() -> None:
     epochs, samples = (1, 8) if args.quick else (args.epochs, args.samples)
 
     started, wall = time.process_time(), time.perf_counter()
-    training = trained(data, args.steps, epochs, args.warmup, args.seed, average="ema", progress=not args.quick)
+    settings = {"average": "ema", "channels_last": True, "progress": not args.quick}
+    training = trained(data, args.steps, epochs, args.warmup, args.seed, **settings)
     minutes, spent = (time.process_time() - started) / 60, (time.perf_counter() - wall) / 60
     if args.weights is not None:
         sp.zoo.save_weights(training.model.net, args.weights)
