@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, final
 
 import torch
@@ -12,11 +12,11 @@ from saddlepoint.engine import Attack, Declaration, Problem
 from saddlepoint.errors import InputError
 from saddlepoint.models.base import Classifier
 from saddlepoint.models.fingerprint import fingerprint
+from saddlepoint.precision import full_precision
 from saddlepoint.propagation.bounds import Bounded
 from saddlepoint.propagation.corners import corners
 from saddlepoint.propagation.graph import Exported, export
 from saddlepoint.propagation.nodes import Graph
-from saddlepoint.propagation.precision import full_precision
 from saddlepoint.propagation.regions import inputs_of
 from saddlepoint.taxonomy import Access, Norm
 from saddlepoint.threats import Region
@@ -69,9 +69,10 @@ class BoundGuided(Attack):
     True
     """
 
-    model: Classifier
+    model: Classifier = field(kw_only=False)
     steps: int = 40
     classes: int = 3
+    _exported: dict[torch.Size, Exported] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     declaration: ClassVar[Declaration] = Declaration(
         summary="from where linear bounds of the margins are least, down the margins",
@@ -81,17 +82,13 @@ class BoundGuided(Attack):
         linear_oracle=1.0,
     )
 
-    def __init__(self, model: Classifier, *, steps: int = 40, classes: int = 3) -> None:
-        if not isinstance(model, Classifier):
-            raise InputError(f"model must be a Saddlepoint model: sp.Model(net, ...); got {type(model).__name__}")
-        model.require(Access.PARAMETERS, "BoundGuided")
-        for name, value in (("steps", steps), ("classes", classes)):
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, Classifier):
+            raise InputError(f"model must be a Saddlepoint model: sp.Model(net, ...); got {type(self.model).__name__}")
+        self.model.require(Access.PARAMETERS, "BoundGuided")
+        for name, value in (("steps", self.steps), ("classes", self.classes)):
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} must be a whole number >= 1; got {value}")
-        object.__setattr__(self, "model", model)
-        object.__setattr__(self, "steps", steps)
-        object.__setattr__(self, "classes", classes)
-        object.__setattr__(self, "_exported", {})
 
     def __repr__(self) -> str:
         return f"BoundGuided({self._name}, steps={self.steps}, classes={self.classes})"
@@ -125,11 +122,11 @@ class BoundGuided(Attack):
 
     def graph(self, x: Tensor) -> Graph:
         """The network for inputs like x (1, ...), with the weights of now; a pass the first time. Errors: `ModelError`."""
-        known: dict[torch.Size, Exported] = self._exported  # type: ignore[attr-defined]  # no field, as it can be made again
-        if x.shape[1:] not in known:
-            known[x.shape[1:]] = export(self.model, x[:1].detach().to(self.model.device))
+        shape = x.shape[1:]
+        if shape not in self._exported:
+            self._exported[shape] = export(self.model, x[:1].detach().to(self.model.device))
             self.model.queries.forward += 1  # the network runs once
-        return known[x.shape[1:]].graph()
+        return self._exported[shape].graph()
 
     def current(self, state: Descent) -> Tensor:
         return state.points[:, 0]

@@ -97,9 +97,9 @@ def _property(onnx: Path, vnnlib: Path, limit: Budget, rigorous: bool) -> dict[s
         "unknown": f"unknown: {proof.reason}",
     }[proof.verdict]
     console.print(words, markup=False)
-    console.print(
-        f"stage {proof.stage}, least margin {proof.bound:.6g}, {proof.parts} parts, {proof.seconds:.2f} s", markup=False
-    )
+    searched = proof.verdict == "robust" and proof.stage in ("inputs", "search")
+    least = "above 0" if searched else f"{proof.bound:.6g}"  # a search stops at the sign
+    console.print(f"stage {proof.stage}, least margin {least}, {proof.parts} parts, {proof.seconds:.2f} s", markup=False)
     return {
         "verdict": proof.verdict, "stage": proof.stage, "bound": proof.bound, "parts": proof.parts, "seconds": proof.seconds,
         "reason": proof.reason, "rigorous": proof.rigorous, "counterexample": point,

@@ -129,7 +129,7 @@ class Attack(ABC):
 
     def settings(self) -> dict[str, object]:
         """Name and hyperparameters, ready for JSON."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         return {"name": type(self).__name__} | {name: _plain(value) for name, value in values.items()}
 
 

@@ -6,7 +6,6 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +22,7 @@ from saddlepoint.engine.source import Source, fingerprint
 from saddlepoint.errors import InputError, ModelError, SaddlepointError
 from saddlepoint.goals import UNRESOLVED, Goal, bind, loss_named
 from saddlepoint.models.base import Classifier, Probe
+from saddlepoint.precision import full_precision
 from saddlepoint.progress import bar
 from saddlepoint.rng import Keys
 from saddlepoint.taxonomy import Status
@@ -363,21 +363,6 @@ class Run:
 def _known(setting: Any) -> Any:  # Any: JSON
     """The setting without the number of classes, which is not known before the first prediction."""
     return {k: v for k, v in setting.items() if k != "num_classes"} if isinstance(setting, dict) else setting
-
-
-@contextmanager
-def full_precision(device: str) -> Iterator[None]:
-    """Without autocast and TF32: the model as it is stored."""
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-        if device != "cuda":
-            yield
-            return
-        matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        try:
-            yield
-        finally:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
 
 
 def configuration(

@@ -13,12 +13,12 @@ from torch import Tensor
 from saddlepoint.attacks import APGD, FGM, PGD, Restarts, SignNoise, Square, UniformNoise
 from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.engine import Attack, AttackResult, Budget, Record
-from saddlepoint.engine.run import full_precision
 from saddlepoint.engine.source import check_labels
 from saddlepoint.errors import InputError, ModelError
 from saddlepoint.goals import Loss, Untargeted, cross_entropy, margin
 from saddlepoint.models.base import Classifier
 from saddlepoint.models.compose import Borrowed
+from saddlepoint.precision import full_precision
 from saddlepoint.rng import Keys
 from saddlepoint.taxonomy import Access, Norm, Status
 from saddlepoint.threats import L0, L1, Threat

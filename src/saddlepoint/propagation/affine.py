@@ -45,6 +45,9 @@ def spread(node: Node, radii: Sequence[Tensor]) -> Tensor:
         matrix = _right(node)
         assert matrix is not None
         return radii[0] @ matrix.abs()
+    if node.op == "_native_batch_norm_legit_no_training":
+        factor = node.apply(*(torch.ones_like(one) for one in node.like)) - node.apply(*node.like)
+        return radii[0] * factor.abs()
     total: Tensor | None = None
     weighted = node.op in WEIGHTED or node.op in ("mul", "div")
     apply = node.magnitude if weighted and node.magnitude is not None else node.apply

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from saddlepoint.errors import InputError, UnknownNameError
 from saddlepoint.models.base import Classifier
+from saddlepoint.precision import full_precision
 from saddlepoint.propagation.affine import absolute, batched, pulled, spread
 from saddlepoint.propagation.forward import forwards, size, zonotopes
 from saddlepoint.propagation.graph import read
 from saddlepoint.propagation.nodes import MONOMIAL, SHAPES, Graph, Node
-from saddlepoint.propagation.precision import full_precision
 from saddlepoint.propagation.relax import Elementwise, Planes, offset
 from saddlepoint.propagation.sets import Ball as Ball
 from saddlepoint.propagation.sets import Box as Box
@@ -77,15 +77,16 @@ class Bounded:
             ends = node.rule.ends(*inputs)
             slack = 4 * torch.finfo(ends.lower.dtype).eps if self.outward else 0.0
             return Box(ends.lower - slack * ends.lower.abs(), ends.upper + slack * ends.upper.abs()) if slack else ends
-        middles = [(box.lower + box.upper) / 2 for box in inputs]
-        radii = [(box.upper - box.lower) / 2 for box in inputs]
-        middle, radius = batched(node, node.apply, *middles), spread(node, radii)
+        middle, radius = (
+            batched(node, node.apply, *(box.middle for box in inputs)),
+            spread(node, [box.radius for box in inputs]),
+        )
         if self.outward and node.op not in SHAPES:
             size = spread(node, [box.lower.abs() + box.upper.abs() for box in inputs])
             radius = radius + self._unit() * (size if node.constant is None else size + node.constant.abs())
+        if radius.requires_grad:  # training stops at losses that aren't finite, and nan_to_num's derivative is slow
+            return Box.around(middle, radius)
         lower, upper = middle - radius, middle + radius
-        if lower.requires_grad:  # training stops at losses that aren't finite, and nan_to_num's derivative is slow
-            return Box(lower, upper)
         return Box(lower.nan_to_num(-torch.inf, torch.inf, -torch.inf), upper.nan_to_num(torch.inf, torch.inf, -torch.inf))
 
     def planes(self, node: Node) -> Planes:

@@ -318,21 +318,23 @@ class Product(Elementwise):
 
 
 class Largest(Rule):
-    """The largest of K elements of the input, such as of a pooling window. index (*output, K): their places; -1 for none.
+    """The largest of K elements of the input, such as of a pooling window.
 
+    index (*output, K): their places; -1 for none. shape: of one input. apply: the operator, on a batch of one.
     Below it lies the element with the largest lower end; above it that one too where none can be larger, else a constant.
     """
 
-    def __init__(self, index: Tensor, shape: torch.Size) -> None:
+    def __init__(self, index: Tensor, shape: torch.Size, apply: Callable[[Tensor], Tensor]) -> None:
         self.index, self.shape, self.width = index, index.shape[:-1], math.prod(shape)
+        self.apply: Callable[[Tensor], Tensor] = torch.vmap(lambda one: apply(one[None])[0])
 
     def _elements(self, end: Tensor) -> Tensor:
         index = self.index.to(end.device)
         return torch.where(index >= 0, end.flatten(1)[:, index.clamp(min=0)], -torch.inf)
 
     def ends(self, *boxes: Box) -> Box:
-        """The largest of the ends."""
-        return Box(self._elements(boxes[0].lower).amax(-1), self._elements(boxes[0].upper).amax(-1))
+        """The largest of the ends, by the operator itself, which is much faster than by places."""
+        return Box(self.apply(boxes[0].lower), self.apply(boxes[0].upper))
 
     def planes(self, *boxes: Box) -> Planes:
         """low, high: a weight of 1 or 0, (N, *output), and after them the places of what they weigh."""
@@ -535,7 +537,7 @@ def rule(node: Node) -> Rule:
     if op == "product":
         return Product()
     if op in ("max_pool2d_with_indices", "amax", "max"):
-        return Largest(_windows(node, place), node.like[0].shape[1:])
+        return Largest(_windows(node, place), node.like[0].shape[1:], node.apply)
     if op == "_softmax":
         return Softmax(int(arguments[1]) - (node.rank if arguments[1] >= 0 else 0))
     if op not in _CURVES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -23,6 +24,23 @@ class Box:
     lower: Tensor
     upper: Tensor
 
+    @staticmethod
+    def around(middle: Tensor, radius: Tensor) -> Box:
+        """The box from middle - radius to middle + radius, which needn't compute these again."""
+        box = Box(middle - radius, middle + radius)
+        box.__dict__.update(middle=middle, radius=radius)
+        return box
+
+    @cached_property
+    def middle(self) -> Tensor:
+        """(N, ...)."""
+        return (self.lower + self.upper) / 2
+
+    @cached_property
+    def radius(self) -> Tensor:
+        """Half the width, (N, ...)."""
+        return (self.upper - self.lower) / 2
+
     def within(self, other: Box) -> Box:
         """The intersection: both hold."""
         return Box(torch.maximum(self.lower, other.lower), torch.minimum(self.upper, other.upper))
@@ -41,8 +59,7 @@ class Box:
 
     def least(self, a: Tensor) -> Tensor:
         """The least values of R linear functions (N, R, ...) over the set, or what lies below them, (N, R)."""
-        middle, radius = (self.lower + self.upper) / 2, (self.upper - self.lower) / 2
-        return times(a, middle) - times(a.abs(), radius)
+        return times(a, self.middle) - times(a.abs(), self.radius)
 
     def least_at(self, a: Tensor) -> Tensor:
         """Points of the set, (N, R, ...), where R linear functions are least, or nearly."""

@@ -170,9 +170,9 @@ def certify(
     time ends. folder: keeps what is finished, a file for each sample; the same call goes on there. clock: what `seconds`
     means; `time.process_time` is the processor's.
 
-    Ctrl-C returns what is finished. Errors: `InputError` for bad inputs, other norms and random models, `CapabilityError` for
-    models whose weights aren't known, `ModelError` for operators without known bounds, `DataError` for another run's folder,
-    `SoundnessError` should a proof and a counterexample contradict each other.
+    Ctrl-C returns what is finished. Errors: `InputError` for bad inputs and threats without a size, `CapabilityError` for
+    other norms, random models and models whose weights aren't known, `ModelError` for operators without known bounds,
+    `DataError` for another run's folder, `SoundnessError` should a confirmed counterexample turn out to be none.
 
     >>> import torch, saddlepoint as sp
     >>> model = sp.Model(torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)))
@@ -243,7 +243,7 @@ def _through(
     graph = read(model, x[left[:1]].to(device))
     for row in left:
         one = torch.tensor([row])
-        region = threat.only(one, x).around(x[one].to(device), model.bounds if model.bounds is not None else None)
+        region = threat.only(one, x).around(x[one].to(device), model.bounds)
         keep(row, _proved(model, graph, region, y[one].to(device), classes, max(seconds - spent, 0.0), spent, rigorous, clock))
 
 

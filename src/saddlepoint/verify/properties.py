@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saddlepoint.engine.budget import Budget
-from saddlepoint.errors import InputError, ModelError
+from saddlepoint.errors import CapabilityError, InputError, ModelError
 from saddlepoint.models.base import Classifier
 from saddlepoint.models.onnx_graph import OnnxNetwork
 from saddlepoint.propagation.graph import read
@@ -31,7 +31,8 @@ def decide(
     means. A counterexample is replayed by the network itself, in the dtype that it runs in.
 
     Errors: `DataError` for a damaged file, or another number of inputs; `InputError` for another number of outputs;
-    `ModelError` for operators without known bounds, and networks that don't take the shape.
+    `CapabilityError` for random networks; `ModelError` for operators without known bounds, and networks that don't take the
+    shape.
 
     >>> import torch, saddlepoint as sp
     >>> relu = sp.Model(torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.ReLU()), bounds=None)
@@ -57,6 +58,9 @@ def decide(
             raise ModelError(f"the network fails on inputs of shape {tuple(shape)}; give shape=...: {error}") from error
         if outputs.shape != (1, known.outputs):
             raise InputError(f"the property is about {known.outputs} outputs; the network gives {tuple(outputs.shape[1:])}")
+
+        if model.probe(like).stochastic:
+            raise CapabilityError("the network is random: no property of it holds for sure")
 
         def replay(point: Tensor, case: int) -> bool:
             with torch.no_grad():

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saddlepoint.precision import full_precision
 from saddlepoint.propagation.bounds import Bounded, Box
 from saddlepoint.propagation.corners import corners
 from saddlepoint.propagation.nodes import Graph
-from saddlepoint.propagation.precision import full_precision
 from saddlepoint.verify.cases import Cases
 from saddlepoint.verify.inputs import InputSearch
 from saddlepoint.verify.search import Found, Search, Verdict, branching
