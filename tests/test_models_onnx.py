@@ -328,6 +328,16 @@ def test_operators_on_shapes_and_conditions_too(name: str, tmp_path: Path) -> No
     agrees(saved(tmp_path, model_of(nodes, ["n", "m"], constants)), normal(4, 3))
 
 
+@pytest.mark.parametrize("name", ["Shape arithmetic", "Constants of integers", "ConstantOfShape with a value"])
+def test_what_follows_from_the_shape_is_known_to_tracers_after_a_first_pass(name: str, tmp_path: Path) -> None:
+    nodes, constants = COMPOSED[name]
+    x = normal(4, 3)
+    network = agrees(saved(tmp_path, model_of(nodes, ["n", "m"], constants)), x)
+    other = torch.tensor(normal(4, 3))
+    traced = torch.export.export(network, (torch.tensor(x),), strict=False).module()
+    torch.testing.assert_close(traced(other), network(other))
+
+
 def test_no_operator_is_left_out() -> None:
     composed = {node.op_type for nodes, _ in COMPOSED.values() for node in nodes}
     assert {case[0] for case in CASES} | {case[0] for _, case in OLDER} | composed >= OPERATORS.keys()

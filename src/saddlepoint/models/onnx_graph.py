@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -34,6 +35,23 @@ _DTYPES = {  # by ONNX's numbers
 }
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """What follows from the shape of the input alone, as values and as lists of numbers, and constant lists of numbers.
+
+    Kept from a first pass, as tracers such as torch.export's can't follow numbers through tensors.
+    """
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    numbers: dict[str, list[Any]] = field(default_factory=dict)
+
+    def keep(self, found: Mapping[str, Tensor]) -> None:
+        """What isn't floating, unless it is a tracer's."""
+        for name, value in found.items():
+            if name not in self.numbers and type(value) is Tensor and not value.is_floating_point():
+                self.values[name], self.numbers[name] = value, value.reshape(-1).tolist()
+
+
 @final
 class OnnxNetwork(nn.Module):
     """The graph of an ONNX file, (N, ...) -> (N, C), differentiable by autograd.
@@ -61,9 +79,12 @@ class OnnxNetwork(nn.Module):
         self.weights = nn.Module()
         self.fixed: dict[str, Tensor] = {}
         self._spent: dict[str, list[str]] = {}  # the values that nobody needs after a node
+        self._sizes: dict[torch.Size, _Sizes] = {}  # by the input's shape
+        self._size_nodes: set[str] = set()  # depend on the input's shape alone
         last_use: dict[str, str] = {}
         computed_with: set[str] = set()
         statistics: set[str] = set()
+        from_sizes: set[str] = set()
         for node in nodes:
             key = _free(self.nodes, node.name)
             self.nodes[key] = node
@@ -71,6 +92,10 @@ class OnnxNetwork(nn.Module):
             last_use |= {name: key for name in node.inputs if name}
             computed_with |= {name for i, name in enumerate(node.inputs) if i not in OPERATORS[node.op].static}
             statistics |= set(node.inputs[3:5]) if node.op == "BatchNormalization" else set()
+            others = {name for name in node.inputs if name and name not in constants}
+            if node.op in ("Shape", "Size") or (others and others <= from_sizes):
+                from_sizes |= set(node.outputs)
+                self._size_nodes.add(key)
         for name, key in last_use.items():
             self._spent[key].append(name)
             value = constants.get(name)
@@ -83,6 +108,11 @@ class OnnxNetwork(nn.Module):
             else:
                 self.weights.register_buffer(name, value)
 
+    def fix(self, constants: dict[str, Tensor]) -> None:
+        """Take other constants, such as shapes and axes."""
+        self.fixed = constants
+        self._sizes.clear()
+
     def forward(self, x: Tensor) -> Tensor:
         return torch.vmap(self._single)(x) if self.one_by_one else self._run(x)
 
@@ -91,10 +121,22 @@ class OnnxNetwork(nn.Module):
         return found[0] if found.dim() > 1 else found
 
     def _run(self, x: Tensor) -> Tensor:
-        values: dict[str, Any] = {**self.weights._parameters, **self.weights._buffers, **self.fixed, self.input: x}
+        sizes = self._sizes.setdefault(x.shape, _Sizes())
+        if type(x) is Tensor and not sizes.numbers:
+            sizes.keep(self.fixed)
+        values: dict[str, Any] = {
+            **self.weights._parameters,
+            **self.weights._buffers,
+            **self.fixed,
+            **sizes.values,
+            self.input: x,
+        }
         for key, node in self.nodes.items():
             assert isinstance(node, Node)
-            node.join(values)
+            if not all(name in sizes.values for name in node.outputs):
+                node.join(values, sizes.numbers)
+            if key in self._size_nodes:
+                sizes.keep({name: values[name] for name in node.outputs})
             for name in self._spent[key]:
                 del values[name]
         result: Tensor = values[self.output]
@@ -394,7 +436,7 @@ def _settle_batches(network: OnnxNetwork, x: Tensor, path: Path) -> None:
     if holds():
         return
     stated = network.fixed
-    network.fixed = dict(stated)
+    network.fix(dict(stated))
     for node in network.nodes.values():
         assert isinstance(node, Node)
         target = stated.get(node.inputs[1]) if node.op == "Reshape" else None
@@ -403,7 +445,8 @@ def _settle_batches(network: OnnxNetwork, x: Tensor, path: Path) -> None:
             node.attributes["allowzero"] = 0  # 0 stands for the size that there was before, so for the batch
     if holds():
         return
-    network.fixed, network.one_by_one = stated, True
+    network.fix(stated)
+    network.one_by_one = True
     if not holds():
         raise ModelError(
             f"{path}: the graph gives other outputs, or none, for several inputs at once: export it with a dynamic batch size"

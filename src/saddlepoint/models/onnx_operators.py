@@ -61,19 +61,27 @@ class Node(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.name}: {self.op}({', '.join(self.inputs)}) -> {', '.join(self.outputs)}"
 
-    def forward(self, *values: Tensor | None) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, *values: Tensor | list[Any] | None) -> Tensor | tuple[Tensor, ...]:
         operator = OPERATORS[self.op]
-        devices = {v.device for i, v in enumerate(values) if v is not None and i not in operator.static}
+        devices = {v.device for i, v in enumerate(values) if isinstance(v, Tensor) and i not in operator.static}
         if len(devices) > 1 and not self.branches:  # integers, such as shapes, are on the CPU until they meet what is elsewhere
             target = next(device for device in devices if device.type != "cpu")
-            values = tuple(v if v is None or i in operator.static else v.to(target) for i, v in enumerate(values))
-        arguments = [v.reshape(-1).tolist() if v is not None and i in operator.static else v for i, v in enumerate(values)]
+            values = tuple(
+                v.to(target) if isinstance(v, Tensor) and i not in operator.static else v for i, v in enumerate(values)
+            )
+        arguments = [
+            v.reshape(-1).tolist() if isinstance(v, Tensor) and i in operator.static else v for i, v in enumerate(values)
+        ]
         return operator.function(self, *arguments)
 
-    def join(self, values: dict[str, Any]) -> None:  # Any: torch's dicts of parameters hold None as well
-        """Add the outputs to `values`, where the inputs are."""
+    def join(self, values: dict[str, Any], numbers: Mapping[str, list[Any]] | None = None) -> None:
+        """Add the outputs to `values`, where the inputs are. numbers: what is known of them as lists already."""
+        static, numbers = OPERATORS[self.op].static, numbers or {}
         try:
-            found = self(*(values[name] if name else None for name in self.inputs))
+            found = self(*(
+                None if not name else numbers[name] if i in static and name in numbers else values[name]
+                for i, name in enumerate(self.inputs)
+            ))  # fmt: skip
         except Exception as error:
             error.add_note(f"in the ONNX graph's node {self.extra_repr()}")
             raise
