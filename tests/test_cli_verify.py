@@ -203,7 +203,7 @@ def test_no_time_is_unknown_and_no_error(here: Path, call: Call, network: Path) 
 
 def test_ctrl_c_keeps_what_is_finished(here: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*args: object, **settings: object) -> sp.verify.Certification:
-        looks = iter(range(8))
+        looks = iter(range(3))
 
         def clock() -> float:
             if next(looks, None) is None:

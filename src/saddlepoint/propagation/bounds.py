@@ -71,6 +71,10 @@ class Bounded:
             bounded.boxes[node.name] = bounded._interval(node)
         return bounded
 
+    def take(self, index: Tensor) -> Bounded:
+        """Of some of the N sets, each as often as it is named."""
+        return Bounded(self.graph, {name: ends.rows(index) for name, ends in self.boxes.items()}, self.memory, self.outward)
+
     def _interval(self, node: Node) -> Box:
         inputs = [self.boxes[name] for name in node.inputs]
         if node.rule is not None:

@@ -133,7 +133,7 @@ class _Prover:
     def _quick(self) -> str:
         part = self.cases.take(self.left)
         self.root = Bounded.of(self.graph, self.cases.inputs, outward=self.rigorous)
-        wide = _of_cases(self.root, part.of)
+        wide = self.root.take(part.of)
         joined = torch.maximum(wide.lowest(self.graph.output, part.rows, 0), wide.by_intervals(part.rows))
         self._improve(self.left, (joined + part.constants).amax(1))
         return ""
@@ -142,7 +142,7 @@ class _Prover:
     def _corners(self) -> str:
         part = self.cases.take(self.left)
         self.root.refine()
-        points = corners(_of_cases(self.root, part.of), part.rows).flatten(1, 2)  # (D, S * K, ...)
+        points = corners(self.root.take(part.of), part.rows).flatten(1, 2)  # (D, S * K, ...)
         case = self.left.repeat_interleave(points.shape[1])
         with torch.enable_grad():
             self.counterexample = self._descend(points.flatten(0, 1), case)
@@ -193,7 +193,7 @@ class _Prover:
 
     def _linear(self, steps: int) -> str:
         part = self.cases.take(self.left)
-        wide = _of_cases(self.root, part.of)
+        wide = self.root.take(part.of)
         self._improve(self.left, (wide.lowest(self.graph.output, part.rows, steps) + part.constants).amax(1))
         return ""
 
@@ -211,7 +211,7 @@ class _Prover:
             return "there are no ReLUs to split"
         part, left = self.cases.take(self.left), self.left
         used, of = torch.unique(part.of, return_inverse=True)
-        root = _of_cases(self.root, used)
+        root = self.root.take(used)
         part = Cases(root.boxes[self.graph.input], of, part.rows, part.constants)
         slice_, most, reason = _FIRST * self.seconds, _MOST, ""
         while self.clock() < self.deadline:
@@ -240,10 +240,3 @@ class _Prover:
 def _above(like: Tensor, value: float) -> float:
     """The next number."""
     return float(torch.nextafter(like.new_tensor(value), like.new_tensor(torch.inf)))
-
-
-def _of_cases(bounded: Bounded, of: Tensor) -> Bounded:
-    """The bounds over sets (B, ...) as such of cases."""
-    return Bounded(
-        bounded.graph, {name: ends.rows(of) for name, ends in bounded.boxes.items()}, bounded.memory, bounded.outward
-    )
