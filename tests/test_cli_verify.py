@@ -219,3 +219,29 @@ def test_ctrl_c_keeps_what_is_finished(here: Path, call: Call, monkeypatch: pyte
     assert "interrupted" in out
     assert json.loads((here / "found.json").read_text())["complete"] is False
     assert call(*ASK, "--eps", "4/255", "--out", "kept")[0] == 0
+
+
+def test_votes_under_noise(here: Path, call: Call) -> None:
+    ask = ("verify", "--model", "net.py:net", "--samples", "6", "--sigma", "0.25", "--votes", "300", "--alpha", "0.01")
+    status, out, _ = call(*ask, "--eps", "0,0.1,1/5", "--out", "votes", "--json", "votes.json")
+    assert status == 0
+    found = json.loads((here / "votes.json").read_text())
+    assert found["n"] == 300
+    assert found["alpha"] == 0.01
+    assert len(found["radius"]) == 6
+    right = [p == y for p, y in zip(found["prediction"], found["label"], strict=True)]
+    for radius in (0, 0.1, 0.2):
+        share = sum(r and size >= radius for r, size in zip(right, found["radius"], strict=True)) / 6
+        line = next(line for line in out.splitlines() if line.startswith(f"  within l2 {radius:<9.4g}"))
+        assert f"{share:.2%}" in line
+    kept = json.loads((here / "votes" / "votes.json").read_text())
+    assert call(*ask, "--out", "votes", "--json", "again.json")[0] == 0
+    assert json.loads((here / "votes" / "votes.json").read_text())["counts"] == kept["counts"]
+    assert json.loads((here / "again.json").read_text())["radius"] == found["radius"]
+    assert call(*ask, "--out", "votes", "--seed", "1")[0] == 2  # another run's votes
+
+
+def test_votes_are_for_models(here: Path, call: Call) -> None:
+    status, _, error = call("verify", "--onnx", "net.onnx", "--vnnlib", "holds.vnnlib", "--sigma", "0.25")
+    assert status == 2
+    assert "--sigma" in error

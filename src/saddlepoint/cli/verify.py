@@ -27,10 +27,12 @@ from saddlepoint.cli.options import (
     warn_of_random_weights,
     write_json,
 )
+from saddlepoint.defenses import Smoothed
 from saddlepoint.engine import Budget
 from saddlepoint.errors import InputError
 from saddlepoint.taxonomy import Norm
-from saddlepoint.verify import certify, decide, read_vnnlib
+from saddlepoint.threats import Threat
+from saddlepoint.verify import certify, certify_smoothed, decide, read_vnnlib
 
 
 def verify(
@@ -42,6 +44,11 @@ def verify(
     onnx: Annotated[Path | None, typer.Option(help="With --vnnlib: the network, an ONNX file or .onnx.gz.")] = None,
     vnnlib: Annotated[Path | None, typer.Option(help="With --onnx: the property, a VNNLIB file or .vnnlib.gz.")] = None,
     budget: Annotated[float, typer.Option(min=0.001, help="Seconds for each sample, or for the property.")] = 60.0,
+    sigma: Annotated[
+        float | None, typer.Option(min=1e-9, help="Randomised smoothing instead: the model's vote under noise of this size.")
+    ] = None,
+    votes: Annotated[int, typer.Option(min=1, help="With --sigma: passes for each sample.")] = 10_000,
+    alpha: Annotated[float, typer.Option(help="With --sigma: probability of error for each sample.")] = 0.001,
     rigorous: Annotated[bool, typer.Option("--rigorous", help="Compute in float64 and allow for rounding; slower.")] = False,
     samples: Samples = None,
     seed: Seed = 0,
@@ -55,7 +62,11 @@ def verify(
     json_file: JsonFile = None,
     config: ConfigFile = None,
 ) -> None:
-    """Prove or refute: samples within a threat (--model, --data, --eps), or a property of a network (--onnx, --vnnlib)."""
+    """Prove or refute: samples within a threat (--model, --data, --eps), or a property of a network (--onnx, --vnnlib).
+
+    With --sigma it is the vote under noise that is proved, in l2 balls, of a network of any size; --eps are then the radii to
+    tell.
+    """
     if (onnx is None) != (vnnlib is None):
         raise InputError("--onnx and --vnnlib go together: a network and its property")
     if (onnx is None) == (model is None):
@@ -64,18 +75,30 @@ def verify(
     limit = Budget(seconds=budget)
     if onnx is not None:
         assert vnnlib is not None
+        if sigma is not None:
+            raise InputError("--sigma is for --model and --data: a property file says nothing of noise")
         write_json(json_file, _property(onnx, vnnlib, limit, rigorous))
         return
     assert model is not None
-    if eps is None:
-        raise InputError("--eps is missing: the size of the ball, such as 0.1 or 8/255")
-    (threat, *more) = inputs.threats(norm.value, eps)
-    if more:
-        raise InputError("verify takes one --eps at a time")
+    threat = None if sigma is not None else _threat(norm, eps)
     found = inputs.dataset(data, root)
     name, victim = inputs.model(model, found, mean=mean, std=std, device=device)
     warn_of_random_weights([model])
     split = inputs.samples(found, samples)
+    if threat is None:
+        assert sigma is not None
+        radii = None if eps is None else inputs.numbers(eps)
+        votes_file = None if out is None else out / "votes.json"
+        voted = certify_smoothed(
+            Smoothed(victim, sigma), split.x, split.y, n=votes, alpha=alpha, seed=seed, checkpoint=votes_file, progress=True
+        )  # fmt: skip
+        if out is not None:
+            configuration.write(context, out)
+        console.print(f"{name}: {voted.summary(radii)}", markup=False)
+        write_json(json_file, {"model": name, "data": found.name} | voted.document())
+        if not voted.complete:
+            raise typer.Exit(130)
+        return
     proved = certify(victim, split.x, split.y, threat, limit, seed=seed, rigorous=rigorous, progress=True, folder=out)
     if out is not None:
         configuration.write(context, out)
@@ -83,6 +106,16 @@ def verify(
     write_json(json_file, {"model": name, "data": found.name} | proved.to_dict())
     if not proved.complete:
         raise typer.Exit(130)
+
+
+def _threat(norm: Norm, eps: str | None) -> Threat:
+    """The only one."""
+    if eps is None:
+        raise InputError("--eps is missing: the size of the ball, such as 0.1 or 8/255")
+    (threat, *more) = inputs.threats(norm.value, eps)
+    if more:
+        raise InputError("verify takes one --eps at a time")
+    return threat
 
 
 def _property(onnx: Path, vnnlib: Path, limit: Budget, rigorous: bool) -> dict[str, Any]:

@@ -111,6 +111,22 @@ class Certificates:
             raise InputError("whether an answer is right takes labels: certify(smoothed, x, y)")
         return self.labels
 
+    def summary(self, radii: Sequence[float] | None = None) -> str:
+        """Certified accuracy at some radii, by default quarters of the largest that is possible, in plain text."""
+        if radii is None:
+            all_votes = torch.tensor([self.n])
+            most = float(certified_radius(lower_confidence_bound(all_votes, self.n, self.alpha), self.sigma)[0])
+            radii = [most * quarter / 4 for quarter in range(4)]
+        lines = [
+            f"smoothing of {len(self)} samples: sigma {self.sigma:g}; for each {self.n:,} votes, alpha {self.alpha:g}",
+            f"  abstained            {float(self.abstained.double().mean()):.2%}, which counts as wrong",
+            *(f"  within l2 {radius:<9.4g}  {share:.2%} proved" for radius, share in
+              zip(radii, self.certified_accuracy(radii), strict=True)),
+            f"  mean radius          {self.mean_radius:.4g}",
+            f"  seconds              {self.seconds:.1f}",
+        ]  # fmt: skip
+        return "\n".join(lines if self.complete else [*lines, "  ! interrupted: later samples are missing"])
+
     def document(self) -> dict[str, object]:
         """Ready for JSON."""
         tensors = {"prediction": self.prediction, "radius": self.radius, "p": self.p, "label": self.labels}
