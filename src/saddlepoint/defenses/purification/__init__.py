@@ -6,10 +6,11 @@ from saddlepoint.defenses.purification.diffusion import Diffusion, DiffusionPuri
 from saddlepoint.defenses.purification.gan import Critic, DefenseGAN, Generator, critic_loss, train_gan
 from saddlepoint.defenses.purification.pixelcnn import PixelCNN, PixelDefend, p_values, train_pixelcnn
 from saddlepoint.defenses.purification.purifier import Purifier
+from saddlepoint.defenses.purification.quilting import Quilting
 from saddlepoint.defenses.purification.unet import UNet
 
 __all__ = [
     "CIFAR", "MNIST", "MNIST_DETECTOR", "Autoencoder", "Critic", "DefenseGAN", "Denoiser", "Diffusion", "DiffusionPurifier",
-    "Generator", "Guide", "PixelCNN", "PixelDefend", "Purifier", "UNet", "adversarial_pairs", "critic_loss", "guided_loss",
-    "p_values", "train_autoencoder", "train_denoiser", "train_diffusion", "train_gan", "train_pixelcnn",
+    "Generator", "Guide", "PixelCNN", "PixelDefend", "Purifier", "Quilting", "UNet", "adversarial_pairs", "critic_loss",
+    "guided_loss", "p_values", "train_autoencoder", "train_denoiser", "train_diffusion", "train_gan", "train_pixelcnn",
 ]  # fmt: skip
