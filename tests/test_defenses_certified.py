@@ -265,6 +265,18 @@ def test_regularisers_are_small_for_tight_boxes_and_balanced_signs():
     assert one_sided.item() == pytest.approx(2.9, abs=0.05)
 
 
+def test_regularisers_look_at_relus_alone():
+    def of(*layers: nn.Module) -> float:
+        net = nn.Sequential(nn.Conv2d(1, 40, 3, padding=1), nn.ReLU(), *layers, nn.Flatten(), nn.LazyLinear(10)).double()
+        x = torch.randn(16, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        net(x)
+        defenses.interval_initialize(net)
+        graph = export(sp.Model(net, bounds=None), x).graph(gradients=True)
+        return tightness(Bounded.of(graph, x - 1e-6, x + 1e-6)).item()
+
+    assert of(nn.MaxPool2d(2)) == pytest.approx(of(), abs=1e-6)
+
+
 # ---- batch normalisation
 
 

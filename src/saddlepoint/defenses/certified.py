@@ -203,26 +203,29 @@ def tightness(bounded: Bounded) -> Tensor:
 
     Source: Shi, Wang, Zhang, Yi & Hsieh (2021), Fast certified robust training with short warmup, arXiv:2103.17268, sec. 3.3.
     """
-    graph = bounded.graph
-    first = _width(bounded.boxes[graph.input])
+    first = _width(bounded.boxes[bounded.graph.input])
     terms = []
-    for node in graph.nodes:
-        if node.rule is None:
+    for node in bounded.graph.nodes:
+        if node.rule is None or not node.rule.free:
             continue
         box = bounded.boxes[node.inputs[0]]
-        middle, on, off = (box.lower + box.upper) / 2, (box.lower > 0).to(first), (box.upper < 0).to(first)
-        spread = (middle - middle.mean()).square()
+        mean = box.middle.mean()
+        on, off = (_moments(box.middle, sure.to(first), mean) for sure in (box.lower > 0, box.upper < 0))
         grows = first / _width(box).clamp(min=_TINY)
-        balances = (
-            _balance((middle * on).sum(), -(middle * off).sum()), _balance((spread * on).sum(), (spread * off).sum()),
-        )  # fmt: skip
-        terms += [(_TIGHT - value).clamp(min=0) / _TIGHT for value in (grows, *balances)]
-    count = sum(node.rule is not None for node in graph.nodes)
-    return torch.stack(terms).sum() / count if terms else first.new_zeros(())
+        three = torch.stack([grows, _balance(on[0], -off[0]), _balance(on[1], off[1])])
+        terms.append((_TIGHT - three).clamp(min=0).sum() / _TIGHT)
+    return torch.stack(terms).mean() if terms else first.new_zeros(())
 
 
 def _width(box: Box) -> Tensor:
-    return (box.upper - box.lower).mean()
+    return 2 * box.radius.mean()
+
+
+def _moments(values: Tensor, chosen: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of the chosen values, and of their squared distances from the mean; few passes, as values are many."""
+    some = (values * chosen).flatten()
+    total = some.sum()
+    return total, (torch.dot(some, some) - 2 * mean * total + mean.square() * chosen.sum()).clamp(min=0)
 
 
 def _balance(a: Tensor, b: Tensor) -> Tensor:
