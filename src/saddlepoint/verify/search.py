@@ -14,6 +14,7 @@ from torch import Tensor
 from saddlepoint.errors import ModelError
 from saddlepoint.propagation.bounds import Bounded, Box, Linear
 from saddlepoint.propagation.nodes import Graph, Node
+from saddlepoint.propagation.sets import times
 from saddlepoint.verify.cases import Cases
 from saddlepoint.verify.milp import Programme
 
@@ -22,6 +23,9 @@ _BATCH = 256
 _CANDIDATES = 4
 _STEPS, _SLOPE_RATE, _SIGN_RATE, _DECAY = 20, 0.1, 0.1, 0.98
 _WIDTH = 2**22  # numbers of a value that are carried at once
+_ROUNDS = 3
+_STRONGEST = 16
+VERBOSE = False
 _NUMBERS = 2**28  # that open domains may hold together before the easiest come first, so that they become fewer
 
 
@@ -45,12 +49,14 @@ class Found:
 class _Domains:
     """D parts of cases' boxes: the signs of some ReLUs' inputs are fixed.
 
-    case (D,): which one. signs (D, F) int8: of the ReLUs that are not fixed at the root. slopes, multipliers (D, K, F): for
-    each of the case's rows. bound (D,).
+    case (D,): which one. signs (D, F) int8: of the ReLUs that are not fixed at the root. lower, upper (D, F): bounds of what
+    goes into them. slopes, multipliers (D, K, F): for each of the case's rows. bound (D,).
     """
 
     case: Tensor
     signs: Tensor
+    lower: Tensor
+    upper: Tensor
     slopes: Tensor
     multipliers: Tensor
     bound: Tensor
@@ -97,6 +103,8 @@ class Search:
         for node in self.relus:
             ends = root.boxes[node.inputs[0]]
             self.free[node.name] = ((ends.lower < 0) & (ends.upper > 0)).flatten(1).any(0).nonzero()[:, 0]
+        self.used = dict.fromkeys([self.graph.input, *(name for node in self.graph.nodes if node.rule for name in node.inputs)])
+        self.bounds = cases.rows.new_full((len(cases),), -torch.inf)
         self.sizes = [len(self.free[node.name]) for node in self.relus]
         self.count = 0
         widest = max((node.shape.numel() for node in self.graph.nodes), default=1) * cases.rows.shape[1]
@@ -105,42 +113,64 @@ class Search:
 
     def run(self, most: int | None = None) -> Found:
         """Until everything is proved, a counterexample is found, time is up, or more than `most` parts were bounded."""
-        started, size, rows, width = self.clock(), len(self.cases), self.cases.rows.shape[1], sum(self.sizes)
-        like = self.cases.rows
-        signs = torch.zeros(size, width, dtype=torch.int8, device=like.device)
-        zero = like.new_zeros(size, rows, width)
-        start = _Domains(torch.arange(size, device=like.device), signs, zero, zero, like.new_full((size,), -torch.inf))
-        slopes: dict[str, Tensor] = {}
-        self._bounded(start).linear(self.name, self.cases.rows, slopes)
-        first = torch.cat([slopes[node.name].flatten(2)[..., self.free[node.name]] for node in self.relus], 2)
-        start = _Domains(start.case, signs, first.detach(), zero, start.bound)
-        open_ = _Domains.join([self._left(self._solved(start.take(part))) for part in torch.split(start.case, self.batch)])
-        reason, fixed = "", open_.take(open_.case[:0])
+        started, reason = self.clock(), ""
+        whole = self._whole()
+        open_ = _Domains.join([self._begun(whole.take(part)) for part in torch.split(whole.case, self.batch)])
+        fixed = open_.take(open_.case[:0])
         while len(open_) and self.counterexample is None:
-            if self.clock() >= self.deadline:
-                reason = f"time is up; {len(open_)} parts of {self.count} are open"
+            if reason := self._late(len(open_), most):
                 break
-            if most is not None and self.count > most:
-                reason = f"{most} parts are bounded; {len(open_)} are open"
-                break
-            easy = len(open_) * (2 * rows + 1) * width > _NUMBERS
-            order = open_.bound.argsort(descending=easy)
-            if self.fair:
-                order = order[_ranks(open_.case[order]).argsort(stable=True)]
-            worst, rest = open_.take(order[: self.batch]), open_.take(order[self.batch :])
-            splittable = self._splittable(worst)
-            fixed = _Domains.join([fixed, self._left(self._leaves(worst.take(~splittable)))])
+            worst, rest = self._worst(open_)
+            splittable = ((worst.lower < 0) & (worst.upper > 0)).any(1)
+            fixed = _Domains.join([fixed, self._open(self._leaves(worst.take(~splittable)))])
             worst = worst.take(splittable)
-            open_ = _Domains.join([self._left(self._solved(self._split(worst))), rest]) if len(worst) else rest
+            open_ = _Domains.join([self._open(self._solved(self._split(worst))), rest]) if len(worst) else rest
         if len(fixed) and not reason:
             reason = f"every ReLU of {len(fixed)} parts is fixed, and their bounds are not above 0"
         open_ = _Domains.join([open_, fixed])
         verdict: Verdict = "falsified" if self.counterexample is not None else "unknown" if len(open_) else "robust"
-        self.bounds = like.new_full((size,), self.tolerance).scatter_reduce(0, open_.case, open_.bound, "amin")
+        self.bounds = torch.full_like(self.bounds, self.tolerance).scatter_reduce(0, open_.case, open_.bound, "amin")
         bound = float(open_.bound.min()) if len(open_) else self.tolerance
         return Found(verdict, bound, self.counterexample, self.count, self.clock() - started, reason)
 
-    def _left(self, domains: _Domains) -> _Domains:
+    def _whole(self) -> _Domains:
+        """The cases themselves, with CROWN's slopes."""
+        size, rows, width = len(self.cases), self.cases.rows.shape[1], sum(self.sizes)
+        like = self.cases.rows
+        zero, of = like.new_zeros(size, rows, width), self.cases.of
+        case = torch.arange(size, device=like.device)
+        signs = torch.zeros(size, width, dtype=torch.int8, device=like.device)
+        lower = self._compact({n.name: self.root.boxes[n.inputs[0]].lower for n in self.relus}, 1, like)[of]
+        upper = self._compact({n.name: self.root.boxes[n.inputs[0]].upper for n in self.relus}, 1, like)[of]
+        found = _Domains(case, signs, lower, upper, zero, zero, like.new_full((size,), -torch.inf))
+        slopes: dict[str, Tensor] = {}
+        self._bounded(found).linear(self.name, like, slopes)
+        return replace(found, slopes=self._compact(slopes, 2, zero))
+
+    def _begun(self, domains: _Domains) -> _Domains:
+        """Cases that aren't proved by inner bounds that are cut as long as it helps."""
+        for _ in range(_ROUNDS):
+            before = domains.bound
+            domains = self._open(self._solved(domains, sum(self.sizes)))
+            if VERBOSE: print('  begun', domains.bound, f'{self.clock():.2f}')
+            if not len(domains) or self.counterexample is not None: break
+        return domains
+
+    def _late(self, count: int, most: int | None) -> str:
+        """Why the search ends with so many parts open."""
+        if self.clock() >= self.deadline:
+            return f"time is up; {count} parts of {self.count} are open"
+        return f"{most} parts are bounded; {count} are open" if most is not None and self.count > most else ""
+
+    def _worst(self, open_: _Domains) -> tuple[_Domains, _Domains]:
+        """The parts to go on with, and the rest."""
+        easy = len(open_) * (2 * open_.slopes.shape[1] + 3) * sum(self.sizes) > _NUMBERS
+        order = open_.bound.argsort(descending=easy)
+        if self.fair:
+            order = order[_ranks(open_.case[order]).argsort(stable=True)]
+        return open_.take(order[: self.batch]), open_.take(order[self.batch :])
+
+    def _open(self, domains: _Domains) -> _Domains:
         return domains.take((domains.bound <= self.tolerance).nonzero()[:, 0])
 
     def _leaves(self, domains: _Domains) -> _Domains:
@@ -168,15 +198,6 @@ class Search:
         except ModelError:
             return None
 
-    def _splittable(self, domains: _Domains) -> Tensor:
-        """Which have a ReLU whose sign is open, (D,) bool."""
-        found = torch.zeros(len(domains), dtype=torch.bool, device=domains.case.device)
-        bounded = self._bounded(domains)
-        for node in self.relus:
-            ends = bounded.boxes[node.inputs[0]]
-            found |= ((ends.lower < 0) & (ends.upper > 0)).flatten(1).any(1)
-        return found
-
     # ---- between the compact form (D, ..., F) and that of the graph's values
 
     def _wide(self, compact: Tensor) -> dict[str, Tensor]:
@@ -187,21 +208,22 @@ class Search:
             table[node.name] = full.index_copy(-1, self.free[node.name], part).view(*part.shape[:-1], *node.shape)
         return table
 
-    def _compact(self, table: dict[str, Tensor], lead: int) -> Tensor:
-        return torch.cat([table[node.name].flatten(lead)[..., self.free[node.name]] for node in self.relus], -1)
+    def _compact(self, table: dict[str, Tensor], lead: int, like: Tensor) -> Tensor:
+        parts = [table[node.name].flatten(lead)[..., self.free[node.name]] for node in self.relus]
+        return torch.cat(parts, -1) if parts else like
 
-    def _bounded(self, domains: _Domains) -> Bounded:
-        """The root's bounds, for each domain, cut by its signs."""
+    def _bounded(self, domains: _Domains, cut: Linear | None = None) -> Bounded:
+        """The root's bounds, for each domain, with its own of the ReLUs that are not fixed at the root."""
         of = self.cases.of[domains.case]
-        boxes = {name: ends.rows(of) for name, ends in self.root.boxes.items()}
-        for name, sign in self._wide(domains.signs).items():
-            (source,) = next(node for node in self.relus if node.name == name).inputs
-            ends = boxes[source]
-            boxes[source] = Box(
-                torch.where(sign > 0, ends.lower.clamp(min=0), ends.lower),
-                torch.where(sign < 0, ends.upper.clamp(max=0), ends.upper),
-            )
-        return Bounded(self.graph, boxes, self.root.memory, self.root.outward)
+        boxes = {name: self.root.boxes[name].rows(of) for name in self.used}
+        ends = (torch.split(end, self.sizes, 1) for end in (domains.lower, domains.upper))
+        for node, lower, upper in zip(self.relus, *ends, strict=True):
+            box, free = boxes[node.inputs[0]], self.free[node.name]
+            boxes[node.inputs[0]] = Box(*(
+                end.flatten(1).index_copy(1, free, own).view_as(end)
+                for end, own in ((box.lower, lower), (box.upper, upper))
+            ))  # fmt: skip
+        return Bounded(self.graph, boxes, self.root.memory, self.root.outward, cut)
 
     def _line(self, bounded: Bounded, domains: _Domains, slopes: Tensor, multipliers: Tensor | None) -> Linear:
         """Linear functions below the case's rows, constants included."""
@@ -216,7 +238,7 @@ class Search:
 
     # ---- bounding
 
-    def _solved(self, domains: _Domains) -> _Domains:
+    def _solved(self, domains: _Domains, strongest: int = 0) -> _Domains:
         """Bounds by ascent on slopes and multipliers together; a domain is safe if one of its rows is positive."""
         bounded, ends = self._bounded(domains), self.graph.input
         self.count += len(domains)
@@ -230,7 +252,9 @@ class Search:
                 bound = line.lowest(bounded.boxes[ends])
             if self.root.outward:  # what rounding can add, with the largest multipliers of any step so far
                 most = torch.maximum(most, betas.detach())
-                bound = bound - self._error(bounded, domains, most)
+                error = self._error(bounded, domains, most)
+                bound = bound - error
+                line = replace(line, constant=line.constant - 2 * error)
             best = torch.maximum(best, bound.detach().amax(1))
             done = best > self.tolerance
             if step == 0 or last:
@@ -245,7 +269,45 @@ class Search:
                 betas.clamp_(min=0)
             for group in optimizer.param_groups:
                 group["lr"] *= _DECAY
-        return _Domains(domains.case, domains.signs, slopes.detach(), betas.detach(), best)
+            if step + 1 == _STEPS // 2:
+                domains = self._cut(domains, bounded, line, bound, done, strongest or _STRONGEST)
+                bounded = self._bounded(domains)
+        return replace(domains, slopes=slopes.detach(), multipliers=betas.detach(), bound=best)
+
+    @torch.no_grad()
+    def _cut(
+        self, domains: _Domains, bounded: Bounded, line: Linear, bound: Tensor, done: Tensor, strongest: int
+    ) -> _Domains:
+        """Inner bounds that hold wherever a counterexample can be: where the line below the output isn't positive.
+
+        (Kotha et al. 2023, arXiv:2302.01404; Zhou et al. 2025, arXiv:2512.11087). Of the ReLUs only those that lose most.
+        """
+        nearest = bound.argmax(1)
+        which = torch.arange(len(nearest), device=nearest.device)
+        cut = Linear(line.coefficients[which, nearest][:, None], line.constant[which, nearest][:, None] - self.tolerance, {})
+        sets = bounded.boxes[self.graph.input]
+        middle = times(cut.coefficients, (sets.lower + sets.upper) / 2) + cut.constant
+        index = (~done & (middle[:, 0] > 0)).nonzero()[:, 0]
+        if not len(index):
+            return domains
+        some = domains.take(index)
+        inner = {name: a[index, nearest[index]] for name, a in line.inner.items()}
+        part = self._bounded(some, cut.rows(index))
+        losses = self._compact(
+            {node.name: inner[node.name].abs() * gap(part.boxes[node.inputs[0]]) for node in self.relus}, 1, some.lower
+        )
+        least = losses.topk(min(strongest, losses.shape[1]), dim=1).values[:, -1:]
+        chosen = self._wide((losses >= least) & (losses > 0))
+        for node in self.relus:
+            (name,) = node.inputs
+            part.boxes[name] = part.boxes[name].within(part.tightened(name, 0, chosen[node.name]))
+        ends = [
+            self._compact({node.name: getattr(part.boxes[node.inputs[0]], end) for node in self.relus}, 1, some.lower)
+            for end in ("lower", "upper")
+        ]
+        return replace(
+            domains, lower=domains.lower.index_copy(0, index, ends[0]), upper=domains.upper.index_copy(0, index, ends[1])
+        )
 
     def _try(self, points: Tensor, case: Tensor) -> None:
         """Whether one of the minimisers (D, K, ...) is a counterexample."""
@@ -265,10 +327,9 @@ class Search:
         for node in self.relus:
             ends, a = bounded.boxes[node.inputs[0]], inner[node.name]
             between = (ends.lower < 0) & (ends.upper > 0)
-            gap = -ends.lower * ends.upper / torch.where(between, ends.upper - ends.lower, 1)
-            loss = (-a).clamp(min=0) * gap + a.clamp(min=0) * torch.minimum(-ends.lower, ends.upper).clamp(min=0)
+            loss = (-a).clamp(min=0) * gap(ends) + a.clamp(min=0) * torch.minimum(-ends.lower, ends.upper).clamp(min=0)
             tables[node.name] = torch.where(between, loss, -torch.inf)
-        top = self._compact(tables, 1).topk(min(_CANDIDATES, sum(self.sizes)), dim=1)
+        top = self._compact(tables, 1, domains.lower).topk(min(_CANDIDATES, sum(self.sizes)), dim=1)
         best: tuple[Tensor, Tensor] | None = None
         for place, score in zip(top.indices.T, top.values.T, strict=True):
             both = self._children(domains, place)
@@ -283,16 +344,24 @@ class Search:
 
     def _children(self, domains: _Domains, place: Tensor) -> _Domains:
         """Both signs of the ReLU at `place` (D,) of the compact form."""
-        two = []
-        for sign in (1, -1):
-            signs = domains.signs.scatter(1, place[:, None], sign)
-            two.append(_Domains(domains.case, signs, domains.slopes, domains.multipliers, domains.bound))
-        return _Domains.join(two)
+        here = place[:, None]
+        above = domains.lower.scatter(1, here, domains.lower.gather(1, here).clamp(min=0))
+        below = domains.upper.scatter(1, here, domains.upper.gather(1, here).clamp(max=0))
+        return _Domains.join([
+            replace(domains, signs=domains.signs.scatter(1, here, 1), lower=above),
+            replace(domains, signs=domains.signs.scatter(1, here, -1), upper=below),
+        ])  # fmt: skip
 
 
 def branching(graph: Graph) -> list[Node]:
     """Nonlinearities with two linear pieces that meet at 0: ReLU and leaky ReLU."""
     return [node for node in graph.nodes if node.rule is not None and node.rule.free]
+
+
+def gap(ends: Box) -> Tensor:
+    """How far the chord is above 0, where a ReLU is 0: - lower upper / (upper - lower), 0 where the sign is known."""
+    between = (ends.lower < 0) & (ends.upper > 0)
+    return torch.where(between, -ends.lower * ends.upper / torch.where(between, ends.upper - ends.lower, 1), 0)
 
 
 def _ranks(values: Tensor) -> Tensor:

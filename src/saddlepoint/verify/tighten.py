@@ -32,16 +32,16 @@ def tighten(
     left = len(deep)
     for node in graph.nodes:
         if node.rule is None:
-            root.boxes[node.name] = root.boxes[node.name].within(root._interval(node))
+            root.boxes[node.name] = root.boxes[node.name].within(root.interval(node))
             continue
         if node in deep:
             (name,) = node.inputs
             with torch.no_grad():
-                root.boxes[name] = root.boxes[name].within(root._tightened(name, _STEPS))
+                root.boxes[name] = root.boxes[name].within(root.tightened(name, _STEPS))
             until = clock() + (deadline - clock()) / left
             root.boxes[name] = _searched(root, node, most, min(until, deadline), clock)
             left -= 1
-        root.boxes[node.name] = root._interval(node)
+        root.boxes[node.name] = root.interval(node)
 
 
 def _searched(root: Bounded, node: Node, most: int, deadline: float, clock: Callable[[], float]) -> Box:
