@@ -24,6 +24,7 @@ _DESCENT = 40  # steps from each corner
 _SCATTERED, _SETTLING = 256, 60  # points, and steps from them, where several conditions must hold together
 _FIRST = 0.04  # of the time: the first search; each later one has twice as long
 _OTHER = 0.3  # of the time: left for the search on ReLUs, where inputs are halved first
+_WORTH = 0.05  # how much tightening must raise the bounds, as a share of them, to go on with it
 _MOST, _GROWTH = 10, 4  # parts for each bound in the first round of tightening, and how they grow
 
 
@@ -213,21 +214,30 @@ class _Prover:
         used, of = torch.unique(part.of, return_inverse=True)
         root = _of_cases(self.root, used)
         part = Cases(root.boxes[self.graph.input], of, part.rows, part.constants)
-        slice_, most, reason = _FIRST * self.seconds, _MOST, ""
-        while self.clock() < self.deadline:
-            search = Search(
+        slice_, most = _FIRST * self.seconds, _MOST
+
+        def search() -> Search:
+            return Search(
                 root, part, lambda points, case: self.check(points, left[case]),
                 deadline=min(self.deadline, self.clock() + slice_), clock=self.clock,
             )  # fmt: skip
-            found = search.run()
-            reason = self._took(found, search.counterexample)
-            self._improve(left, search.bounds)
-            if found.verdict != "unknown" or self.clock() >= self.deadline:
-                break
-            slice_ *= 2
-            tighten(root, most, deadline=min(self.deadline, self.clock() + slice_), clock=self.clock)
-            most *= _GROWTH
-        return reason
+
+        now, pays = search(), True
+        while True:
+            found = now.run()
+            reason = self._took(found, now.counterexample)
+            self._improve(left, now.bounds)
+            if found.verdict != "unknown" or self.clock() >= self.deadline or not len(now.open or ()):
+                return reason
+            if pays:
+                slice_ *= 2
+                tighten(root, most, deadline=min(self.deadline, self.clock() + slice_), clock=self.clock)
+                most *= _GROWTH
+                again = search()
+                again.begin()
+                pays = float((again.first - now.first).sum()) > _WORTH * float(now.first.abs().sum())
+                now = again if pays else now
+            now.deadline = min(self.deadline, self.clock() + slice_) if pays else self.deadline
 
     def _took(self, found: Found, counterexample: Tensor | None) -> str:
         self.parts += found.domains

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Literal
@@ -23,9 +23,8 @@ _BATCH = 256
 _CANDIDATES = 4
 _STEPS, _SLOPE_RATE, _SIGN_RATE, _DECAY = 20, 0.1, 0.1, 0.98
 _WIDTH = 2**22  # numbers of a value that are carried at once
-_ROUNDS = 3
-_STRONGEST = 16
-VERBOSE = False
+_ROUNDS, _WORTH = 4, 0.05  # times that a case's inner bounds are cut, as long as its bound rises by such a share
+_STRONGEST = 64  # ReLUs whose inner bounds are cut in each domain
 _NUMBERS = 2**28  # that open domains may hold together before the easiest come first, so that they become fewer
 
 
@@ -78,14 +77,16 @@ class Search:
     """Branch and bound over cases whose boxes' bounds are known.
 
     Each domain is bounded by ascent on lower slopes and on the multipliers of its signs together (beta-CROWN, Wang et al. 2021,
-    arXiv:2103.06624), its inner bounds are the root's, cut by the signs. The ReLU to split is, of the few that lose most in the
-    bound (Bunel et al. 2020, arXiv:1909.06588), the one whose children are best. Where all signs are fixed, a linear programme
-    decides. Every minimiser is tried as a counterexample.
+    arXiv:2103.06624). Its inner bounds are its parent's, cut by the signs, and by what is known of counterexamples: they are
+    where the linear function below the output isn't positive (Kotha et al. 2023, arXiv:2302.01404; Zhou et al. 2025,
+    arXiv:2512.11087); the nearer a domain is to a proof, the less of it that leaves. The ReLU to split is, of the few that lose
+    most in the bound (Bunel et al. 2020, arXiv:1909.06588), the one whose children are best. Where all signs are fixed, a linear
+    programme decides. Every minimiser is tried as a counterexample.
 
-    root: bounds over the cases' sets, (B, ...) each. check: of inputs (Q, ...) for the cases
-    with these numbers (Q,), a counterexample or None. deadline: on `clock`. name: the value that the rows speak of, if it isn't
-    the output. fair: whether cases take turns, so that the bound of each grows, where otherwise the worst comes first.
-    bounds (D,): after `run`, what is proved of each case. The search is deterministic.
+    root: bounds over the cases' sets, (B, ...) each. check: of inputs (Q, ...) for the cases with these numbers (Q,), a
+    counterexample or None. deadline: on `clock`; it may be moved, and `run` goes on. name: the value that the rows speak of, if
+    it isn't the output. fair: whether cases take turns, so that the bound of each grows, where otherwise the worst comes first.
+    first (D,): what was proved of each case before the first split. The search is deterministic.
     """
 
     def __init__(
@@ -103,58 +104,75 @@ class Search:
         for node in self.relus:
             ends = root.boxes[node.inputs[0]]
             self.free[node.name] = ((ends.lower < 0) & (ends.upper > 0)).flatten(1).any(0).nonzero()[:, 0]
-        self.used = dict.fromkeys([self.graph.input, *(name for node in self.graph.nodes if node.rule for name in node.inputs)])
-        self.bounds = cases.rows.new_full((len(cases),), -torch.inf)
         self.sizes = [len(self.free[node.name]) for node in self.relus]
+        self.used = {self.graph.input, *(name for node in self.graph.nodes if node.rule is not None for name in node.inputs)}
         self.count = 0
         widest = max((node.shape.numel() for node in self.graph.nodes), default=1) * cases.rows.shape[1]
         self.batch = max(1, min(_BATCH, _WIDTH // widest))
         self.counterexample: Tensor | None = None
+        self.open: _Domains | None = None  # None before `run`
+        self.fixed = self._whole().take(torch.zeros(0, dtype=torch.long, device=cases.rows.device))
+        self.first = cases.rows.new_full((len(cases),), -torch.inf)
+
+    @property
+    def bounds(self) -> Tensor:
+        """What is proved of each case so far, (D,): lower bounds, at most the tolerance."""
+        if self.open is None:
+            return self.first
+        left = _Domains.join([self.open, self.fixed])
+        return torch.full_like(self.first, self.tolerance).scatter_reduce(0, left.case, left.bound, "amin")
 
     def run(self, most: int | None = None) -> Found:
         """Until everything is proved, a counterexample is found, time is up, or more than `most` parts were bounded."""
         started, reason = self.clock(), ""
-        whole = self._whole()
-        open_ = _Domains.join([self._begun(whole.take(part)) for part in torch.split(whole.case, self.batch)])
-        fixed = open_.take(open_.case[:0])
+        open_ = self.begin()
         while len(open_) and self.counterexample is None:
             if reason := self._late(len(open_), most):
                 break
-            worst, rest = self._worst(open_)
-            splittable = ((worst.lower < 0) & (worst.upper > 0)).any(1)
-            fixed = _Domains.join([fixed, self._open(self._leaves(worst.take(~splittable)))])
-            worst = worst.take(splittable)
-            open_ = _Domains.join([self._open(self._solved(self._split(worst))), rest]) if len(worst) else rest
-        if len(fixed) and not reason:
-            reason = f"every ReLU of {len(fixed)} parts is fixed, and their bounds are not above 0"
-        open_ = _Domains.join([open_, fixed])
-        verdict: Verdict = "falsified" if self.counterexample is not None else "unknown" if len(open_) else "robust"
-        self.bounds = torch.full_like(self.bounds, self.tolerance).scatter_reduce(0, open_.case, open_.bound, "amin")
-        bound = float(open_.bound.min()) if len(open_) else self.tolerance
+            open_ = self._step(*self._worst(open_))
+        self.open = open_
+        left = _Domains.join([open_, self.fixed])
+        if len(self.fixed) and not reason:
+            reason = f"every ReLU of {len(self.fixed)} parts is fixed, and their bounds are not above 0"
+        verdict: Verdict = "falsified" if self.counterexample is not None else "unknown" if len(left) else "robust"
+        bound = float(left.bound.min()) if len(left) else self.tolerance
         return Found(verdict, bound, self.counterexample, self.count, self.clock() - started, reason)
+
+    def begin(self) -> _Domains:
+        """The cases that aren't proved without a split, inner bounds cut as long as it helps; later what is open."""
+        if self.open is not None:
+            return self.open
+        found = []
+        whole = self._whole()
+        for part in torch.split(whole.case, self.batch):
+            domains = whole.take(part)
+            for _ in range(1 if self.fair else _ROUNDS):
+                before = domains.bound.sum()  # of those that stay
+                domains = self._left(self._solved(domains, sum(self.sizes)))
+                if not len(domains) or float(domains.bound.sum() - before) <= _WORTH * float(domains.bound.abs().sum()):
+                    break
+            found.append(domains)
+        self.open = _Domains.join(found)
+        self.first = torch.full_like(self.first, self.tolerance).index_copy(0, self.open.case, self.open.bound)
+        return self.open
 
     def _whole(self) -> _Domains:
         """The cases themselves, with CROWN's slopes."""
-        size, rows, width = len(self.cases), self.cases.rows.shape[1], sum(self.sizes)
-        like = self.cases.rows
-        zero, of = like.new_zeros(size, rows, width), self.cases.of
-        case = torch.arange(size, device=like.device)
-        signs = torch.zeros(size, width, dtype=torch.int8, device=like.device)
-        lower = self._compact({n.name: self.root.boxes[n.inputs[0]].lower for n in self.relus}, 1, like)[of]
-        upper = self._compact({n.name: self.root.boxes[n.inputs[0]].upper for n in self.relus}, 1, like)[of]
-        found = _Domains(case, signs, lower, upper, zero, zero, like.new_full((size,), -torch.inf))
+        rows, of = self.cases.rows, self.cases.of
+        zero = rows.new_zeros(len(rows), rows.shape[1], sum(self.sizes))
+        boxes = {name: box.rows(of) for name, box in self.root.boxes.items()}
+        signs, case = zero[:, 0].to(torch.int8), torch.arange(len(rows), device=rows.device)
         slopes: dict[str, Tensor] = {}
-        self._bounded(found).linear(self.name, like, slopes)
-        return replace(found, slopes=self._compact(slopes, 2, zero))
+        Bounded(self.graph, boxes).linear(self.name, rows, slopes)
+        bound = rows.new_full((len(rows),), -torch.inf)
+        return _Domains(case, signs, *self._ends(boxes), self._compact(slopes, zero), zero, bound)
 
-    def _begun(self, domains: _Domains) -> _Domains:
-        """Cases that aren't proved by inner bounds that are cut as long as it helps."""
-        for _ in range(_ROUNDS):
-            before = domains.bound
-            domains = self._open(self._solved(domains, sum(self.sizes)))
-            if VERBOSE: print('  begun', domains.bound, f'{self.clock():.2f}')
-            if not len(domains) or self.counterexample is not None: break
-        return domains
+    def _step(self, worst: _Domains, rest: _Domains) -> _Domains:
+        """What is open when some parts have been split, or decided where nothing is left to split."""
+        splittable = ((worst.lower < 0) & (worst.upper > 0)).any(1)
+        self.fixed = _Domains.join([self.fixed, self._left(self._leaves(worst.take(~splittable)))])
+        worst = worst.take(splittable)
+        return _Domains.join([self._left(self._solved(self._split(worst))), rest]) if len(worst) else rest
 
     def _late(self, count: int, most: int | None) -> str:
         """Why the search ends with so many parts open."""
@@ -170,7 +188,7 @@ class Search:
             order = order[_ranks(open_.case[order]).argsort(stable=True)]
         return open_.take(order[: self.batch]), open_.take(order[self.batch :])
 
-    def _open(self, domains: _Domains) -> _Domains:
+    def _left(self, domains: _Domains) -> _Domains:
         return domains.take((domains.bound <= self.tolerance).nonzero()[:, 0])
 
     def _leaves(self, domains: _Domains) -> _Domains:
@@ -208,9 +226,18 @@ class Search:
             table[node.name] = full.index_copy(-1, self.free[node.name], part).view(*part.shape[:-1], *node.shape)
         return table
 
-    def _compact(self, table: dict[str, Tensor], lead: int, like: Tensor) -> Tensor:
-        parts = [table[node.name].flatten(lead)[..., self.free[node.name]] for node in self.relus]
+    def _compact(self, table: dict[str, Tensor], like: Tensor) -> Tensor:
+        """Of tables by ReLU (..., *shape) what is in the compact form, (..., F) as like is."""
+        parts = [table[node.name].flatten(like.dim() - 1)[..., self.free[node.name]] for node in self.relus]
         return torch.cat(parts, -1) if parts else like
+
+    def _ends(self, boxes: Mapping[str, Box]) -> tuple[Tensor, Tensor]:
+        """Bounds of what goes into ReLUs, (D, F) each."""
+        like = boxes[self.graph.input].lower.new_zeros(len(boxes[self.graph.input].lower), 0)
+        ends = [boxes[node.inputs[0]] for node in self.relus]
+        names = [node.name for node in self.relus]
+        lower, upper = [end.lower for end in ends], [end.upper for end in ends]
+        return tuple(self._compact(dict(zip(names, side, strict=True)), like) for side in (lower, upper))
 
     def _bounded(self, domains: _Domains, cut: Linear | None = None) -> Bounded:
         """The root's bounds, for each domain, with its own of the ReLUs that are not fixed at the root."""
@@ -219,10 +246,10 @@ class Search:
         ends = (torch.split(end, self.sizes, 1) for end in (domains.lower, domains.upper))
         for node, lower, upper in zip(self.relus, *ends, strict=True):
             box, free = boxes[node.inputs[0]], self.free[node.name]
-            boxes[node.inputs[0]] = Box(*(
-                end.flatten(1).index_copy(1, free, own).view_as(end)
-                for end, own in ((box.lower, lower), (box.upper, upper))
-            ))  # fmt: skip
+            low, high = box.lower.flatten(1), box.upper.flatten(1)
+            low = low.index_copy(1, free, torch.maximum(low[:, free], lower))
+            high = high.index_copy(1, free, torch.minimum(high[:, free], upper))
+            boxes[node.inputs[0]] = Box(low.view_as(box.lower), high.view_as(box.upper))
         return Bounded(self.graph, boxes, self.root.memory, self.root.outward, cut)
 
     def _line(self, bounded: Bounded, domains: _Domains, slopes: Tensor, multipliers: Tensor | None) -> Linear:
@@ -238,7 +265,7 @@ class Search:
 
     # ---- bounding
 
-    def _solved(self, domains: _Domains, strongest: int = 0) -> _Domains:
+    def _solved(self, domains: _Domains, strongest: int = _STRONGEST) -> _Domains:
         """Bounds by ascent on slopes and multipliers together; a domain is safe if one of its rows is positive."""
         bounded, ends = self._bounded(domains), self.graph.input
         self.count += len(domains)
@@ -270,43 +297,37 @@ class Search:
             for group in optimizer.param_groups:
                 group["lr"] *= _DECAY
             if step + 1 == _STEPS // 2:
-                domains = self._cut(domains, bounded, line, bound, done, strongest or _STRONGEST)
+                domains = self._cut(domains, line, bound, strongest)
                 bounded = self._bounded(domains)
         return replace(domains, slopes=slopes.detach(), multipliers=betas.detach(), bound=best)
 
     @torch.no_grad()
-    def _cut(
-        self, domains: _Domains, bounded: Bounded, line: Linear, bound: Tensor, done: Tensor, strongest: int
-    ) -> _Domains:
-        """Inner bounds that hold wherever a counterexample can be: where the line below the output isn't positive.
+    def _cut(self, domains: _Domains, line: Linear, bound: Tensor, strongest: int) -> _Domains:
+        """Inner bounds again, of so many ReLUs that lose most, but only where the line (D, K, ...) isn't positive.
 
-        (Kotha et al. 2023, arXiv:2302.01404; Zhou et al. 2025, arXiv:2512.11087). Of the ReLUs only those that lose most.
+        No counterexample is elsewhere. bound (D, K): the line's. Domains of whose values the cut leaves half or more are left
+        as they are.
         """
-        nearest = bound.argmax(1)
-        which = torch.arange(len(nearest), device=nearest.device)
-        cut = Linear(line.coefficients[which, nearest][:, None], line.constant[which, nearest][:, None] - self.tolerance, {})
-        sets = bounded.boxes[self.graph.input]
-        middle = times(cut.coefficients, (sets.lower + sets.upper) / 2) + cut.constant
-        index = (~done & (middle[:, 0] > 0)).nonzero()[:, 0]
+        sets, nearest = self.cases.inputs.rows(self.cases.of[domains.case]), bound.argmax(1)  # of the rows, nearest to a proof
+        each = torch.arange(len(nearest), device=nearest.device)
+        cut = Linear(line.coefficients[each, nearest][:, None], line.constant[each, nearest][:, None] - self.tolerance, {})
+        lowest = bound[each, nearest] - self.tolerance
+        middle = (times(cut.coefficients, (sets.lower + sets.upper) / 2) + cut.constant)[:, 0]
+        index = ((lowest <= 0) & (middle > -lowest)).nonzero()[:, 0]
         if not len(index):
             return domains
         some = domains.take(index)
-        inner = {name: a[index, nearest[index]] for name, a in line.inner.items()}
         part = self._bounded(some, cut.rows(index))
-        losses = self._compact(
-            {node.name: inner[node.name].abs() * gap(part.boxes[node.inputs[0]]) for node in self.relus}, 1, some.lower
-        )
-        least = losses.topk(min(strongest, losses.shape[1]), dim=1).values[:, -1:]
-        chosen = self._wide((losses >= least) & (losses > 0))
+        inner = {name: a[index, nearest[index]].abs() for name, a in line.inner.items()}
+        loss = self._compact({node.name: inner[node.name] * gap(part.boxes[node.inputs[0]]) for node in self.relus}, some.lower)
+        least = loss.topk(min(strongest, loss.shape[1]), dim=1).values[:, -1:]
+        chosen = self._wide((loss >= least) & (loss > 0))
         for node in self.relus:
             (name,) = node.inputs
             part.boxes[name] = part.boxes[name].within(part.tightened(name, 0, chosen[node.name]))
-        ends = [
-            self._compact({node.name: getattr(part.boxes[node.inputs[0]], end) for node in self.relus}, 1, some.lower)
-            for end in ("lower", "upper")
-        ]
+        lower, upper = self._ends(part.boxes)
         return replace(
-            domains, lower=domains.lower.index_copy(0, index, ends[0]), upper=domains.upper.index_copy(0, index, ends[1])
+            domains, lower=domains.lower.index_copy(0, index, lower), upper=domains.upper.index_copy(0, index, upper)
         )
 
     def _try(self, points: Tensor, case: Tensor) -> None:
@@ -329,7 +350,7 @@ class Search:
             between = (ends.lower < 0) & (ends.upper > 0)
             loss = (-a).clamp(min=0) * gap(ends) + a.clamp(min=0) * torch.minimum(-ends.lower, ends.upper).clamp(min=0)
             tables[node.name] = torch.where(between, loss, -torch.inf)
-        top = self._compact(tables, 1, domains.lower).topk(min(_CANDIDATES, sum(self.sizes)), dim=1)
+        top = self._compact(tables, domains.lower).topk(min(_CANDIDATES, sum(self.sizes)), dim=1)
         best: tuple[Tensor, Tensor] | None = None
         for place, score in zip(top.indices.T, top.values.T, strict=True):
             both = self._children(domains, place)
