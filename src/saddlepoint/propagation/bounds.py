@@ -109,16 +109,23 @@ class Bounded:
         done = set()
         for node in self.graph.nodes:
             if node.rule is None:
-                stale = any(name in done for name in node.inputs)
-                if stale:  # what comes after a tightened value is tighter too
-                    self.boxes[node.name] = self.boxes[node.name].within(self.interval(node))
+                if any(name in done for name in node.inputs):  # what comes after a tightened value is tighter too
+                    self.hold(node.name, self.interval(node))
                     done.add(node.name)
                 continue
             for name in node.inputs:
-                self.boxes[name] = self.tightened(name, steps)
-            self._planes.pop(node.name, None)
-            self.boxes[node.name] = self.boxes[node.name].within(self.interval(node))
+                self.hold(name, self.tightened(name, steps))
+            self.hold(node.name, self.interval(node))
             done.add(node.name)
+
+    def hold(self, name: str, box: Box) -> None:
+        """That the box holds a value too is known from now on; a `Ball` stays one."""
+        if name == self.graph.input:
+            return
+        self.boxes[name] = self.boxes[name].within(box)
+        for node in self.graph.nodes:
+            if name in node.inputs:
+                self._planes.pop(node.name, None)
 
     def tightened(self, name: str, steps: int = 0, only: Tensor | None = None) -> Box:
         """The box of a value that goes into nonlinearities, by linear bounds; see `refine`. only: elements (N, ...) bool."""

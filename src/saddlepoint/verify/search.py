@@ -22,7 +22,7 @@ Verdict = Literal["robust", "falsified", "unknown"]
 _BATCH = 256
 _CANDIDATES = 4
 _STEPS, _SLOPE_RATE, _SIGN_RATE, _DECAY = 20, 0.1, 0.1, 0.98
-_WIDTH = 2**22  # numbers of a value that are carried at once
+_WIDTH = 2**18  # numbers of a value that are carried at once
 _ROUNDS, _WORTH = 4, 0.05  # times that a case's inner bounds are cut, as long as its bound rises by such a share
 _STRONGEST = 64  # ReLUs whose inner bounds are cut in each domain
 _NUMBERS = 2**28  # that open domains may hold together before the easiest come first, so that they become fewer
@@ -80,8 +80,8 @@ class Search:
     arXiv:2103.06624). Its inner bounds are its parent's, cut by the signs, and by what is known of counterexamples: they are
     where the linear function below the output isn't positive (Kotha et al. 2023, arXiv:2302.01404; Zhou et al. 2025,
     arXiv:2512.11087); the nearer a domain is to a proof, the less of it that leaves. The ReLU to split is, of the few that lose
-    most in the bound (Bunel et al. 2020, arXiv:1909.06588), the one whose children are best. Where all signs are fixed, a linear
-    programme decides. Every minimiser is tried as a counterexample.
+    most in the bound (Bunel et al. 2020, arXiv:1909.06588), the one whose children are best. Where all signs are fixed, a
+    linear programme decides. Every minimiser is tried as a counterexample.
 
     root: bounds over the cases' sets, (B, ...) each. check: of inputs (Q, ...) for the cases with these numbers (Q,), a
     counterexample or None. deadline: on `clock`; it may be moved, and `run` goes on. name: the value that the rows speak of, if
@@ -147,9 +147,10 @@ class Search:
         for part in torch.split(whole.case, self.batch):
             domains = whole.take(part)
             for _ in range(1 if self.fair else _ROUNDS):
-                before = domains.bound.sum()  # of those that stay
-                domains = self._left(self._solved(domains, sum(self.sizes)))
-                if not len(domains) or float(domains.bound.sum() - before) <= _WORTH * float(domains.bound.abs().sum()):
+                solved = self._solved(domains, sum(self.sizes))
+                risen = solved.bound - domains.bound > _WORTH * solved.bound.abs()
+                domains = self._left(solved)
+                if not bool((risen & (solved.bound <= self.tolerance)).any()):
                     break
             found.append(domains)
         self.open = _Domains.join(found)
@@ -233,11 +234,10 @@ class Search:
 
     def _ends(self, boxes: Mapping[str, Box]) -> tuple[Tensor, Tensor]:
         """Bounds of what goes into ReLUs, (D, F) each."""
-        like = boxes[self.graph.input].lower.new_zeros(len(boxes[self.graph.input].lower), 0)
-        ends = [boxes[node.inputs[0]] for node in self.relus]
-        names = [node.name for node in self.relus]
-        lower, upper = [end.lower for end in ends], [end.upper for end in ends]
-        return tuple(self._compact(dict(zip(names, side, strict=True)), like) for side in (lower, upper))
+        sets = boxes[self.graph.input].lower
+        like, ends = sets.new_zeros(len(sets), 0), {node.name: boxes[node.inputs[0]] for node in self.relus}
+        lower = self._compact({name: end.lower for name, end in ends.items()}, like)
+        return lower, self._compact({name: end.upper for name, end in ends.items()}, like)
 
     def _bounded(self, domains: _Domains, cut: Linear | None = None) -> Bounded:
         """The root's bounds, for each domain, with its own of the ReLUs that are not fixed at the root."""
@@ -324,7 +324,7 @@ class Search:
         chosen = self._wide((loss >= least) & (loss > 0))
         for node in self.relus:
             (name,) = node.inputs
-            part.boxes[name] = part.boxes[name].within(part.tightened(name, 0, chosen[node.name]))
+            part.hold(name, part.tightened(name, only=chosen[node.name]))
         lower, upper = self._ends(part.boxes)
         return replace(
             domains, lower=domains.lower.index_copy(0, index, lower), upper=domains.upper.index_copy(0, index, upper)
