@@ -22,6 +22,7 @@ FEW_INPUTS = 16
 _STEPS = 20
 _DESCENT = 40  # steps from each corner
 _SCATTERED, _SETTLING = 256, 60  # points, and steps from them, where several conditions must hold together
+_ASCENT = 0.1  # of the time: twice what ascent on inner bounds may take
 _FIRST = 0.04  # of the time: the first search; each later one has twice as long
 _OTHER = 0.3  # of the time: left for the search on ReLUs, where inputs are halved first
 _WORTH = 0.05  # how much tightening must raise the bounds, as a share of them, to go on with it
@@ -83,6 +84,7 @@ class _Prover:
         self.bound = cases.rows.new_full((len(cases),), -torch.inf)
         self.counterexample: Tensor | None = None
         self.parts = 0
+        self.refining = 0.0  # seconds that CROWN's bounds of everything took; a step of ascent takes about half of it
 
     @property
     def deadline(self) -> float:
@@ -142,7 +144,9 @@ class _Prover:
     @torch.no_grad()
     def _corners(self) -> str:
         part = self.cases.take(self.left)
+        began = self.clock()
         self.root.refine()
+        self.refining = self.clock() - began
         points = corners(_of_cases(self.root, part.of), part.rows).flatten(1, 2)  # (D, S * K, ...)
         case = self.left.repeat_interleave(points.shape[1])
         with torch.enable_grad():
@@ -189,7 +193,9 @@ class _Prover:
 
     @torch.no_grad()
     def _alpha(self) -> str:
-        self.root.refine(_STEPS)
+        steps = int(min(_STEPS, _ASCENT * self.seconds / max(self.refining, 1e-9)))
+        if steps:
+            self.root.refine(steps)
         return self._linear(_STEPS)
 
     def _linear(self, steps: int) -> str:

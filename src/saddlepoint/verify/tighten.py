@@ -32,7 +32,7 @@ def tighten(root: Bounded, most: int, *, deadline: float, clock: Callable[[], fl
         if node in deep:
             (name,) = node.inputs
             with torch.no_grad():
-                root.hold(name, root.tightened(name, _STEPS))
+                root.hold(name, root.tightened(name, _STEPS if clock() < deadline else 0))
             until = clock() + (deadline - clock()) / left
             root.hold(name, _searched(root, node, most, min(until, deadline), clock))
             left -= 1
