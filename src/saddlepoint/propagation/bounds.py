@@ -177,22 +177,21 @@ class Bounded:
     def _chunks(self, open_: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Samples (M,) and rows (M, K) of each that are bounded together, within the memory; open_ (N, width).
 
-        Samples with fewer open rows than others get some that aren't open, which does no harm.
+        Samples with about as many open rows are taken together; those with fewer get some that aren't open, which does no harm.
         """
         counts = open_.sum(1)
         order = open_.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-        left = counts.nonzero()[:, 0]
-        if not len(left):
-            return
+        left = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
         widest = max(math.prod(node.shape) for node in self.graph.nodes)
         element = open_.new_empty((), dtype=self.boxes[self.graph.input].lower.dtype).element_size()
         alive = widest * _COPIES if not steps else 4 * sum(math.prod(node.shape) for node in self.graph.nodes)
         budget = max(1, min(self.memory // (element * alive), _CACHE // widest if open_.device.type == "cpu" else 2**62))
-        for samples in torch.split(left, max(1, budget)):
-            most = int(counts[samples].max())
-            step = max(1, budget // len(samples))
-            for first in range(0, most, step):
-                yield samples, order[samples, first : min(most, first + step)]
+        while len(left):
+            most = int(counts[left[0]])
+            together = max(1, budget // most)
+            samples, left = left[:together].sort().values, left[together:]
+            for first in range(0, most, budget):
+                yield samples, order[samples, first : min(most, first + budget)]
 
     def by_intervals(self, rows: Tensor) -> Tensor:
         """Lower bounds (N, R) of rows (N, R, C) times the outputs, from the intervals before the last affine operators.

@@ -62,7 +62,8 @@ def prove(
                   together
     ibp, crown-ibp, crown, alpha-crown: see `bounds`
     inputs        halving boxes, for networks of at most 16 inputs; what has ReLUs leaves time for the search
-    search        branch and bound on ReLUs, in turns with tightening the bounds inside by searches of their own
+    search        branch and bound on ReLUs, in turns with tightening the bounds inside by searches of their own as long as
+                  that pays
 
     Each stage gets the cases that are left. rigorous: compute in float64, and take off what rounding can add; it takes about
     twice the time. Otherwise proofs hold up to the rounding of the dtype that the network is in.
@@ -233,7 +234,7 @@ class _Prover:
             found = now.run()
             reason = self._took(found, now.counterexample)
             self._improve(left, now.bounds)
-            if found.verdict != "unknown" or self.clock() >= self.deadline or not len(now.open or ()):
+            if found.verdict != "unknown" or self.clock() >= self.deadline:
                 return reason
             if pays:
                 slice_ *= 2
@@ -241,8 +242,12 @@ class _Prover:
                 most *= _GROWTH
                 again = search()
                 again.begin()
-                pays = float((again.first - now.first).sum()) > _WORTH * float(now.first.abs().sum())
+                self.parts += again.count
+                gained = float((again.first - now.first).sum())
+                pays = again.counterexample is not None or gained > _WORTH * float(now.first.abs().sum())
                 now = again if pays else now
+            elif not len(now.open):  # nothing is left to split
+                return reason
             now.deadline = min(self.deadline, self.clock() + slice_) if pays else self.deadline
 
     def _took(self, found: Found, counterexample: Tensor | None) -> str:

@@ -33,7 +33,7 @@ class Found:
     """What a search came to.
 
     bound: the least lower bound that is left, positive where everything is proved. counterexample: an input (...), or None.
-    domains: how many parts were bounded. seconds: by the clock that was given. reason: why the verdict is "unknown".
+    domains: how many parts this run bounded. seconds: by the clock that was given. reason: why the verdict is "unknown".
     """
 
     verdict: Verdict
@@ -110,42 +110,38 @@ class Search:
         widest = max((node.shape.numel() for node in self.graph.nodes), default=1) * cases.rows.shape[1]
         self.batch = max(1, min(_BATCH, _WIDTH // widest))
         self.counterexample: Tensor | None = None
-        self.open: _Domains | None = None  # None before `run`
-        self.fixed = self._whole().take(torch.zeros(0, dtype=torch.long, device=cases.rows.device))
         self.first = cases.rows.new_full((len(cases),), -torch.inf)
+        self.begun, self.open = False, self._whole()
+        self.fixed = self.open.take(self.open.case[:0])  # parts that nothing can be split of
 
     @property
     def bounds(self) -> Tensor:
         """What is proved of each case so far, (D,): lower bounds, at most the tolerance."""
-        if self.open is None:
-            return self.first
         left = _Domains.join([self.open, self.fixed])
         return torch.full_like(self.first, self.tolerance).scatter_reduce(0, left.case, left.bound, "amin")
 
     def run(self, most: int | None = None) -> Found:
         """Until everything is proved, a counterexample is found, time is up, or more than `most` parts were bounded."""
-        started, reason = self.clock(), ""
-        open_ = self.begin()
-        while len(open_) and self.counterexample is None:
-            if reason := self._late(len(open_), most):
+        started, counted, reason = self.clock(), self.count, ""
+        self.begin()
+        while len(self.open) and self.counterexample is None:
+            if reason := self._late(len(self.open), most):
                 break
-            open_ = self._step(*self._worst(open_))
-        self.open = open_
-        left = _Domains.join([open_, self.fixed])
+            self.open = self._step(*self._worst(self.open))
+        left = _Domains.join([self.open, self.fixed])
         if len(self.fixed) and not reason:
             reason = f"every ReLU of {len(self.fixed)} parts is fixed, and their bounds are not above 0"
         verdict: Verdict = "falsified" if self.counterexample is not None else "unknown" if len(left) else "robust"
         bound = float(left.bound.min()) if len(left) else self.tolerance
-        return Found(verdict, bound, self.counterexample, self.count, self.clock() - started, reason)
+        return Found(verdict, bound, self.counterexample, self.count - counted, self.clock() - started, reason)
 
-    def begin(self) -> _Domains:
-        """The cases that aren't proved without a split, inner bounds cut as long as it helps; later what is open."""
-        if self.open is not None:
-            return self.open
+    def begin(self) -> None:
+        """Bound the cases as they are, inner bounds cut as long as it helps; what `run` does first."""
+        if self.begun:
+            return
         found = []
-        whole = self._whole()
-        for part in torch.split(whole.case, self.batch):
-            domains = whole.take(part)
+        for part in torch.split(self.open.case, self.batch):
+            domains = self.open.take(part)
             for _ in range(1 if self.fair else _ROUNDS):
                 solved = self._solved(domains, sum(self.sizes))
                 risen = solved.bound - domains.bound > _WORTH * solved.bound.abs()
@@ -153,9 +149,8 @@ class Search:
                 if not bool((risen & (solved.bound <= self.tolerance)).any()):
                     break
             found.append(domains)
-        self.open = _Domains.join(found)
-        self.first = torch.full_like(self.first, self.tolerance).index_copy(0, self.open.case, self.open.bound)
-        return self.open
+        self.begun, self.open = True, _Domains.join(found)
+        self.first = self.bounds
 
     def _whole(self) -> _Domains:
         """The cases themselves, with CROWN's slopes."""
@@ -319,7 +314,9 @@ class Search:
         some = domains.take(index)
         part = self._bounded(some, cut.rows(index))
         inner = {name: a[index, nearest[index]].abs() for name, a in line.inner.items()}
-        loss = self._compact({node.name: inner[node.name] * gap(part.boxes[node.inputs[0]]) for node in self.relus}, some.lower)
+        loss = self._compact(
+            {node.name: inner[node.name] * _gap(part.boxes[node.inputs[0]]) for node in self.relus}, some.lower
+        )
         least = loss.topk(min(strongest, loss.shape[1]), dim=1).values[:, -1:]
         chosen = self._wide((loss >= least) & (loss > 0))
         for node in self.relus:
@@ -348,7 +345,7 @@ class Search:
         for node in self.relus:
             ends, a = bounded.boxes[node.inputs[0]], inner[node.name]
             between = (ends.lower < 0) & (ends.upper > 0)
-            loss = (-a).clamp(min=0) * gap(ends) + a.clamp(min=0) * torch.minimum(-ends.lower, ends.upper).clamp(min=0)
+            loss = (-a).clamp(min=0) * _gap(ends) + a.clamp(min=0) * torch.minimum(-ends.lower, ends.upper).clamp(min=0)
             tables[node.name] = torch.where(between, loss, -torch.inf)
         top = self._compact(tables, domains.lower).topk(min(_CANDIDATES, sum(self.sizes)), dim=1)
         best: tuple[Tensor, Tensor] | None = None
@@ -379,7 +376,7 @@ def branching(graph: Graph) -> list[Node]:
     return [node for node in graph.nodes if node.rule is not None and node.rule.free]
 
 
-def gap(ends: Box) -> Tensor:
+def _gap(ends: Box) -> Tensor:
     """How far the chord is above 0, where a ReLU is 0: - lower upper / (upper - lower), 0 where the sign is known."""
     between = (ends.lower < 0) & (ends.upper > 0)
     return torch.where(between, -ends.lower * ends.upper / torch.where(between, ends.upper - ends.lower, 1), 0)
