@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from scipy.optimize import linprog
 from torch import Tensor, nn
 
 import saddlepoint as sp
-from saddlepoint.propagation.bounds import Ball, Bounded, Box
+from saddlepoint.propagation.bounds import Ball, Bounded, Box, Linear
 from saddlepoint.propagation.graph import Exported, export
 from saddlepoint.propagation.nodes import Graph
 from saddlepoint.verify import Cases, Programme, prove
@@ -201,6 +202,96 @@ def test_search_is_deterministic() -> None:
     first, second = (searched(graph, cases)[0] for _ in range(2))
     assert first.count == second.count
     assert torch.equal(first.bounds, second.bounds)
+
+
+def test_a_search_goes_on_where_its_time_ended() -> None:
+    _, graph = drawn(11, hidden=12)
+    x = torch.full((1, 3), 0.5, dtype=FLOAT)
+    cases = Cases.of_classes(Box(x - 0.5, x + 0.5), graph.outputs(x).argmax(1), 3)
+    least = torch.stack([(graph.outputs(spread(cases.inputs, 20000)) @ row[0]).amin() for row in cases.rows])
+    cases = Cases(cases.inputs, cases.of, cases.rows, 0.05 - least[:, None])
+    whole, _ = searched(graph, cases)
+    root = Bounded.of(graph, cases.inputs)
+    with torch.no_grad():
+        root.refine()
+    search = Search(root, cases, first_below(graph, cases), deadline=-math.inf)
+    assert search.run().verdict == "unknown"
+    assert bool((search.bounds <= 0).all())
+    assert torch.equal(search.bounds, search.first)
+    search.deadline = math.inf
+    assert search.run().verdict == "robust"
+    assert search.count == whole.count
+    assert bool((search.bounds >= search.first).all())
+
+
+def test_a_search_with_no_open_sign_is_a_linear_programme() -> None:
+    """One box in which every ReLU is fixed already: nothing to split, and the answer is exact all the same."""
+    _, graph = drawn(12)
+    x = torch.rand(1, 3, generator=torch.Generator().manual_seed(12)).double()
+    box, rows = Box(x - 1e-6, x + 1e-6), torch.tensor([[[1.0, -1.0, 0.0]]], dtype=FLOAT)
+    value = float(graph.outputs(x)[0] @ rows[0, 0])
+    for shift, wanted in ((1e-3, "robust"), (-1e-3, "falsified")):
+        cases = Cases(box, torch.tensor([0]), rows, torch.full((1, 1), shift - value, dtype=FLOAT))
+        search, verdict = searched(graph, cases)
+        assert sum(search.sizes) == 0
+        assert verdict == wanted
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_a_line_under_a_cut_is_below_it_and_nearly_as_high_as_can_be(norm: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    centre = torch.zeros(1, 6, dtype=FLOAT)
+    sets = Ball.of(centre, 1.0, norm)
+    w, a = (torch.randn(1, count, 6, generator=generator).double() for count in (40, 1))
+    line = Linear(w, w.new_zeros(1, 40), {})
+    for share in (0.9, 0.5, 0.0, -1.1):  # the cut leaves little of the set, some, half, all
+        cut = Linear(a, share * sets.least(a).abs(), {})
+        points = sets.inside(2 * torch.rand(20000, 6, generator=generator).double() - 1)
+        inside = points[(points @ a[0, 0] + cut.constant[0, 0]) <= 0]
+        low, found = line.lowest(sets), line.under(cut, sets).lowest(sets)
+        assert bool((found >= low - 1e-12).all())
+        if len(inside):
+            assert bool((found[0] <= (inside @ w[0].T).amin(0) + 1e-12).all())
+        if norm == "linf":
+            bound = -cut.constant[0].numpy()
+            exact = torch.tensor([linprog(c, a[0].numpy(), bound, bounds=(-1, 1)).fun for c in w[0].numpy()], dtype=FLOAT)
+            assert bool((found[0] <= exact + 1e-9).all())
+            assert float((exact - found[0]).sum()) <= 0.1 * float((exact - low[0]).sum()) + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_inner_bounds_of_domains_hold_at_every_counterexample_with_their_signs(seed: int) -> None:
+    """Some inputs are unsafe, but nobody tells the search."""
+    _, graph = drawn(80 + seed, hidden=12)
+    x = torch.full((1, 3), 0.5, dtype=FLOAT)
+    box, rows = Box(x - 0.4, x + 0.4), torch.tensor([[[1.0, -1.0, 0.0]]], dtype=FLOAT)
+    points = spread(box, 3000, seed)
+    margin = graph.outputs(points) @ rows[0, 0]
+    cases = Cases(box, torch.tensor([0]), rows, -margin.quantile(0.02)[None, None])
+    unsafe = points[margin + cases.constants[0, 0] <= 0]
+    root = Bounded.of(graph, box)
+    with torch.no_grad():
+        root.refine()
+    search = Search(root, cases, lambda points, case: None, deadline=math.inf)
+    values = [graph.values(point[None]) for point in unsafe]
+    names = [node.inputs[0] for node in search.relus]
+    free = [search.free[node.name] for node in search.relus]
+    inputs = torch.cat([torch.cat([one[name] for one in values])[:, at] for name, at in zip(names, free, strict=True)], 1)
+    boxes = [root.boxes[name] for name in names]
+    widths = torch.cat([(box.upper - box.lower)[:, at] for box, at in zip(boxes, free, strict=True)], 1)
+    narrower = 0.0
+    for most in (1, 8, 30):
+        search.run(most)
+        held = torch.zeros(len(unsafe), dtype=torch.bool)
+        left = search.open.join([search.open, search.fixed])
+        for place in range(len(left)):
+            part = left.take(torch.tensor([place]))
+            fits = (inputs * part.signs >= -1e-9).all(1)
+            assert bool((inputs[fits] >= part.lower - 1e-9).all() and (inputs[fits] <= part.upper + 1e-9).all())
+            held |= fits
+            narrower = max(narrower, float(((widths - part.upper + part.lower) * (part.signs == 0)).max()))
+        assert bool(held.all())  # in none of those that are proved
+    assert narrower > 0.01
 
 
 # ---- tightening

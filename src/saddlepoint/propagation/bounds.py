@@ -28,9 +28,10 @@ Slopes = dict[str, Tensor]
 
 MEMORY = 2**30
 _STEPS, _RATE, _DECAY = 20, 0.25, 0.95  # of the ascent on slopes; tighter than 0.1 and 0.98 after as many steps
+_MEETINGS = 3  # points between 0 and the best multiplier of a cut
 _FEW = 64  # inputs that forward bounds are cheap for
 _COPIES = 6  # tensors as large as the coefficients that are alive at once; with slopes more
-_CACHE = 2**21  # elements of coefficients that are carried at once, so that they stay near the processor
+_CACHE = 2**19  # elements of coefficients that are carried at once, so that they stay near the processor
 
 
 @dataclass
@@ -38,13 +39,16 @@ class Bounded:
     """A graph with bounds of every value over N input sets, as far as they are known.
 
     boxes: by value; that of the input may be a `Ball`. memory: bytes that the coefficients may take; functions are bounded in
-    as many parts as that needs. outward: take off what rounding can add, see `error`.
+    as many parts as that needs. outward: take off what rounding can add, see `error`. cut: linear functions of the input,
+    (N, 1, ...), that are at most 0 wherever the bounds that are computed from then on shall hold; with outward by more than
+    their own rounding.
     """
 
     graph: Graph
     boxes: dict[str, Box]
     memory: int = MEMORY
     outward: bool = False
+    cut: Linear | None = None
     _planes: dict[str, Planes] = field(default_factory=dict)
 
     @staticmethod
@@ -68,14 +72,17 @@ class Bounded:
             raise InputError("lower and upper must be finite")
         bounded = Bounded(graph, {graph.input: inputs}, memory, outward)
         for node in graph.nodes:
-            bounded.boxes[node.name] = bounded._interval(node)
+            bounded.boxes[node.name] = bounded.interval(node)
         return bounded
 
     def take(self, index: Tensor) -> Bounded:
-        """Of some of the N sets, each as often as it is named."""
-        return Bounded(self.graph, {name: ends.rows(index) for name, ends in self.boxes.items()}, self.memory, self.outward)
+        """The bounds of some of the N sets, each as often as it is named."""
+        cut = None if self.cut is None else self.cut.rows(index)
+        boxes = {name: ends.rows(index) for name, ends in self.boxes.items()}
+        return Bounded(self.graph, boxes, self.memory, self.outward, cut)
 
-    def _interval(self, node: Node) -> Box:
+    def interval(self, node: Node) -> Box:
+        """The box of a node's output that the boxes of its inputs give."""
         inputs = [self.boxes[name] for name in node.inputs]
         if node.rule is not None:
             ends = node.rule.ends(*inputs)
@@ -109,31 +116,40 @@ class Bounded:
         done = set()
         for node in self.graph.nodes:
             if node.rule is None:
-                stale = any(name in done for name in node.inputs)
-                if stale:  # what comes after a tightened value is tighter too
-                    self.boxes[node.name] = self.boxes[node.name].within(self._interval(node))
+                if any(name in done for name in node.inputs):  # what comes after a tightened value is tighter too
+                    self.hold(node.name, self.interval(node))
                     done.add(node.name)
                 continue
             for name in node.inputs:
-                self.boxes[name] = self._tightened(name, steps)
-            self._planes.pop(node.name, None)
-            self.boxes[node.name] = self.boxes[node.name].within(self._interval(node))
+                self.hold(name, self.tightened(name, steps))
+            self.hold(node.name, self.interval(node))
             done.add(node.name)
 
-    def _tightened(self, name: str, steps: int) -> Box:
+    def hold(self, name: str, box: Box) -> None:
+        """That the box holds a value too is known from now on; a `Ball` stays one."""
+        if name == self.graph.input:
+            return
+        self.boxes[name] = self.boxes[name].within(box)
+        for node in self.graph.nodes:
+            if name in node.inputs:
+                self._planes.pop(node.name, None)
+
+    def tightened(self, name: str, steps: int = 0, only: Tensor | None = None) -> Box:
+        """The box of a value that goes into nonlinearities, by linear bounds; see `refine`. only: elements (N, ...) bool."""
         box = self.boxes[name]
         if name == self.graph.input or self._exact(name):
             return box
         users = [node for node in self.graph.nodes if name in node.inputs and node.rule is not None]
         if steps and all(node.rule is not None and node.rule.free for node in users):
-            box = self._tightened(name, 0)  # what is stable then needs no ascent
+            box = self.tightened(name, 0)  # what is stable then needs no ascent
         crossing = (box.lower < 0) & (box.upper > 0)  # all that ReLUs need; other nonlinearities profit everywhere
         free = all(node.rule is not None and node.rule.free for node in users)
         open_ = (crossing if free else box.lower < box.upper).flatten(1)
+        open_ = open_ if only is None else open_ & only.flatten(1)
         lower, upper = box.lower.flatten(1).clone(), box.upper.flatten(1).clone()
         width, shape = lower.shape[1], box.lower.shape[1:]
         for samples, rows in self._chunks(open_, steps):
-            part = self.rows(samples)
+            part = self if len(samples) == len(lower) else self.take(samples)
             start = lower.new_zeros(len(samples), rows.shape[1], width).scatter_(2, rows[..., None], 1)
             start = start.view(*rows.shape, *shape)
             where = (samples[:, None], rows)
@@ -158,31 +174,24 @@ class Bounded:
             (name,) = node.inputs
         return mixed <= 1 and type(self.boxes[name]) is Box
 
-    def rows(self, samples: Tensor) -> Bounded:
-        """The bounds of some of the N input sets."""
-        if len(samples) == len(self.boxes[self.graph.input].lower):
-            return self
-        return Bounded(self.graph, {key: one.rows(samples) for key, one in self.boxes.items()}, self.memory, self.outward)
-
     def _chunks(self, open_: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Samples (M,) and rows (M, K) of each that are bounded together, within the memory; open_ (N, width).
 
-        Samples with fewer open rows than others get some that aren't open, which does no harm.
+        Samples with about as many open rows are taken together; those with fewer get some that aren't open, which does no harm.
         """
         counts = open_.sum(1)
         order = open_.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-        left = counts.nonzero()[:, 0]
-        if not len(left):
-            return
+        left = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
         widest = max(math.prod(node.shape) for node in self.graph.nodes)
         element = open_.new_empty((), dtype=self.boxes[self.graph.input].lower.dtype).element_size()
         alive = widest * _COPIES if not steps else 4 * sum(math.prod(node.shape) for node in self.graph.nodes)
         budget = max(1, min(self.memory // (element * alive), _CACHE // widest if open_.device.type == "cpu" else 2**62))
-        for samples in torch.split(left, max(1, budget)):
-            most = int(counts[samples].max())
-            step = max(1, budget // len(samples))
-            for first in range(0, most, step):
-                yield samples, order[samples, first : min(most, first + step)]
+        while len(left):
+            most = int(counts[left[0]])
+            together = max(1, budget // most)
+            samples, left = left[:together].sort().values, left[together:]
+            for first in range(0, most, budget):
+                yield samples, order[samples, first : min(most, first + budget)]
 
     def by_intervals(self, rows: Tensor) -> Tensor:
         """Lower bounds (N, R) of rows (N, R, C) times the outputs, from the intervals before the last affine operators.
@@ -258,8 +267,10 @@ class Bounded:
 
         slopes: of nonlinearities where they are free; an empty one is filled with CROWN's.
         """
-        found = self.linear(name, start, slopes).lowest(self.boxes[self.graph.input])
-        return found - self.error(name, start) if self.outward else found
+        line, box = self.linear(name, start, slopes), self.boxes[self.graph.input]
+        if self.outward:
+            line = replace(line, constant=line.constant - self.error(name, start))
+        return (line if self.cut is None else line.under(self.cut, box)).lowest(box)
 
     def _unit(self) -> float:
         """(n + 16) u / (1 - ...) for sums of as many terms as any value here can have: the factor of Higham's gamma_n."""
@@ -385,6 +396,43 @@ class Linear:
     def lowest_at(self, box: Box) -> Tensor:
         """Where they are least, (N, R, ...): corners of the boxes, points of the balls."""
         return box.least_at(self.coefficients)
+
+    def rows(self, index: Tensor) -> Linear:
+        """Of some of the N sets."""
+        return Linear(self.coefficients[index], self.constant[index], {})
+
+    def under(self, cut: Linear, box: Box) -> Linear:
+        """What is below them where one more linear function for each set, (N, 1), is at most 0, and least highest.
+
+        For every m >= 0, line + m cut is at most the line there (Lagrange). Its least value over the box is concave in m; each
+        point x of the box is a line above it, and the next m is where the two lines meet that enclose the peak.
+        """
+        weight = self._weights(cut, box)
+        wide = weight.view(*weight.shape, *[1] * (self.coefficients.dim() - 2))
+        return Linear(self.coefficients + wide * cut.coefficients, self.constant + weight * cut.constant, {})
+
+    @torch.no_grad()
+    def _weights(self, cut: Linear, box: Box) -> Tensor:
+        """The m of `under`, (N, R)."""
+        w, a = self.coefficients.flatten(2), cut.coefficients.flatten(2)
+
+        def at(points: Tensor) -> tuple[Tensor, Tensor]:
+            x = points.flatten(2)
+            own = torch.einsum("nri,nri->nr", w, x.expand_as(w)) + self.constant
+            return own, (torch.matmul(x, a.mT)[..., 0] + cut.constant).expand_as(own)
+
+        left, right = at(box.least_at(self.coefficients)), at(box.least_at(cut.coefficients))  # m = 0, and without end
+        best, weight = left[0], torch.zeros_like(left[0])
+        for _ in range(_MEETINGS):
+            useful = (left[1] > 0) & (right[1] < 0)
+            m = torch.where(useful, (right[0] - left[0]) / torch.where(useful, left[1] - right[1], 1), 0).clamp(min=0)
+            wide = m.view(*m.shape, *[1] * (self.coefficients.dim() - 2))
+            met = at(box.least_at(torch.addcmul(self.coefficients, wide, cut.coefficients)))
+            value, rising = met[0] + m * met[1], met[1] > 0
+            weight, best = torch.where(value > best, m, weight), torch.maximum(best, value)
+            left = (torch.where(rising, met[0], left[0]), torch.where(rising, met[1], left[1]))
+            right = (torch.where(rising, right[0], met[0]), torch.where(rising, right[1], met[1]))
+        return weight
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,10 @@ FEW_INPUTS = 16
 _STEPS = 20
 _DESCENT = 40  # steps from each corner
 _SCATTERED, _SETTLING = 256, 60  # points, and steps from them, where several conditions must hold together
+_ASCENT = 0.1  # of the time: twice what ascent on inner bounds may take
 _FIRST = 0.04  # of the time: the first search; each later one has twice as long
 _OTHER = 0.3  # of the time: left for the search on ReLUs, where inputs are halved first
+_WORTH = 0.05  # how much tightening must raise the bounds, as a share of them, to go on with it
 _MOST, _GROWTH = 10, 4  # parts for each bound in the first round of tightening, and how they grow
 
 
@@ -60,7 +62,8 @@ def prove(
                   together
     ibp, crown-ibp, crown, alpha-crown: see `bounds`
     inputs        halving boxes, for networks of at most 16 inputs; what has ReLUs leaves time for the search
-    search        branch and bound on ReLUs, in turns with tightening the bounds inside by searches of their own
+    search        branch and bound on ReLUs, in turns with tightening the bounds inside by searches of their own as long as
+                  that pays
 
     Each stage gets the cases that are left. rigorous: compute in float64, and take off what rounding can add; it takes about
     twice the time. Otherwise proofs hold up to the rounding of the dtype that the network is in.
@@ -82,6 +85,7 @@ class _Prover:
         self.bound = cases.rows.new_full((len(cases),), -torch.inf)
         self.counterexample: Tensor | None = None
         self.parts = 0
+        self.refining = 0.0  # seconds that CROWN's bounds of everything took; a step of ascent takes about half of it
 
     @property
     def deadline(self) -> float:
@@ -141,7 +145,9 @@ class _Prover:
     @torch.no_grad()
     def _corners(self) -> str:
         part = self.cases.take(self.left)
+        began = self.clock()
         self.root.refine()
+        self.refining = self.clock() - began
         points = corners(self.root.take(part.of), part.rows).flatten(1, 2)  # (D, S * K, ...)
         case = self.left.repeat_interleave(points.shape[1])
         with torch.enable_grad():
@@ -188,7 +194,9 @@ class _Prover:
 
     @torch.no_grad()
     def _alpha(self) -> str:
-        self.root.refine(_STEPS)
+        steps = int(min(_STEPS, _ASCENT * self.seconds / max(self.refining, 1e-9)))
+        if steps:
+            self.root.refine(steps)
         return self._linear(_STEPS)
 
     def _linear(self, steps: int) -> str:
@@ -213,21 +221,34 @@ class _Prover:
         used, of = torch.unique(part.of, return_inverse=True)
         root = self.root.take(used)
         part = Cases(root.boxes[self.graph.input], of, part.rows, part.constants)
-        slice_, most, reason = _FIRST * self.seconds, _MOST, ""
-        while self.clock() < self.deadline:
-            search = Search(
+        slice_, most = _FIRST * self.seconds, _MOST
+
+        def search() -> Search:
+            return Search(
                 root, part, lambda points, case: self.check(points, left[case]),
                 deadline=min(self.deadline, self.clock() + slice_), clock=self.clock,
             )  # fmt: skip
-            found = search.run()
-            reason = self._took(found, search.counterexample)
-            self._improve(left, search.bounds)
+
+        now, pays = search(), True
+        while True:
+            found = now.run()
+            reason = self._took(found, now.counterexample)
+            self._improve(left, now.bounds)
             if found.verdict != "unknown" or self.clock() >= self.deadline:
-                break
-            slice_ *= 2
-            tighten(root, most, deadline=min(self.deadline, self.clock() + slice_), clock=self.clock)
-            most *= _GROWTH
-        return reason
+                return reason
+            if pays:
+                slice_ *= 2
+                tighten(root, most, deadline=min(self.deadline, self.clock() + slice_), clock=self.clock)
+                most *= _GROWTH
+                again = search()
+                again.begin()
+                self.parts += again.count
+                gained = float((again.first - now.first).sum())
+                pays = again.counterexample is not None or gained > _WORTH * float(now.first.abs().sum())
+                now = again if pays else now
+            elif not len(now.open):  # nothing is left to split
+                return reason
+            now.deadline = min(self.deadline, self.clock() + slice_) if pays else self.deadline
 
     def _took(self, found: Found, counterexample: Tensor | None) -> str:
         self.parts += found.domains

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Literal
@@ -14,6 +14,7 @@ from torch import Tensor
 from saddlepoint.errors import ModelError
 from saddlepoint.propagation.bounds import Bounded, Box, Linear
 from saddlepoint.propagation.nodes import Graph, Node
+from saddlepoint.propagation.sets import times
 from saddlepoint.verify.cases import Cases
 from saddlepoint.verify.milp import Programme
 
@@ -21,7 +22,9 @@ Verdict = Literal["robust", "falsified", "unknown"]
 _BATCH = 256
 _CANDIDATES = 4
 _STEPS, _SLOPE_RATE, _SIGN_RATE, _DECAY = 20, 0.1, 0.1, 0.98
-_WIDTH = 2**22  # numbers of a value that are carried at once
+_WIDTH = 2**18  # numbers of a value that are carried at once
+_ROUNDS, _WORTH = 4, 0.05  # times that a case's inner bounds are cut, as long as its bound rises by such a share
+_STRONGEST = 64  # ReLUs whose inner bounds are cut in each domain
 _NUMBERS = 2**28  # that open domains may hold together before the easiest come first, so that they become fewer
 
 
@@ -30,7 +33,7 @@ class Found:
     """What a search came to.
 
     bound: the least lower bound that is left, positive where everything is proved. counterexample: an input (...), or None.
-    domains: how many parts were bounded. seconds: by the clock that was given. reason: why the verdict is "unknown".
+    domains: how many parts this run bounded. seconds: by the clock that was given. reason: why the verdict is "unknown".
     """
 
     verdict: Verdict
@@ -45,12 +48,14 @@ class Found:
 class _Domains:
     """D parts of cases' boxes: the signs of some ReLUs' inputs are fixed.
 
-    case (D,): which one. signs (D, F) int8: of the ReLUs that are not fixed at the root. slopes, multipliers (D, K, F): for
-    each of the case's rows. bound (D,).
+    case (D,): which one. signs (D, F) int8: of the ReLUs that are not fixed at the root. lower, upper (D, F): bounds of what
+    goes into them. slopes, multipliers (D, K, F): for each of the case's rows. bound (D,).
     """
 
     case: Tensor
     signs: Tensor
+    lower: Tensor
+    upper: Tensor
     slopes: Tensor
     multipliers: Tensor
     bound: Tensor
@@ -72,14 +77,16 @@ class Search:
     """Branch and bound over cases whose boxes' bounds are known.
 
     Each domain is bounded by ascent on lower slopes and on the multipliers of its signs together (beta-CROWN, Wang et al. 2021,
-    arXiv:2103.06624), its inner bounds are the root's, cut by the signs. The ReLU to split is, of the few that lose most in the
-    bound (Bunel et al. 2020, arXiv:1909.06588), the one whose children are best. Where all signs are fixed, a linear programme
-    decides. Every minimiser is tried as a counterexample.
+    arXiv:2103.06624). Its inner bounds are its parent's, cut by the signs, and by what is known of counterexamples: they are
+    where the linear function below the output isn't positive (Kotha et al. 2023, arXiv:2302.01404; Zhou et al. 2025,
+    arXiv:2512.11087); the nearer a domain is to a proof, the less of it that leaves. The ReLU to split is, of the few that lose
+    most in the bound (Bunel et al. 2020, arXiv:1909.06588), the one whose children are best. Where all signs are fixed, a
+    linear programme decides. Every minimiser is tried as a counterexample.
 
-    root: bounds over the cases' sets, (B, ...) each. check: of inputs (Q, ...) for the cases
-    with these numbers (Q,), a counterexample or None. deadline: on `clock`. name: the value that the rows speak of, if it isn't
-    the output. fair: whether cases take turns, so that the bound of each grows, where otherwise the worst comes first.
-    bounds (D,): after `run`, what is proved of each case. The search is deterministic.
+    root: bounds over the cases' sets, (B, ...) each. check: of inputs (Q, ...) for the cases with these numbers (Q,), a
+    counterexample or None. deadline: on `clock`; it may be moved, and `run` goes on. name: the value that the rows speak of, if
+    it isn't the output. fair: whether cases take turns, so that the bound of each grows, where otherwise the worst comes first.
+    first (D,): what was proved of each case before the first split. The search is deterministic.
     """
 
     def __init__(
@@ -98,47 +105,84 @@ class Search:
             ends = root.boxes[node.inputs[0]]
             self.free[node.name] = ((ends.lower < 0) & (ends.upper > 0)).flatten(1).any(0).nonzero()[:, 0]
         self.sizes = [len(self.free[node.name]) for node in self.relus]
+        self.used = {self.graph.input, *(name for node in self.graph.nodes if node.rule is not None for name in node.inputs)}
         self.count = 0
         widest = max((node.shape.numel() for node in self.graph.nodes), default=1) * cases.rows.shape[1]
         self.batch = max(1, min(_BATCH, _WIDTH // widest))
         self.counterexample: Tensor | None = None
+        self.first = cases.rows.new_full((len(cases),), -torch.inf)
+        self.begun, self.open = False, self._whole()
+        self.fixed = self.open.take(self.open.case[:0])  # parts that nothing can be split of
+
+    @property
+    def bounds(self) -> Tensor:
+        """What is proved of each case so far, (D,): lower bounds, at most the tolerance."""
+        left = _Domains.join([self.open, self.fixed])
+        return torch.full_like(self.first, self.tolerance).scatter_reduce(0, left.case, left.bound, "amin")
 
     def run(self, most: int | None = None) -> Found:
         """Until everything is proved, a counterexample is found, time is up, or more than `most` parts were bounded."""
-        started, size, rows, width = self.clock(), len(self.cases), self.cases.rows.shape[1], sum(self.sizes)
-        like = self.cases.rows
-        signs = torch.zeros(size, width, dtype=torch.int8, device=like.device)
-        zero = like.new_zeros(size, rows, width)
-        start = _Domains(torch.arange(size, device=like.device), signs, zero, zero, like.new_full((size,), -torch.inf))
+        started, counted, reason = self.clock(), self.count, ""
+        self.begin()
+        while len(self.open) and self.counterexample is None:
+            if reason := self._late(len(self.open), most):
+                break
+            self.open = self._step(*self._worst(self.open))
+        left = _Domains.join([self.open, self.fixed])
+        if len(self.fixed) and not reason:
+            reason = f"every ReLU of {len(self.fixed)} parts is fixed, and their bounds are not above 0"
+        verdict: Verdict = "falsified" if self.counterexample is not None else "unknown" if len(left) else "robust"
+        bound = float(left.bound.min()) if len(left) else self.tolerance
+        return Found(verdict, bound, self.counterexample, self.count - counted, self.clock() - started, reason)
+
+    def begin(self) -> None:
+        """Bound the cases as they are, inner bounds cut as long as it helps; what `run` does first."""
+        if self.begun:
+            return
+        found = []
+        for part in torch.split(self.open.case, self.batch):
+            domains = self.open.take(part)
+            for _ in range(1 if self.fair else _ROUNDS):
+                solved = self._solved(domains, sum(self.sizes))
+                risen = solved.bound - domains.bound > _WORTH * solved.bound.abs()
+                domains = self._left(solved)
+                if not bool((risen & (solved.bound <= self.tolerance)).any()):
+                    break
+            found.append(domains)
+        self.begun, self.open = True, _Domains.join(found)
+        self.first = self.bounds
+
+    def _whole(self) -> _Domains:
+        """The cases themselves, with CROWN's slopes."""
+        rows, of = self.cases.rows, self.cases.of
+        zero = rows.new_zeros(len(rows), rows.shape[1], sum(self.sizes))
+        boxes = {name: box.rows(of) for name, box in self.root.boxes.items()}
+        signs, case = zero[:, 0].to(torch.int8), torch.arange(len(rows), device=rows.device)
         slopes: dict[str, Tensor] = {}
-        self._bounded(start).linear(self.name, self.cases.rows, slopes)
-        first = torch.cat([slopes[node.name].flatten(2)[..., self.free[node.name]] for node in self.relus], 2)
-        start = _Domains(start.case, signs, first.detach(), zero, start.bound)
-        open_ = _Domains.join([self._left(self._solved(start.take(part))) for part in torch.split(start.case, self.batch)])
-        reason, fixed = "", open_.take(open_.case[:0])
-        while len(open_) and self.counterexample is None:
-            if self.clock() >= self.deadline:
-                reason = f"time is up; {len(open_)} parts of {self.count} are open"
-                break
-            if most is not None and self.count > most:
-                reason = f"{most} parts are bounded; {len(open_)} are open"
-                break
-            easy = len(open_) * (2 * rows + 1) * width > _NUMBERS
-            order = open_.bound.argsort(descending=easy)
-            if self.fair:
-                order = order[_ranks(open_.case[order]).argsort(stable=True)]
-            worst, rest = open_.take(order[: self.batch]), open_.take(order[self.batch :])
-            splittable = self._splittable(worst)
-            fixed = _Domains.join([fixed, self._left(self._leaves(worst.take(~splittable)))])
-            worst = worst.take(splittable)
-            open_ = _Domains.join([self._left(self._solved(self._split(worst))), rest]) if len(worst) else rest
-        if len(fixed) and not reason:
-            reason = f"every ReLU of {len(fixed)} parts is fixed, and their bounds are not above 0"
-        open_ = _Domains.join([open_, fixed])
-        verdict: Verdict = "falsified" if self.counterexample is not None else "unknown" if len(open_) else "robust"
-        self.bounds = like.new_full((size,), self.tolerance).scatter_reduce(0, open_.case, open_.bound, "amin")
-        bound = float(open_.bound.min()) if len(open_) else self.tolerance
-        return Found(verdict, bound, self.counterexample, self.count, self.clock() - started, reason)
+        Bounded(self.graph, boxes).linear(self.name, rows, slopes)
+        bound = rows.new_full((len(rows),), -torch.inf)
+        return _Domains(case, signs, *self._ends(boxes), self._compact(slopes, zero), zero, bound)
+
+    def _step(self, worst: _Domains, rest: _Domains) -> _Domains:
+        """What is open when some parts have been split, or decided where nothing is left to split."""
+        splittable = ((worst.lower < 0) & (worst.upper > 0)).any(1)
+        self.fixed = _Domains.join([self.fixed, self._left(self._leaves(worst.take(~splittable)))])
+        worst = worst.take(splittable)
+        return _Domains.join([self._left(self._solved(self._split(worst))), rest]) if len(worst) else rest
+
+    def _late(self, count: int, most: int | None) -> str:
+        """Why the search ends with so many parts open."""
+        if self.clock() >= self.deadline:
+            return f"time is up; {count} parts of {self.count} are open"
+        return f"{most} parts are bounded; {count} are open" if most is not None and self.count > most else ""
+
+    def _worst(self, open_: _Domains) -> tuple[_Domains, _Domains]:
+        """The parts to go on with, and the rest."""
+        easy = len(open_) * (2 * open_.slopes.shape[1] + 3) * sum(self.sizes) > _NUMBERS
+        order = open_.bound.argsort(descending=easy)
+        if self.fair:
+            order = order[_ranks(open_.case[order]).argsort(stable=True)]
+        return open_.take(order[: self.batch]), open_.take(order[self.batch :])
 
     def _left(self, domains: _Domains) -> _Domains:
         return domains.take((domains.bound <= self.tolerance).nonzero()[:, 0])
@@ -168,15 +212,6 @@ class Search:
         except ModelError:
             return None
 
-    def _splittable(self, domains: _Domains) -> Tensor:
-        """Which have a ReLU whose sign is open, (D,) bool."""
-        found = torch.zeros(len(domains), dtype=torch.bool, device=domains.case.device)
-        bounded = self._bounded(domains)
-        for node in self.relus:
-            ends = bounded.boxes[node.inputs[0]]
-            found |= ((ends.lower < 0) & (ends.upper > 0)).flatten(1).any(1)
-        return found
-
     # ---- between the compact form (D, ..., F) and that of the graph's values
 
     def _wide(self, compact: Tensor) -> dict[str, Tensor]:
@@ -187,21 +222,30 @@ class Search:
             table[node.name] = full.index_copy(-1, self.free[node.name], part).view(*part.shape[:-1], *node.shape)
         return table
 
-    def _compact(self, table: dict[str, Tensor], lead: int) -> Tensor:
-        return torch.cat([table[node.name].flatten(lead)[..., self.free[node.name]] for node in self.relus], -1)
+    def _compact(self, table: dict[str, Tensor], like: Tensor) -> Tensor:
+        """Of tables by ReLU (..., *shape) what is in the compact form, (..., F) as like is."""
+        parts = [table[node.name].flatten(like.dim() - 1)[..., self.free[node.name]] for node in self.relus]
+        return torch.cat(parts, -1) if parts else like
 
-    def _bounded(self, domains: _Domains) -> Bounded:
-        """The root's bounds, for each domain, cut by its signs."""
+    def _ends(self, boxes: Mapping[str, Box]) -> tuple[Tensor, Tensor]:
+        """Bounds of what goes into ReLUs, (D, F) each."""
+        sets = boxes[self.graph.input].lower
+        like, ends = sets.new_zeros(len(sets), 0), {node.name: boxes[node.inputs[0]] for node in self.relus}
+        lower = self._compact({name: end.lower for name, end in ends.items()}, like)
+        return lower, self._compact({name: end.upper for name, end in ends.items()}, like)
+
+    def _bounded(self, domains: _Domains, cut: Linear | None = None) -> Bounded:
+        """The root's bounds, for each domain, with its own of the ReLUs that are not fixed at the root."""
         of = self.cases.of[domains.case]
-        boxes = {name: ends.rows(of) for name, ends in self.root.boxes.items()}
-        for name, sign in self._wide(domains.signs).items():
-            (source,) = next(node for node in self.relus if node.name == name).inputs
-            ends = boxes[source]
-            boxes[source] = Box(
-                torch.where(sign > 0, ends.lower.clamp(min=0), ends.lower),
-                torch.where(sign < 0, ends.upper.clamp(max=0), ends.upper),
-            )
-        return Bounded(self.graph, boxes, self.root.memory, self.root.outward)
+        boxes = {name: self.root.boxes[name].rows(of) for name in self.used}
+        ends = (torch.split(end, self.sizes, 1) for end in (domains.lower, domains.upper))
+        for node, lower, upper in zip(self.relus, *ends, strict=True):
+            box, free = boxes[node.inputs[0]], self.free[node.name]
+            low, high = box.lower.flatten(1), box.upper.flatten(1)
+            low = low.index_copy(1, free, torch.maximum(low[:, free], lower))
+            high = high.index_copy(1, free, torch.minimum(high[:, free], upper))
+            boxes[node.inputs[0]] = Box(low.view_as(box.lower), high.view_as(box.upper))
+        return Bounded(self.graph, boxes, self.root.memory, self.root.outward, cut)
 
     def _line(self, bounded: Bounded, domains: _Domains, slopes: Tensor, multipliers: Tensor | None) -> Linear:
         """Linear functions below the case's rows, constants included."""
@@ -216,7 +260,7 @@ class Search:
 
     # ---- bounding
 
-    def _solved(self, domains: _Domains) -> _Domains:
+    def _solved(self, domains: _Domains, strongest: int = _STRONGEST) -> _Domains:
         """Bounds by ascent on slopes and multipliers together; a domain is safe if one of its rows is positive."""
         bounded, ends = self._bounded(domains), self.graph.input
         self.count += len(domains)
@@ -230,7 +274,9 @@ class Search:
                 bound = line.lowest(bounded.boxes[ends])
             if self.root.outward:  # what rounding can add, with the largest multipliers of any step so far
                 most = torch.maximum(most, betas.detach())
-                bound = bound - self._error(bounded, domains, most)
+                error = self._error(bounded, domains, most)
+                bound = bound - error
+                line = replace(line, constant=line.constant - 2 * error)
             best = torch.maximum(best, bound.detach().amax(1))
             done = best > self.tolerance
             if step == 0 or last:
@@ -245,7 +291,41 @@ class Search:
                 betas.clamp_(min=0)
             for group in optimizer.param_groups:
                 group["lr"] *= _DECAY
-        return _Domains(domains.case, domains.signs, slopes.detach(), betas.detach(), best)
+            if step + 1 == _STEPS // 2:
+                domains = self._cut(domains, line, bound, strongest)
+                bounded = self._bounded(domains)
+        return replace(domains, slopes=slopes.detach(), multipliers=betas.detach(), bound=best)
+
+    @torch.no_grad()
+    def _cut(self, domains: _Domains, line: Linear, bound: Tensor, strongest: int) -> _Domains:
+        """Inner bounds again, of so many ReLUs that lose most, but only where the line (D, K, ...) isn't positive.
+
+        No counterexample is elsewhere. bound (D, K): the line's. Domains of whose values the cut leaves half or more are left
+        as they are.
+        """
+        sets, nearest = self.cases.inputs.rows(self.cases.of[domains.case]), bound.argmax(1)  # of the rows, nearest to a proof
+        each = torch.arange(len(nearest), device=nearest.device)
+        cut = Linear(line.coefficients[each, nearest][:, None], line.constant[each, nearest][:, None] - self.tolerance, {})
+        lowest = bound[each, nearest] - self.tolerance
+        middle = (times(cut.coefficients, (sets.lower + sets.upper) / 2) + cut.constant)[:, 0]
+        index = ((lowest <= 0) & (middle > -lowest)).nonzero()[:, 0]
+        if not len(index):
+            return domains
+        some = domains.take(index)
+        part = self._bounded(some, cut.rows(index))
+        inner = {name: a[index, nearest[index]].abs() for name, a in line.inner.items()}
+        loss = self._compact(
+            {node.name: inner[node.name] * _gap(part.boxes[node.inputs[0]]) for node in self.relus}, some.lower
+        )
+        least = loss.topk(min(strongest, loss.shape[1]), dim=1).values[:, -1:]
+        chosen = self._wide((loss >= least) & (loss > 0))
+        for node in self.relus:
+            (name,) = node.inputs
+            part.hold(name, part.tightened(name, only=chosen[node.name]))
+        lower, upper = self._ends(part.boxes)
+        return replace(
+            domains, lower=domains.lower.index_copy(0, index, lower), upper=domains.upper.index_copy(0, index, upper)
+        )
 
     def _try(self, points: Tensor, case: Tensor) -> None:
         """Whether one of the minimisers (D, K, ...) is a counterexample."""
@@ -265,10 +345,9 @@ class Search:
         for node in self.relus:
             ends, a = bounded.boxes[node.inputs[0]], inner[node.name]
             between = (ends.lower < 0) & (ends.upper > 0)
-            gap = -ends.lower * ends.upper / torch.where(between, ends.upper - ends.lower, 1)
-            loss = (-a).clamp(min=0) * gap + a.clamp(min=0) * torch.minimum(-ends.lower, ends.upper).clamp(min=0)
+            loss = (-a).clamp(min=0) * _gap(ends) + a.clamp(min=0) * torch.minimum(-ends.lower, ends.upper).clamp(min=0)
             tables[node.name] = torch.where(between, loss, -torch.inf)
-        top = self._compact(tables, 1).topk(min(_CANDIDATES, sum(self.sizes)), dim=1)
+        top = self._compact(tables, domains.lower).topk(min(_CANDIDATES, sum(self.sizes)), dim=1)
         best: tuple[Tensor, Tensor] | None = None
         for place, score in zip(top.indices.T, top.values.T, strict=True):
             both = self._children(domains, place)
@@ -283,16 +362,24 @@ class Search:
 
     def _children(self, domains: _Domains, place: Tensor) -> _Domains:
         """Both signs of the ReLU at `place` (D,) of the compact form."""
-        two = []
-        for sign in (1, -1):
-            signs = domains.signs.scatter(1, place[:, None], sign)
-            two.append(_Domains(domains.case, signs, domains.slopes, domains.multipliers, domains.bound))
-        return _Domains.join(two)
+        here = place[:, None]
+        above = domains.lower.scatter(1, here, domains.lower.gather(1, here).clamp(min=0))
+        below = domains.upper.scatter(1, here, domains.upper.gather(1, here).clamp(max=0))
+        return _Domains.join([
+            replace(domains, signs=domains.signs.scatter(1, here, 1), lower=above),
+            replace(domains, signs=domains.signs.scatter(1, here, -1), upper=below),
+        ])  # fmt: skip
 
 
 def branching(graph: Graph) -> list[Node]:
     """Nonlinearities with two linear pieces that meet at 0: ReLU and leaky ReLU."""
     return [node for node in graph.nodes if node.rule is not None and node.rule.free]
+
+
+def _gap(ends: Box) -> Tensor:
+    """How far the chord is above 0, where a ReLU is 0: - lower upper / (upper - lower), 0 where the sign is known."""
+    between = (ends.lower < 0) & (ends.upper > 0)
+    return torch.where(between, -ends.lower * ends.upper / torch.where(between, ends.upper - ends.lower, 1), 0)
 
 
 def _ranks(values: Tensor) -> Tensor:

@@ -16,9 +16,7 @@ from saddlepoint.verify.search import Search, branching
 _STEPS = 20
 
 
-def tighten(
-    root: Bounded, most: int, *, deadline: float, clock: Callable[[], float] = time.perf_counter
-) -> None:  # fmt: skip
+def tighten(root: Bounded, most: int, *, deadline: float, clock: Callable[[], float] = time.perf_counter) -> None:
     """Bound, layer by layer, each ReLU's input that can have either sign by about `most` parts of its own search.
 
     Everything behind profits: where a layer is narrow, as towards the end of deep networks, most of what linear bounds lose
@@ -31,17 +29,14 @@ def tighten(
     deep = [node for node in relus if any(one.name in graph.before(node.inputs[0]) for one in relus)]
     left = len(deep)
     for node in graph.nodes:
-        if node.rule is None:
-            root.boxes[node.name] = root.boxes[node.name].within(root._interval(node))
-            continue
         if node in deep:
             (name,) = node.inputs
             with torch.no_grad():
-                root.boxes[name] = root.boxes[name].within(root._tightened(name, _STEPS))
+                root.hold(name, root.tightened(name, _STEPS if clock() < deadline else 0))
             until = clock() + (deadline - clock()) / left
-            root.boxes[name] = _searched(root, node, most, min(until, deadline), clock)
+            root.hold(name, _searched(root, node, most, min(until, deadline), clock))
             left -= 1
-        root.boxes[node.name] = root._interval(node)
+        root.hold(node.name, root.interval(node))
 
 
 def _searched(root: Bounded, node: Node, most: int, deadline: float, clock: Callable[[], float]) -> Box:
