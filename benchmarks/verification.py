@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 import saddlepoint as sp
-from saddlepoint.propagation.bounds import Method
+from saddlepoint.propagation.methods import Method
 from saddlepoint.verify import Proof, Property, bounds, decide, read, read_vnnlib
 
 ANSWERS = {"robust": "unsat", "falsified": "sat"}

@@ -14,8 +14,9 @@ import saddlepoint as sp
 from saddlepoint import defenses
 from saddlepoint.defenses import CROWNIBP, IBP, MTLIBP, SABR, Batch, ConvexDual
 from saddlepoint.defenses.certified import grown, tightness
-from saddlepoint.propagation.bounds import Bounded, bounds
+from saddlepoint.propagation.bounds import Bounded
 from saddlepoint.propagation.graph import export
+from saddlepoint.propagation.methods import bounds
 
 DIGITS = sp.data.load("digits")
 LINF = sp.Linf(0.1)

@@ -17,7 +17,7 @@ import torch
 
 import saddlepoint
 import saddlepoint as sp
-from saddlepoint.propagation.bounds import Method
+from saddlepoint.propagation.methods import Method
 from saddlepoint.verify.certify import STAGES
 
 ROOT = Path(__file__).parent.parent

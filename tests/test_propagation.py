@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import saddlepoint as sp
 from saddlepoint.errors import InputError, ModelError
-from saddlepoint.propagation.bounds import Method, bounds
 from saddlepoint.propagation.graph import read
+from saddlepoint.propagation.methods import Method, bounds
 from saddlepoint.propagation.relax import _CURVES, Curve, Relu
 from saddlepoint.propagation.sets import Box
 from saddlepoint.verify.vnnlib import read_vnnlib

@@ -11,10 +11,11 @@ from torch.nn import functional
 
 import saddlepoint as sp
 from saddlepoint.errors import InputError, ModelError
-from saddlepoint.propagation.bounds import Ball, Bounded, Box, Method, OutputBounds, bounds
+from saddlepoint.propagation.bounds import Ball, Bounded, Box
 from saddlepoint.propagation.graph import Graph, read
+from saddlepoint.propagation.methods import Method, OutputBounds, bounds
 
-METHODS: tuple[Method, ...] = ("ibp", "forward", "deepz", "crown-ibp", "crown", "alpha-crown", "best")
+METHODS: tuple[Method, ...] = ("ibp", "forward", "deepz", "crown-ibp", "crown", "alpha-crown", "alpha-crown-joint", "best")
 Function = Callable[[Tensor], Tensor]
 
 FUNCTIONS: dict[str, Function] = {
@@ -204,7 +205,7 @@ def test_balls(norm: str) -> None:
 
 def test_rigorous_bounds_lie_below_and_hardly() -> None:
     graph, _, x = relus(2)
-    for method in ("ibp", "crown-ibp", "crown", "alpha-crown"):
+    for method in ("ibp", "crown-ibp", "crown", "alpha-crown", "alpha-crown-joint"):
         plain, careful = (bounds(graph, x - 0.3, x + 0.3, method=method, steps=3, rigorous=on) for on in (False, True))
         gap = plain.lower - careful.lower
         assert bool((gap > 0).all())
@@ -224,6 +225,21 @@ def test_the_best_is_at_least_as_good_as_each() -> None:
     best = bounds(graph, x - 0.3, x + 0.3, method="best").lower
     for method in ("ibp", "forward", "crown", "alpha-crown"):
         assert bool((best >= bounds(graph, x - 0.3, x + 0.3, method=method).lower - 1e-9).all()), method
+
+
+def test_joint_slopes_are_tighter_and_sound_under_few_steps() -> None:
+    gains = []
+    for seed in range(4):
+        graph, model, x = relus(seed)
+        apart, together = (
+            bounds(graph, x - 0.4, x + 0.4, method=method, steps=5).lower for method in ("alpha-crown", "alpha-crown-joint")
+        )
+        points = x + 0.8 * (torch.rand(2000, *x.shape, dtype=torch.float64) - 0.5)
+        least = model.logits(points.flatten(0, 1)).view(2000, len(x), -1).amin(0)
+        assert bool((together <= least + 1e-9).all())
+        assert bool((together >= apart).all())
+        gains.append(float((together - apart).mean()))
+    assert max(gains) > 1e-5
 
 
 def test_reciprocals_of_what_may_be_zero_are_unknown() -> None:

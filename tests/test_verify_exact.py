@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import saddlepoint as sp
 from saddlepoint.errors import CapabilityError, InputError, ModelError
-from saddlepoint.propagation.bounds import Bounded, Box, Method, bounds
+from saddlepoint.propagation.bounds import Bounded, Box
 from saddlepoint.propagation.graph import Exported, export, read
+from saddlepoint.propagation.methods import Method, bounds
 from saddlepoint.verify.exact import nearest, proved_radius
 from saddlepoint.verify.milp import Programme, System
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import saddlepoint as sp
-from saddlepoint.propagation.bounds import Bounded, Box, Method, bounds
+from saddlepoint.propagation.bounds import Bounded, Box
 from saddlepoint.propagation.graph import Exported, export
+from saddlepoint.propagation.methods import Method, bounds
 from saddlepoint.verify import Cases, Programme, Proof
 from saddlepoint.verify import prove as prove_
 from saddlepoint.verify.cases import margins

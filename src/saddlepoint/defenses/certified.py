@@ -25,8 +25,9 @@ from saddlepoint.engine import Attack
 from saddlepoint.errors import CapabilityError, InputError
 from saddlepoint.models.base import Classifier
 from saddlepoint.models.freeze import global_random_state_kept
-from saddlepoint.propagation.bounds import Bounded, Box, Method, Slopes, bounds
+from saddlepoint.propagation.bounds import Bounded, Box, Slopes
 from saddlepoint.propagation.graph import Exported, Graph, export
+from saddlepoint.propagation.methods import Method, bounds
 from saddlepoint.taxonomy import Norm
 from saddlepoint.threats import Region, Threat
 
@@ -77,7 +78,7 @@ def lowest_margins(
 ) -> Tensor:  # fmt: skip
     """Lower bounds (N,) of z_y - max_j z_j within an l-infinity ball: where above 0, the answer is proven.
 
-    method, rigorous: see `saddlepoint.propagation.bounds.bounds`; without `rigorous` up to rounding. Errors: `InputError`,
+    method, rigorous: see `saddlepoint.propagation.methods.bounds`; without `rigorous` up to rounding. Errors: `InputError`,
     `ModelError`.
 
     >>> import saddlepoint as sp

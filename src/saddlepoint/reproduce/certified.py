@@ -12,8 +12,8 @@ from saddlepoint.data import Split
 from saddlepoint.defenses import IBP, ConvexDual, dual_bounds, interval_initialize, lowest_margins
 from saddlepoint.defenses.certified import differences
 from saddlepoint.models import Model
-from saddlepoint.propagation.bounds import Method
 from saddlepoint.propagation.graph import export
+from saddlepoint.propagation.methods import Method
 from saddlepoint.reproduce.frame import Context, Figure, Recipe, entry
 from saddlepoint.reproduce.masking import UNIT
 from saddlepoint.reproduce.measures import error

@@ -1,7 +1,7 @@
 """Proofs: bounds of what a network can answer within a set, complete search, exact distances, votes under noise."""
 
-from saddlepoint.propagation.bounds import OutputBounds, bounds
 from saddlepoint.propagation.graph import read
+from saddlepoint.propagation.methods import OutputBounds, bounds
 from saddlepoint.propagation.sets import Ball, Box
 from saddlepoint.verify.cases import Cases
 from saddlepoint.verify.certify import Certification, certify
