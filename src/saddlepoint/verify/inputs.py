@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -92,11 +92,9 @@ class InputSearch:
     def run(self) -> Found:
         """Until every box is proved, a counterexample is found, or time is up."""
         started, reason = self.clock(), ""
-        case = torch.arange(len(self.cases), device=self.cases.rows.device)
-        unknown = self.cases.constants.new_full((len(case),), -torch.inf)
-        inner = {name: box.rows(self.cases.of) for name, box in self._inner(Bounded.of(self.graph, self.cases.inputs)).items()}
-        self.stack = [_Open(self.cases.sets, case, unknown, torch.full_like(case, -1), inner)]
-        most = _MOST // max(1, sum(2 * box.lower[0].numel() * box.lower.element_size() for box in inner.values()))
+        whole = self._whole()
+        self.stack = [whole.take(part) for part in torch.split(whole.case, _BATCH)]
+        most = _MOST // max(1, sum(2 * box.lower[0].numel() * box.lower.element_size() for box in whole.inner.values()))
         while self.stack:
             number = sum(map(len, self.stack))
             if self.clock() >= self.deadline:
@@ -122,6 +120,14 @@ class InputSearch:
         least = min((float(part.bound.min()) for part in self.stack), default=self.tolerance)
         return Found(verdict, least, self.counterexample, self.count, self.clock() - started, reason)
 
+    def _whole(self) -> _Open:
+        """The sets themselves."""
+        case = torch.arange(len(self.cases), device=self.cases.rows.device)
+        unknown = self.cases.constants.new_full((len(case),), -torch.inf)
+        bounded = Bounded.of(self.graph, self.cases.inputs, outward=self.outward)
+        inner = {name: box.rows(self.cases.of) for name, box in self._inner(bounded).items()}
+        return _Open(self.cases.sets, case, unknown, torch.full_like(case, -1), inner)
+
     def _inner(self, bounded: Bounded) -> dict[str, Box]:
         names = dict.fromkeys(name for node in self.curved for name in node.inputs if name != self.graph.input)
         return {name: bounded.boxes[name] for name in names}
@@ -141,7 +147,8 @@ class InputSearch:
         part, line, kept = self._cut(replace(part, inner=self._inner(bounded)), bounded, line)
         if self.counterexample is not None or not len(part):
             return part
-        return replace(part, place=self._place(bounded.rows(kept), line, part.boxes))
+        gaps = {node.name: _gap(node, bounded)[kept] for node in self.curved}
+        return replace(part, place=self._place(part.boxes, line, gaps))
 
     def _within(self, part: _Open) -> Bounded:
         """Intervals, and the inner bounds that are known."""
@@ -152,7 +159,7 @@ class InputSearch:
     def _cut(self, part: _Open, bounded: Bounded, line: Linear | None = None) -> tuple[_Open, Linear, Tensor]:
         """The boxes that linear bounds don't prove, cut to where they don't; those bounds, and which boxes it are."""
         rows, constants = self.cases.rows[part.case], self.cases.constants[part.case]
-        line = line or bounded.linear(self.graph.output, rows)
+        line = bounded.linear(self.graph.output, rows) if line is None else line
         error = bounded.error(self.graph.output, rows) if self.outward else torch.zeros_like(constants)
         boxes, bound = part.boxes, part.bound
         for row in range(rows.shape[1]):  # in turn: each makes the box smaller for the next
@@ -164,24 +171,25 @@ class InputSearch:
         line = Linear(line.coefficients[kept], line.constant[kept], {name: a[kept] for name, a in line.inner.items()})
         return replace(part, boxes=boxes, bound=bound).take(kept), line, kept
 
-    def _place(self, bounded: Bounded, line: Linear, boxes: Box) -> Tensor:
+    def _place(self, boxes: Box, line: Linear, gaps: Mapping[str, Tensor]) -> Tensor:
         """The input (D,) that what the bounds lose is due to most.
 
         A linear bound varies over its box by |A_i| width_i in input i, and at each nonlinearity it loses |a| times the distance
         of the two planes. That is due to the inputs in proportion to how far the value moves, between the middles of opposite
         faces of the box.
         """
-        width = (boxes.upper - boxes.lower).flatten(1)
+        lower, width = boxes.lower.flatten(1), (boxes.upper - boxes.lower).flatten(1)
         pull = line.coefficients.abs().flatten(2).sum(1) * width
         moves = self._moves(boxes, [_source(node) for node in self.curved])
         for node in self.curved:
             if node.name in line.inner:
-                loss = (line.inner[node.name].abs().sum(1) * _gap(node, bounded)).flatten(1)
+                loss = (line.inner[node.name].abs().sum(1) * gaps[node.name]).flatten(1)
                 move = moves[_source(node)]
                 share = move / move.sum(1, keepdim=True).clamp(min=torch.finfo(move.dtype).tiny)
                 pull = pull + torch.einsum("df,dnf->dn", loss, share)
         pull = pull.nan_to_num(0.0) + 1e-6 * width / width.amax(1, keepdim=True).clamp(min=torch.finfo(width.dtype).tiny)
-        return torch.where(width > 0, pull, -1).argmax(1)
+        middle = lower + width / 2
+        return torch.where((middle > lower) & (middle < boxes.upper.flatten(1)), pull, -1).argmax(1)
 
     def _moves(self, boxes: Box, names: Sequence[str]) -> dict[str, Tensor]:
         """How far values move, (D, I, F), when each of I inputs goes through the box and the others stay in the middle."""
