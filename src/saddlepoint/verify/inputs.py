@@ -72,7 +72,7 @@ class InputSearch:
     """Branch and bound on the inputs.
 
     Each box is bounded by CROWN, within the inner bounds of the box that it is a part of, and cut to where no linear bound
-    proves it (`clipped`). What is left is halved along the input that the looseness of the bound is due to most, see `_pull`.
+    proves it (`clipped`). What is left is halved along the input that the looseness of the bound is due to most, see `_place`.
     The newest boxes come first, so that few are open at once, and of those the worst. The minimiser of each bound and the
     middle of each box are tried as counterexamples. Any nonlinearity will do. check, deadline, clock, tolerance: as in
     `Search`. outward: take off what rounding can add.
@@ -174,12 +174,13 @@ class InputSearch:
     def _place(self, boxes: Box, line: Linear, gaps: Mapping[str, Tensor]) -> Tensor:
         """The input (D,) that what the bounds lose is due to most.
 
-        A linear bound varies over its box by |A_i| width_i in input i, and at each nonlinearity it loses |a| times the distance
-        of the two planes. That is due to the inputs in proportion to how far the value moves, between the middles of opposite
-        faces of the box.
+        At each nonlinearity they lose |a| times the distance of the two planes. That is due to the inputs in proportion to how
+        far the value moves between the middles of opposite faces of the box. How far a linear bound itself moves doesn't count:
+        it is what boxes are cut by. Where nothing is lost: the widest input.
         """
         lower, width = boxes.lower.flatten(1), (boxes.upper - boxes.lower).flatten(1)
-        pull = line.coefficients.abs().flatten(2).sum(1) * width
+        middle = lower + width / 2
+        pull = torch.zeros_like(width)
         moves = self._moves(boxes, [_source(node) for node in self.curved])
         for node in self.curved:
             if node.name in line.inner:
@@ -187,9 +188,9 @@ class InputSearch:
                 move = moves[_source(node)]
                 share = move / move.sum(1, keepdim=True).clamp(min=torch.finfo(move.dtype).tiny)
                 pull = pull + torch.einsum("df,dnf->dn", loss, share)
-        pull = pull.nan_to_num(0.0) + 1e-6 * width / width.amax(1, keepdim=True).clamp(min=torch.finfo(width.dtype).tiny)
-        middle = lower + width / 2
-        return torch.where((middle > lower) & (middle < boxes.upper.flatten(1)), pull, -1).argmax(1)
+        pull, tiny = pull.nan_to_num(0.0), torch.finfo(width.dtype).tiny
+        pull, width = (one / one.amax(1, keepdim=True).clamp(min=tiny) for one in (pull, width))
+        return torch.where((middle > lower) & (middle < boxes.upper.flatten(1)), pull + 1e-6 * width, -1).argmax(1)
 
     def _moves(self, boxes: Box, names: Sequence[str]) -> dict[str, Tensor]:
         """How far values move, (D, I, F), when each of I inputs goes through the box and the others stay in the middle."""
