@@ -19,7 +19,7 @@ from saddlepoint.propagation.graph import Exported, export
 from saddlepoint.propagation.nodes import Graph
 from saddlepoint.verify import Cases, Programme, prove
 from saddlepoint.verify.cases import margins
-from saddlepoint.verify.inputs import InputSearch
+from saddlepoint.verify.inputs import InputSearch, clipped
 from saddlepoint.verify.search import Search
 from saddlepoint.verify.tighten import tighten
 
@@ -374,6 +374,77 @@ def test_boxes_without_width_and_boxes_that_cannot_be_halved() -> None:
     found = InputSearch(graph, cases, lambda points, case: None, deadline=math.inf).run()
     assert found.verdict == "unknown"
     assert "halved" in found.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, FLOAT])
+def test_clipped_boxes_hold_all_that_lines_do_not_prove(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lower = torch.randn(200, 3, generator=generator).to(dtype)
+    boxes = Box(lower, lower + torch.rand(200, 3, generator=generator).to(dtype))
+    a = torch.randn(200, 3, generator=generator).to(dtype)
+    a[:20, 1], a[20:30] = 0, 0
+    slack = torch.rand(200, generator=generator).to(dtype) * (boxes.upper - boxes.lower).mean(1)
+    slack[30:40] = 0
+    cut = clipped(boxes, a, slack)
+    assert bool((cut.lower >= boxes.lower).all() and (cut.upper <= boxes.upper).all() and (cut.lower <= cut.upper).all())
+    assert float((cut.upper - cut.lower).prod(1).mean()) < 0.5 * float((boxes.upper - boxes.lower).prod(1).mean())
+    assert torch.equal(cut.lower[20:30], boxes.lower[20:30])  # nothing is known without a slope
+    shares = torch.cartesian_prod(*[torch.linspace(0, 1, 9, dtype=FLOAT)] * 3)
+    points = boxes.lower.double()[:, None] + shares * (boxes.upper.double() - boxes.lower.double())[:, None]
+    above = ((points - points[:, :1].where(a[:, None] > 0, points[:, -1:])) * a.double()[:, None]).sum(2)
+    inside = ((points >= cut.lower[:, None]) & (points <= cut.upper[:, None])).all(2)
+    assert bool(inside[above <= slack.double()[:, None]].all())
+    assert not bool(inside[40:].all())
+    reach = (slack / a[:, 0].abs()).where(a[:, 0] != 0, math.inf)  # and no more than that, but for rounding
+    assert bool((cut.upper - cut.lower)[:, 0].le(reach + 1e-5).all())
+
+
+@pytest.mark.parametrize(("activation", "outward"), [(nn.ReLU, False), (nn.ReLU, True), (nn.Tanh, False), (nn.Tanh, True)])
+def test_input_search_loses_no_counterexample(activation: type[nn.Module], outward: bool) -> None:
+    """What is unsafe is in an open box after any number of rounds, where no counterexample is looked for."""
+    ticks = torch.linspace(0, 1, 15, dtype=FLOAT)
+    share = torch.cartesian_prod(ticks, ticks, ticks)
+    rows = torch.tensor([[1.0, -1.0, 0.0], [0.0, 1.0, -1.0]], dtype=FLOAT)
+    for seed in range(2):
+        _, graph = drawn(80 + seed, 3, 8, activation)
+        x = torch.tensor([[0.3, 0.4, 0.5], [0.7, 0.6, 0.2]], dtype=FLOAT)
+        inputs = Box(x - 0.4, x + 0.4)
+        points = inputs.lower[:, None] + 0.8 * share
+        margins_ = (graph.outputs(points.flatten(0, 1)) @ rows.T).amax(1).view(2, -1)
+        constants = -margins_.kthvalue(40, 1).values[:, None].expand(2, 2)  # 40 of 3375 points are unsafe
+        cases = Cases(inputs, torch.tensor([0, 1]), rows.expand(2, 2, 3), constants)
+        for rounds in (1, 3, 8):
+            count = itertools.count()
+            search = InputSearch(
+                graph, cases, lambda points, case: None, deadline=rounds + 0.5, clock=lambda count=count: float(next(count)),
+                outward=outward,
+            )  # fmt: skip
+            found = search.run()
+            assert found.verdict == "unknown"
+            assert found.bound <= 0
+            held = torch.zeros_like(margins_, dtype=torch.bool)
+            for part in search.stack:
+                for lower, upper, case in zip(part.boxes.lower, part.boxes.upper, part.case, strict=True):
+                    held[case] |= ((points[case] >= lower) & (points[case] <= upper)).all(1)
+            assert bool(held[margins_ <= -constants[:, :1]].all())
+        assert float(held.double().mean()) < 0.2
+
+
+def test_input_search_halves_what_bounds_are_loose_along() -> None:
+    """x_0 goes through a nonlinearity and x_1 doesn't; x_1 moves the output more."""
+    net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).double()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[4.0, 0.0], [-4.0, 0.0], [0.0, 1.0]]))
+        net[0].bias.copy_(torch.tensor([0.0, 0.0, 10.0]))
+        net[2].weight.copy_(torch.tensor([[1.0, 1.0, 1.2], [0.0, 0.0, 0.0]]))
+        net[2].bias.fill_(-12.0)  # |4 x_0| + 1.2 x_1
+    graph = export(sp.Model(net, bounds=None), torch.zeros(1, 2, dtype=FLOAT)).graph()
+    box = Box(torch.full((1, 2), -1.0, dtype=FLOAT), torch.full((1, 2), 1.0, dtype=FLOAT))
+    cases = Cases(box, torch.tensor([0]), torch.eye(2, dtype=FLOAT)[None, :1], torch.full((1, 1), 1.1, dtype=FLOAT))
+    ticks = itertools.count()
+    search = InputSearch(graph, cases, lambda points, case: None, deadline=1.5, clock=lambda: float(next(ticks)))
+    search.run()
+    assert [part.place.tolist() for part in search.stack] == [[0]]
 
 
 # ---- balls

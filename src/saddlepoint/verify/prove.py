@@ -212,7 +212,9 @@ class _Prover:
             deadline=self.deadline - (_OTHER * self.seconds if branching(self.graph) else 0), clock=self.clock,
             outward=self.rigorous,
         )  # fmt: skip
-        return self._took(search.run(), search.counterexample)
+        found = search.run()
+        self._improve(left, self.bound.new_full(left.shape, found.bound))
+        return self._took(found, search.counterexample)
 
     def _search(self) -> str:
         if not branching(self.graph):
