@@ -501,3 +501,22 @@ def test_stages_of_prove_and_a_clock_that_ends_between_them() -> None:
         stages.add(proof.stage)
     assert {"none", "crown-ibp", "corners"} <= stages
     assert prove(graph, cases, lambda point, case: False, seconds=0).stage == "none"
+
+
+class Pole(nn.Module):
+    """Wrong in a sliver behind a pole at 0.45."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        spike = 2 * (1 / (1000 * (x[:, :1] - 0.45)) - 10).relu()
+        return torch.cat([20 + 0 * x[:, 1:2], spike + x[:, 1:2]], 1)
+
+
+@pytest.mark.parametrize("inputs", [2, 20])
+@pytest.mark.parametrize("rigorous", [False, True])
+def test_where_nothing_is_known_nothing_is_proved(inputs: int, rigorous: bool) -> None:
+    model, x = sp.Model(Pole(), bounds=None), torch.zeros(1, inputs)
+    wrong = x.index_fill(1, torch.tensor([0]), 0.45 + 1e-5)
+    assert int(model.predict(wrong)) != int(model.predict(x))
+    found = sp.verify.certify(model, x, model.predict(x), sp.Linf(0.5), sp.Budget(seconds=1), rigorous=rigorous)
+    assert not bool(found.robust.any())
+    assert not bool(found.bound.isnan().any())

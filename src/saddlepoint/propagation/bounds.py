@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from saddlepoint.errors import InputError
+from saddlepoint.errors import InputError, SoundnessError
 from saddlepoint.propagation.affine import absolute, batched, pulled, spread
 from saddlepoint.propagation.nodes import MONOMIAL, SHAPES, Graph, Node
 from saddlepoint.propagation.relax import Elementwise, Planes, offset
@@ -88,6 +88,8 @@ class Bounded:
         if self.outward and node.op not in SHAPES:
             size = spread(node, [box.lower.abs() + box.upper.abs() for box in inputs])
             radius = radius + self._unit() * (size if node.constant is None else size + node.constant.abs())
+        if not radius.requires_grad and bool((radius < 0).any()):
+            raise SoundnessError(f"intervals of {node.op} (at {node.where}) are inverted; please report the network")
         if radius.requires_grad:  # training stops at losses that aren't finite, and nan_to_num's derivative is slow
             return Box.around(middle, radius)
         lower, upper = middle - radius, middle + radius
@@ -300,7 +302,7 @@ class Bounded:
         box = self.boxes[self.graph.input]
         if self.graph.input in sizes:
             total = total + times(sizes[self.graph.input], 2 * torch.maximum(box.lower.abs(), box.upper.abs()))
-        return self._unit() * total
+        return (self._unit() * total).nan_to_num(torch.inf, torch.inf)  # where infinite ends met zeros nothing is known
 
     def double(self) -> Bounded:
         """The same sets and bounds, for the network in float64, rounding taken off: to check a proof again.

@@ -83,7 +83,7 @@ class Elementwise(Rule):
     def pull(self, planes: Planes, a: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
         """Coefficients (N, R, ...) of the inputs."""
         return [
-            _summed(torch.where(a > 0, low if low.dim() == a.dim() else low[:, None], high[:, None]) * a, shape)
+            _summed(a.clamp(min=0) * (low if low.dim() == a.dim() else low[:, None]) + a.clamp(max=0) * high[:, None], shape)
             for low, high, shape in zip(planes.low, planes.high, shapes, strict=True)
         ]
 

@@ -167,7 +167,7 @@ class InputSearch:
             low = Linear(a[:, None], line.constant[:, row, None], {}).lowest(boxes)[:, 0] - error[:, row] + constants[:, row]
             bound = torch.maximum(bound, low)
             boxes = clipped(boxes, a, (self.tolerance - low).clamp(min=0))
-        kept = (bound <= self.tolerance).nonzero()[:, 0]
+        kept = (~(bound > self.tolerance)).nonzero()[:, 0]  # NaN proves nothing
         line = Linear(line.coefficients[kept], line.constant[kept], {name: a[kept] for name, a in line.inner.items()})
         return replace(part, boxes=boxes, bound=bound).take(kept), line, kept
 

@@ -108,7 +108,7 @@ class _Prover:
             last, reason = name, stage() or late
             if self.counterexample is not None:
                 return self._proof("falsified", name, "")
-            self.left = (self.bound <= 0).nonzero()[:, 0]
+            self.left = (~(self.bound > 0)).nonzero()[:, 0]  # NaN proves nothing
             if not len(self.left):
                 return self._proof("robust", name, "")
         return self._proof("unknown", last, reason)

@@ -185,7 +185,7 @@ class Search:
         return open_.take(order[: self.batch]), open_.take(order[self.batch :])
 
     def _left(self, domains: _Domains) -> _Domains:
-        return domains.take((domains.bound <= self.tolerance).nonzero()[:, 0])
+        return domains.take((~(domains.bound > self.tolerance)).nonzero()[:, 0])  # NaN proves nothing
 
     def _leaves(self, domains: _Domains) -> _Domains:
         """Parts with nothing left to split, by a linear programme each: exact where all but ReLUs is affine."""
