@@ -128,8 +128,8 @@ class System:
 
             c v  >=  m b + n d + min_v (c - m A - n E) v,
 
-        the last over the variables' own bounds; so it is a bound whatever the solver's tolerance, and equal to the least value
-        for the solver's multipliers.
+        the last over the variables' own bounds, less what rounding can add; so it is a bound whatever the solver's tolerance,
+        and nearly the least value for the solver's multipliers. That nothing is feasible is said up to that tolerance.
         """
         cost = np.concatenate([objective, np.zeros(len(self.lower) - len(objective))])
         same = self.low == self.high
@@ -151,7 +151,11 @@ class System:
         n = found.eqlin.marginals if solved and len(value) else np.zeros(len(value))
         left = cost - matrix.T @ m - equal.T @ n
         bound = m @ limit + n @ value + np.where(left > 0, left * self.lower, left * self.upper).sum()
-        return float(bound), found.x
+        widest = np.maximum(np.abs(self.lower), np.abs(self.upper))
+        carried = np.abs(cost) + abs(matrix.T) @ np.abs(m) + abs(equal.T) @ np.abs(n)
+        size = np.abs(m) @ np.abs(limit) + np.abs(n) @ np.abs(value) + carried @ widest
+        terms = max(_ROUNDING, 4.0 * (len(cost) + len(m) + len(n)))
+        return float(bound - terms * np.finfo(np.float64).eps * size), found.x
 
 
 @dataclass(frozen=True)

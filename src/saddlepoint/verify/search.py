@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -198,7 +199,8 @@ class Search:
             least, point = self.programme.leaf(
                 boxes, {name: sign[place] for name, sign in signs.items()}, self.cases.rows[case], self.cases.constants[case]
             )
-            bound[place] = max(float(bound[place]), least)
+            if not (self.root.outward and math.isinf(least)):  # that no input has these signs is the solver's word, up to 1e-7
+                bound[place] = max(float(bound[place]), least)
             if point is not None and self.counterexample is None:
                 owner = domains.case[place : place + 1]
                 self.counterexample = self.check(self.cases.take(owner).sets.inside(point[None].to(bound.device)), owner)
