@@ -24,7 +24,7 @@ _DESCENT = 40  # steps from each corner
 _SCATTERED, _SETTLING = 256, 60  # points, and steps from them, where several conditions must hold together
 _ASCENT = 0.1  # of the time: twice what ascent on inner bounds may take
 _FIRST = 0.04  # of the time: the first search; each later one has twice as long
-_OTHER = 0.3  # of the time: left for the search on ReLUs, where inputs are halved first
+_OTHER = 0.1  # of the time: left for the search on ReLUs, where inputs are halved first
 _WORTH = 0.05  # how much tightening must raise the bounds, as a share of them, to go on with it
 _MOST, _GROWTH = 10, 4  # parts for each bound in the first round of tightening, and how they grow
 
