@@ -21,6 +21,8 @@ def batched(node: Node, apply: Callable[..., Tensor], *values: Tensor) -> Tensor
         return values[0].reshape(len(values[0]), *node.shape)
     if node.op in _POINTWISE and node.rank == len(node.shape) + 1 == values[0].dim() and _aligned(node):
         return apply(*values)
+    if node.op in ("mm", "matmul") and (matrix := _right(node)) is not None and apply is node.apply:
+        return values[0] @ matrix
     mapped: Callable[..., Tensor] = torch.vmap(lambda *ones: apply(*(one[None] for one in ones))[0])
     return mapped(*values)
 
@@ -41,9 +43,7 @@ def spread(node: Node, radii: Sequence[Tensor]) -> Tensor:
         _, weight, _, *settings = node.arguments
         found: Tensor = torch.ops.aten.convolution(radii[0], weight.abs(), None, *settings)
         return found
-    if node.op in ("addmm", "linear", "mm") and _right(node) is not None:
-        matrix = _right(node)
-        assert matrix is not None
+    if (matrix := _right(node)) is not None:
         return radii[0] @ matrix.abs()
     if node.op == "_native_batch_norm_legit_no_training":
         factor = node.apply(*(torch.ones_like(one) for one in node.like)) - node.apply(*node.like)
@@ -73,9 +73,11 @@ def _right(node: Node) -> Tensor | None:
     """The matrix that rows are multiplied with from the right, if the operator does just that."""
     if len(node.inputs) > 1 or node.settings:
         return None
+    if node.op not in ("addmm", "linear", "mm", "matmul"):
+        return None
     place = 1 if node.op == "addmm" else 0
     matrix = node.arguments[place + 1]
-    if not isinstance(matrix, Tensor) or isinstance(node.arguments[place], Tensor):
+    if not isinstance(matrix, Tensor) or isinstance(node.arguments[place], Tensor) or matrix.dim() != 2:
         return None
     return matrix.T if node.op == "linear" else matrix
 
@@ -93,10 +95,8 @@ def pulled(node: Node, a: Tensor) -> list[Tensor]:
         if not _named(first, second):
             signs = [-1 if node.op == "sub" and isinstance(second, str) else 1]
         return [a if sign == 1 else sign * a for sign in signs]
-    if node.op in ("addmm", "linear", "mm"):
-        matrix = _right(node)
-        if matrix is not None:
-            return [a @ matrix.T]
+    if (matrix := _right(node)) is not None:
+        return [a @ matrix.T]
     if node.op == "convolution" and len(node.inputs) == 1 and isinstance(node.arguments[1], Tensor):
         return [_convolved_back(node, a.flatten(0, 1)).reshape(count, rows, *shapes[0])]
     pull = torch.func.vjp(node.apply, *node.like)[1]

@@ -14,7 +14,7 @@ from saddlepoint.propagation.nodes import Graph, Node
 from saddlepoint.verify.cases import Cases
 from saddlepoint.verify.search import Found, Verdict
 
-_BATCH = 512  # boxes that are halved at once; up to twice as many where small batches are joined
+_BATCH = 2048  # boxes that are halved at once; up to twice as many where small batches are joined
 _MOST = 2**31  # bytes that the bounds of open boxes may take
 
 
