@@ -8,12 +8,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import saddlepoint as sp
-from saddlepoint.errors import DataError, InputError, ModelError
+from saddlepoint.errors import CapabilityError, DataError, InputError, ModelError
 from saddlepoint.verify import Property, decide, parse_vnnlib, read_vnnlib
 
 
@@ -223,6 +224,52 @@ def test_decide_in_closed_form(conditions: list[str], verdict: str) -> None:
         assert proof.bound > 0
     shaped = decide(model, known, sp.Budget(seconds=20), shape=(1, 2, 1))
     assert shaped.verdict == verdict
+
+
+def onnx_file(path: Path, weight: list[list[float]], *ends: str) -> Path:
+    """x times weight, and what follows, as an ONNX file."""
+    onnx = pytest.importorskip("onnx")
+    make, kind, names = onnx.helper, onnx.TensorProto.FLOAT, ["h", *(f"v{k}" for k in range(len(ends)))]
+    nodes = [make.make_node("MatMul", ["x", "w"], ["h"])]
+    nodes += [make.make_node(end, [names[k]], [names[k + 1]]) for k, end in enumerate(ends)]
+    inputs, outputs = (
+        [make.make_tensor_value_info(n, kind, [1, s])] for n, s in (("x", len(weight)), (names[-1], len(weight[0])))
+    )
+    constants = [onnx.numpy_helper.from_array(np.array(weight, dtype=np.float32), "w")]
+    made = make.make_model(make.make_graph(nodes, "g", inputs, outputs, constants), opset_imports=[make.make_opsetid("", 17)])
+    made.ir_version = 8
+    onnx.save(made, path)
+    return path
+
+
+def test_properties_are_about_what_a_file_gives_in_the_end(tmp_path: Path) -> None:
+    """sigmoid(0.5) = 0.622, which its logit 0.5 doesn't tell."""
+    path = onnx_file(tmp_path / "s.onnx", [[1.0, -1.0]], "Sigmoid")
+    for limit, verdict in ((0.6, "falsified"), (0.63, "robust")):
+        known = parse_vnnlib(text(1, 2, *box((0, 0.5)), f"(>= Y_0 {limit})"))
+        for model in (path, str(path), sp.Model(sp.models.read_graph(path), bounds=None)):
+            assert decide(model, known, sp.Budget(seconds=20)).verdict == verdict
+        with pytest.raises(InputError, match="the file itself"):
+            decide(sp.Model(path, bounds=None), known)
+    soft = onnx_file(tmp_path / "t.onnx", [[1.0, 0.0]], "Softmax")
+    assert decide(soft, parse_vnnlib(text(1, 2, *box((0, 1)), "(>= Y_0 0.8)")), sp.Budget(seconds=20)).verdict == "robust"
+
+
+def test_properties_of_single_outputs_and_of_probabilities(tmp_path: Path) -> None:
+    path = onnx_file(tmp_path / "one.onnx", [[1.0], [2.0]])
+    single = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        single.weight.copy_(torch.tensor([[1.0, 2.0]]))
+    for limit, verdict in ((2.9, "falsified"), (3.1, "robust")):
+        known = parse_vnnlib(text(2, 1, *UNIT, f"(>= Y_0 {limit})"))
+        for model in (path, sp.Model(single, bounds=None), sp.Model(lambda x: single(x)[:, 0], bounds=None)):
+            assert decide(model, known, sp.Budget(seconds=20)).verdict == verdict
+    odds = sp.Model(nn.Sequential(single, nn.Sigmoid()), bounds=None, gives="probabilities")
+    assert decide(odds, parse_vnnlib(text(2, 1, *UNIT, "(<= Y_0 0.04)")), sp.Budget(seconds=20)).verdict == "robust"
+    with pytest.raises(CapabilityError, match="parameters"):
+        decide(sp.Model(single, bounds=None, access=sp.Access.SCORES), known)
+    with pytest.raises(InputError, match=r"sp\.Model"):
+        decide(single, known)  # type: ignore[arg-type]
 
 
 def test_decide_of_other_numbers_of_inputs_or_outputs() -> None:

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from saddlepoint import models as models_module
 from saddlepoint.cli import config as configuration
 from saddlepoint.cli import inputs
 from saddlepoint.cli.config import ConfigFile
@@ -122,7 +121,7 @@ def _property(onnx: Path, vnnlib: Path, limit: Budget, rigorous: bool) -> dict[s
     """Decide, say so, and what to write."""
     property_ = read_vnnlib(vnnlib)
     console.print(f"property: {property_}", markup=False)
-    proof = decide(models_module.Model(onnx, bounds=None), property_, limit, rigorous=rigorous)
+    proof = decide(onnx, property_, limit, rigorous=rigorous)
     point = None if proof.counterexample is None else proof.counterexample.flatten().tolist()
     words = {
         "robust": "robust: none of the cases can occur",

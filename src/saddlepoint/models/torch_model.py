@@ -115,10 +115,13 @@ class Model(Classifier):
     def networks(self) -> tuple[nn.Module, ...]:
         return (self.net,) if isinstance(self.net, nn.Module) else ()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def raw(self, x: Tensor) -> Tensor:
+        """The network's own outputs for inputs (N, ...), such as probabilities or a single score. Doesn't count."""
         asked = self._normalise(x)
-        raw = self._call(asked.detach().cpu().numpy() if self._numpy else asked)
-        logits = self._read(self._adapt(raw), x)
+        return self._adapt(self._call(asked.detach().cpu().numpy() if self._numpy else asked))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self._read(self.raw(x), x)
         return labels_only(logits) if self.access <= Access.LABELS and self._gives != "labels" else logits
 
     def _read(self, found: Tensor, x: Tensor) -> Tensor:
