@@ -272,6 +272,23 @@ def test_properties_of_single_outputs_and_of_probabilities(tmp_path: Path) -> No
         decide(single, known)  # type: ignore[arg-type]
 
 
+def test_rigour_keeps_the_numbers_of_the_file() -> None:
+    """x + 4.5e-8 reaches 0.50000004, which float32 would take for 0.50000006."""
+    net = nn.Linear(1, 1)
+    with torch.no_grad():
+        net.weight.fill_(1)
+        net.bias.fill_(4.5e-8)
+    known = parse_vnnlib(text(1, 1, *box((0, 0.5)), "(>= Y_0 0.50000004)"))
+    assert decide(sp.Model(net, bounds=None), known, sp.Budget(seconds=2), rigorous=True).verdict != "robust"
+    known = parse_vnnlib(text(1, 1, *box((0, 0.5)), "(>= Y_0 0.50000005)"))
+    assert decide(sp.Model(net, bounds=None), known, sp.Budget(seconds=2), rigorous=True).verdict == "robust"
+
+
+def test_budgets_of_decide_are_seconds() -> None:
+    with pytest.raises(InputError, match="seconds="):
+        decide(sp.Model(Absolute(), bounds=None), parse_vnnlib(text(2, 2, *UNIT, "(<= Y_0 0)")), sp.Budget(queries=3))
+
+
 def test_decide_of_other_numbers_of_inputs_or_outputs() -> None:
     model = sp.Model(Absolute(), bounds=None)
     with pytest.raises(InputError, match="3 outputs"):
