@@ -248,8 +248,8 @@ def test_a_folder_of_another_run_or_damaged(tmp_path: Path) -> None:
         json.dumps(json.loads(good) | other)
         for other in (
             {"verdict": "banana"}, {"stage": "banana"}, {"bound": "x"}, {"bound": -3.0, "verdict": "robust"},
-            {"seconds": "1"}, {"verdict": "falsified", "counterexample": None}, {"counterexample": [1.0, 2.0]}, {"counterexample": [math.nan] * 4},
-            {"run": "another"}, {"rigorous": 3}, {"parts": 0.5}, {"reason": None},
+            {"seconds": "1"}, {"verdict": "falsified", "counterexample": None}, {"counterexample": [1.0, 2.0]},
+            {"counterexample": [math.nan] * 4}, {"run": "another"}, {"rigorous": 3}, {"parts": 0.5}, {"reason": None},
         )
     ]  # fmt: skip
     for bad in (good[:-5], "[]", '{"verdict": "robust"}', "", longer, *changed):
@@ -377,6 +377,13 @@ def test_what_bounds_refuse() -> None:
     ):
         with pytest.raises(InputError, match=told):
             sp.verify.bounds(model, *args)
+
+
+def test_probabilities_that_the_model_says_are_some() -> None:
+    _, x, _ = setting()
+    model = sp.Model(nn.Sequential(net(), nn.Softmax(1)), bounds=(0, 1), gives="probabilities")
+    found = sp.verify.certify(model, x, model.predict(x), sp.Linf(0.001), TIME)
+    assert bool(found.robust.any())
 
 
 def test_half_precision_takes_rigour() -> None:

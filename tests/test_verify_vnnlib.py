@@ -59,6 +59,9 @@ def said(property_: Property, x: Sequence[float], y: Sequence[float]) -> bool:
          lambda x, y: (x[0] <= 0.25 or x[0] >= 0.75) and (x[1] <= -0.5 or x[1] >= 0.5) and y[0] <= 0),
         (["(<= 1e-1 Y_0)", "(>= -.5 Y_1)"], lambda x, y: y[0] >= 0.1 and y[1] <= -0.5),
         (["(<= X_0 2)", "(>= X_0 0.5)", "(<= Y_0 0)"], lambda x, y: x[0] >= 0.5 and y[0] <= 0),
+        (["(or (<= X_0 0.25) (>= X_0 0.75))", "(or (and (<= X_0 0.2) (<= Y_0 0)) (and (>= X_0 0.8) (<= Y_1 0)))"],
+         lambda x, y: (x[0] <= 0.2 and y[0] <= 0) or (x[0] >= 0.8 and y[1] <= 0)),
+        (["(<= 0 1)", "(<= X_0 X_0)", "(or (and (>= 1 2) (<= Y_1 9)) (<= Y_0 0))"], lambda x, y: y[0] <= 0),
         (["(<= 0.5 X_0)", "(< Y_0 0)"], lambda x, y: x[0] >= 0.5 and y[0] <= 0),
     ],
 )  # fmt: skip
@@ -81,8 +84,8 @@ def test_conditions_mean_what_they_say(conditions, unsafe) -> None:
 def test_comments_spacing_and_declared_order_do_not_matter() -> None:
     plain = parse_vnnlib(text(2, 2, *UNIT, "(<= Y_0 Y_1)"))
     odd = "; a (comment\n(declare-const Y_1 Real)(declare-const X_1 Real) ; )\n"
-    odd += "(declare-const X_0 Real)\n(declare-const Y_0 Real)"
-    odd += "".join(f"\n( assert\n {one} )" for one in ["(<= Y_0 Y_1)", *reversed(UNIT)])
+    odd += "(set-logic QF_LRA)(declare-fun X_0 () Real)\n(declare-const Y_0 Real)"
+    odd += "".join(f"\n( assert\n {one} )" for one in ["(<= Y_0 Y_1)", *reversed(UNIT)]) + "(check-sat)"
     other = parse_vnnlib(odd)
     assert len(plain.cases) == len(other.cases) == 1
     for part in ("lower", "upper", "rows", "constants"):
@@ -149,16 +152,16 @@ def test_files_plain_and_compressed(tmp_path: Path) -> None:
         (text(2, 2, *UNIT, "(<= Y_0 1,5)"), "'1,5' is neither"),
         (text(2, 2, *UNIT, "(<= Y_0 X_1)"), "neither a box"),
         (text(2, 2, *UNIT, "(<= X_0 X_1)", "(<= Y_0 0)"), "neither a box"),
-        (text(2, 2, *UNIT, "(<= 0 1)", "(<= Y_0 0)"), "numbers alone"),
-        (text(2, 2, *UNIT, "(<= Y_0 Y_0)", "(<= Y_1 0)"), "numbers alone"),
-        (text(2, 2, *UNIT, "(<= X_0 X_0)", "(<= Y_1 0)"), "numbers alone"),
+        (text(2, 2, *UNIT, "(>= 0 1)", "(<= Y_0 0)"), "numbers alone is false"),
+        (text(2, 2, *UNIT, "(<= Y_0 Y_0)"), "no condition on outputs"),
+        (text(2, 2, *UNIT, "(or (<= X_0 -1) (<= X_1 -2))", "(<= Y_0 0)"), "X_1 has a lower end above"),
         (text(2, 2, *UNIT, "(<= (* 2 Y_0) 1)"), "only variables and numbers"),
         (text(2, 2, *UNIT, "(= Y_0 1)"), "expected or, and"),
         (text(2, 2, *UNIT, "(not (<= Y_0 1))"), "expected or, and"),
         (text(2, 2, *UNIT, "(<= Y_0)"), "expected or, and"),
         (text(2, 2, *UNIT, "(or)"), "expected or, and"),
         (text(2, 2, *UNIT, "(and)"), "expected or, and"),
-        (text(2, 2, *UNIT, "(<= Y_0 0)") + "(check-sat)", "expected a declaration"),
+        (text(2, 2, *UNIT, "(<= Y_0 0)") + "(declare-fun X_0 (Real) Real)", "expected a declaration"),
         (text(2, 2, *UNIT, "(<= Y_0 0)") + "nonsense", "expected a declaration"),
     ],
 )

@@ -138,7 +138,8 @@ class Model(Classifier):
             )
         if self._gives == "probabilities":
             found = torch.cat([1 - found, found], 1) if found.shape[1] == 1 else found
-            if not bool(((found >= 0) & (found <= 1 + _ROUNDING) | found.isnan()).all()):
+            # no value is known while torch.export traces
+            if not torch.compiler.is_compiling() and not bool(((found >= 0) & (found <= 1 + _ROUNDING) | found.isnan()).all()):
                 raise ModelError('gives="probabilities" was stated, but the outputs are not all in [0, 1]')
             return log_probabilities(found)
         return torch.cat([torch.zeros_like(found), found], 1) if found.shape[1] == 1 else found
