@@ -179,13 +179,15 @@ def certify(
     - corners, alpha-crown, search or inputs: see `prove`
 
     Complete for ReLU networks up to time and rounding; other nonlinearities are proved by bounds, or by halving where there are
-    at most 16 inputs. rigorous: allow for rounding, see `prove`. seed: of the attack; all else is deterministic, but for where
-    time ends. folder: keeps what is finished, a file for each sample; the same call goes on there. clock: what `seconds`
-    means; `time.process_time` is the processor's.
+    at most 16 inputs. A proof is of each sample alone: networks whose answer depends on the rest of the batch aren't covered.
+    rigorous: allow for rounding, see `prove`; otherwise bounds are computed in the network's dtype, which float16 and bfloat16
+    are too coarse for. seed: of the attack; all else is deterministic, but for where time ends. folder: keeps what is finished,
+    a file for each sample; the same call goes on there. clock: what `seconds` means; `time.process_time` is the processor's.
 
     Ctrl-C returns what is finished. Errors: `InputError` for bad inputs and threats without a size, `CapabilityError` for
-    other norms, random models and models whose weights aren't known, `ModelError` for operators without known bounds,
-    `DataError` for another run's folder, `SoundnessError` should a confirmed counterexample turn out to be none.
+    other norms, random models, models whose weights aren't known and float16 without rigorous, `ModelError` for operators
+    without known bounds, `DataError` for a folder of another run, damaged or not to be written, `SoundnessError` should a
+    confirmed counterexample turn out to be none.
 
     >>> import torch, saddlepoint as sp
     >>> model = sp.Model(torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)))
