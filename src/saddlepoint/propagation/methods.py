@@ -122,8 +122,10 @@ def bounds(
     return OutputBounds(low[:, : out.shape[1]], -low[:, out.shape[1] :])
 
 
-def check_model(model: Classifier, x: Tensor) -> None:
-    """Errors: `InputError` where it doesn't take inputs like x (N, ...), `CapabilityError` where it is random."""
+def check_model(model: Classifier, x: Tensor) -> int:
+    """The number of its outputs. Errors: `InputError` where it doesn't take inputs like x (N, ...), `CapabilityError` where it
+    is random.
+    """
     few = x[:_TRIED].to(model.device)
     try:
         with model.frozen(), torch.no_grad():
@@ -135,6 +137,7 @@ def check_model(model: Classifier, x: Tensor) -> None:
     model.queries.forward += 2 * len(few)
     if bool((first - again).abs().max() > _ROUNDING * first.abs().max()):
         raise CapabilityError("the model is random: no bound holds for it; sp.defenses.Smoothed certifies by votes")
+    return first.shape[-1]
 
 
 def _rows(specification: Tensor, out: Tensor) -> Tensor:

@@ -245,9 +245,7 @@ def _checked(model: Classifier, x: Tensor, y: Tensor, threat: Threat, rigorous: 
         raise CapabilityError("certify is about classes; this model can also refuse to answer")
     check_precision(model, rigorous)
     model.check_inputs(x)
-    if len(x):
-        check_model(model, x)
-    return check_labels(y, len(x), model.probe(x).num_classes if len(x) else 2)
+    return check_labels(y, len(x), check_model(model, x) if len(x) else 2)
 
 
 def _through(

@@ -115,8 +115,7 @@ def nearest(
     if not len(x):
         none = torch.zeros(0, dtype=torch.float64)
         return Nearest(x, none, none, none > 0, model.predict(x), none, norm)
-    check_model(model, x)
-    y = check_labels(y, len(x), model.probe(x).num_classes)
+    y = check_labels(y, len(x), check_model(model, x))
     x = x.to(model.device)
     programme = Programme(read(model, x[:1]), x[:1])
     if programme.maxima and norm not in (Norm.LINF, Norm.L1):
