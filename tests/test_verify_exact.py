@@ -309,9 +309,9 @@ def test_what_is_wrong_is_said() -> None:
         nearest(model, x, y, "l2")
     with pytest.raises(InputError, match="unknown norm"):
         nearest(model, x, y, "l3")
-    with pytest.raises(InputError, match="y must hold one class"):
+    with pytest.raises(InputError, match="one class per input"):
         nearest(model, x, y[:1])
-    with pytest.raises(InputError, match="classes from 0 to 2"):
+    with pytest.raises(InputError, match="classes 0 to 2"):
         nearest(model, x, y + 2)
     with pytest.raises(InputError, match="seconds must be above 0"):
         nearest(model, x, y, seconds=0)
