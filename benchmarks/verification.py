@@ -58,7 +58,7 @@ class Instances:
     def load(self, onnx: str, vnnlib: str) -> tuple[sp.Model, Property]:
         """A network and a property by their files' names."""
         if onnx not in self.models:
-            self.models = {onnx: sp.Model(self.folder / "onnx" / f"{onnx}.gz", bounds=None)}
+            self.models = {onnx: sp.Model(sp.models.read_graph(self.folder / "onnx" / f"{onnx}.gz"), bounds=None)}
         return self.models[onnx], read_vnnlib(self.folder / "vnnlib" / f"{vnnlib}.gz")
 
     def all(self) -> Iterator[tuple[int, str, str]]:
@@ -109,7 +109,7 @@ def _check(model: sp.Model, property_: Property, proof: Proof, truth: dict[str, 
         sys.exit(f"{name}: proved, but there is a checked counterexample")
     if proof.counterexample is not None:
         point = proof.counterexample[None].double()
-        output = model.logits(proof.counterexample[None])[0].double()
+        output = model.raw(proof.counterexample[None])[0].detach().double()
         flat = point.flatten()
         inside = [
             bool(((case.lower - 1e-6 <= flat) & (flat <= case.upper + 1e-6)).all())

@@ -91,7 +91,7 @@ def test_stages_summary_and_figures_for_json() -> None:
     assert "interrupted" not in text
     assert "proved robust" in repr(found)
     figures = found.to_dict()
-    json.dumps(figures)
+    json.dumps(figures, allow_nan=False)
     assert figures["samples"] == len(figures["proofs"]) == 8
     assert figures["clean_accuracy"] == 0.75
     assert figures["stages"] == stages
@@ -105,7 +105,10 @@ def test_no_samples_at_all() -> None:
     assert len(found) == 0
     assert math.isnan(found.certified_accuracy)
     assert "0 samples" in found.summary()
+    assert "nan" not in found.summary() + repr(found)
     assert found.to_dict()["proofs"] == []
+    assert found.to_dict()["certified_accuracy"] is None
+    json.dumps(found.to_dict(), allow_nan=False)
 
 
 def test_eps_zero_is_the_prediction_itself() -> None:
@@ -241,17 +244,52 @@ def test_a_folder_of_another_run_or_damaged(tmp_path: Path) -> None:
     kept = tmp_path / "000002.json"
     good = kept.read_text()
     longer = good.replace('"counterexample": ', '"counterexample": [1.0], "x": ')
-    for bad in (good[:-5], "[]", '{"verdict": "robust"}', "", longer):
+    changed = [
+        json.dumps(json.loads(good) | other)
+        for other in (
+            {"verdict": "banana"}, {"stage": "banana"}, {"bound": "x"}, {"bound": -3.0, "verdict": "robust"},
+            {"seconds": "1"}, {"verdict": "falsified", "counterexample": None}, {"counterexample": [1.0, 2.0]},
+            {"counterexample": [math.nan] * 4}, {"run": "another"}, {"rigorous": 3}, {"parts": 0.5}, {"reason": None},
+        )
+    ]  # fmt: skip
+    for bad in (good[:-5], "[]", '{"verdict": "robust"}', "", longer, *changed):
         kept.write_text(bad)
         with pytest.raises(DataError, match="000002"):
             sp.verify.certify(model, x, y, sp.Linf(0.04), TIME, folder=tmp_path)
     kept.unlink()
+    for name in ("0x.json", "000099.json"):
+        (tmp_path / name).write_text(good)
+        with pytest.raises(DataError, match=name):
+            sp.verify.certify(model, x, y, sp.Linf(0.04), TIME, folder=tmp_path)
+        (tmp_path / name).unlink()
     assert [p.verdict for p in sp.verify.certify(model, x, y, sp.Linf(0.04), TIME, folder=tmp_path).proofs] == [
         p.verdict for p in first.proofs
     ]
     (tmp_path / "certification.json").write_text("{")
     with pytest.raises(DataError, match="certification"):
         sp.verify.certify(model, x, y, sp.Linf(0.04), TIME, folder=tmp_path)
+
+
+def test_proofs_without_a_word_of_what_they_prove(tmp_path: Path) -> None:
+    model, x, y = setting()
+    sp.verify.certify(model, x, y, sp.Linf(0.01), TIME, folder=tmp_path / "small")
+    sp.verify.certify(model, x[:0], y[:0], sp.Linf(0.2), TIME, folder=tmp_path / "large")
+    (tmp_path / "small" / "certification.json").unlink()
+    with pytest.raises(DataError, match="no certification"):
+        sp.verify.certify(model, x, y, sp.Linf(0.2), TIME, folder=tmp_path / "small")
+    sp.verify.certify(model, x[:0], y[:0], sp.Linf(0.01), TIME, folder=tmp_path / "other")
+    for proof in (tmp_path / "small").glob("0*.json"):
+        proof.rename(tmp_path / "other" / proof.name)
+    with pytest.raises(DataError, match="no proof of this run"):
+        sp.verify.certify(model, x[:0], y[:0], sp.Linf(0.01), TIME, folder=tmp_path / "other")
+
+
+def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
+    model, x, y = setting()
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "inner", Path("/proc/none")):
+        with pytest.raises(DataError, match="cannot write"):
+            sp.verify.certify(model, x, y, sp.Linf(0.01), TIME, folder=folder)
 
 
 # ---- what is wrong with models and samples
@@ -290,8 +328,13 @@ def test_wrong_samples_and_threats() -> None:
         ((x, y + 3, sp.Linf(0.1)), "class|label|y "),
         ((x, y - 5, sp.Linf(0.1)), "class|label|y "),
         ((x, y.double(), sp.Linf(0.1)), "int|class|label|dtype"),
+        ((x, y.tolist(), sp.Linf(0.1)), "tensor of integer classes"),
+        ((x[:, :3], y, sp.Linf(0.1)), "inputs of shape"),
+        ((x, y, sp.Linf(0.1), 5), "seconds="),
+        ((x, y, sp.Linf(0.1), sp.Budget(queries=10)), "seconds="),
+        ((x, y, sp.Linf(0.1), sp.Budget(seconds=1, passes=10)), "seconds="),
     ):
-        with pytest.raises((InputError, TypeError), match=told):
+        with pytest.raises(InputError, match=told):
             sp.verify.certify(model, *args)
     with pytest.raises(InputError, match=r"sp\.Model"):
         sp.verify.certify(net(), x, y, sp.Linf(0.1))  # type: ignore[arg-type]
@@ -299,7 +342,7 @@ def test_wrong_samples_and_threats() -> None:
 
 def test_models_of_which_nothing_can_be_proved() -> None:
     _, x, y = setting()
-    with pytest.raises(CapabilityError, match="no bound holds"), pytest.warns(sp.errors.SaddlepointWarning, match="random"):
+    with pytest.raises(CapabilityError, match="no bound holds"):
         sp.verify.certify(sp.Model(Shaky(), bounds=(0, 1)), x, y, sp.Linf(0.1))
     labels = sp.Model(lambda points: net()(points).argmax(1), gives="labels", num_classes=3, bounds=(0, 1))
     with pytest.raises(CapabilityError, match="certify"):
@@ -307,6 +350,51 @@ def test_models_of_which_nothing_can_be_proved() -> None:
     sorting = sp.Model(Sorting(), bounds=(0, 1))
     with pytest.raises(ModelError, match=r"sort.*odd|odd.*sort"):
         sp.verify.certify(sorting, x, sorting.predict(x), sp.Linf(1e-6))
+
+
+def test_nothing_is_said_of_random_models() -> None:
+    _, x, y = setting()
+    with pytest.raises(CapabilityError, match="random"):
+        sp.verify.bounds(sp.Model(Shaky()), x, x)
+    with pytest.raises(CapabilityError, match="random"):
+        sp.verify.nearest(sp.Model(Shaky()), x, y)
+
+
+def test_what_bounds_refuse() -> None:
+    model, x, _ = setting()
+    for args, told in (
+        ((x.numpy(), x.numpy()), "lower must be a floating tensor"),
+        (([0], [1]), "lower must be a floating tensor"),
+        ((x.long(), x.long()), "int64"),
+        ((x, 0.1), "upper must be a floating tensor"),
+        ((x.double(), x.double()), "float64"),
+        ((x, x.double()), "upper is torch.float64"),
+        ((x[:, :3], x[:, :3]), "inputs of shape"),
+        ((x, x, "crown"), "method="),
+        ((x[0], x[0]), "batch"),
+        ((sp.verify.Box(x, x), x), "upper"),
+        ((x,), "upper"),
+    ):
+        with pytest.raises(InputError, match=told):
+            sp.verify.bounds(model, *args)
+
+
+def test_probabilities_that_the_model_says_are_some() -> None:
+    _, x, _ = setting()
+    model = sp.Model(nn.Sequential(net(), nn.Softmax(1)), bounds=(0, 1), gives="probabilities")
+    found = sp.verify.certify(model, x, model.predict(x), sp.Linf(0.001), TIME)
+    assert bool(found.robust.any())
+
+
+def test_half_precision_takes_rigour() -> None:
+    _, x, _ = setting()
+    half = sp.Model(net().to(torch.bfloat16), bounds=None)
+    x = x.to(torch.bfloat16)
+    y = half.predict(x)
+    with pytest.raises(CapabilityError, match="rigorous"):
+        sp.verify.certify(half, x, y, sp.Linf(0.01))
+    assert all(proof.rigorous for proof in sp.verify.certify(half, x, y, sp.Linf(0.01), TIME, rigorous=True).proofs if
+               proof.verdict == "robust")  # fmt: skip
 
 
 def test_one_output_is_a_score_of_two_classes() -> None:

@@ -309,9 +309,9 @@ def test_what_is_wrong_is_said() -> None:
         nearest(model, x, y, "l2")
     with pytest.raises(InputError, match="unknown norm"):
         nearest(model, x, y, "l3")
-    with pytest.raises(InputError, match="y must hold one class"):
+    with pytest.raises(InputError, match="one class per input"):
         nearest(model, x, y[:1])
-    with pytest.raises(InputError, match="classes from 0 to 2"):
+    with pytest.raises(InputError, match="classes 0 to 2"):
         nearest(model, x, y + 2)
     with pytest.raises(InputError, match="seconds must be above 0"):
         nearest(model, x, y, seconds=0)
@@ -327,3 +327,12 @@ def test_what_is_wrong_is_said() -> None:
         programme.minimise(Box(x[:1] + 1, x[:1]), ROW)
     with pytest.raises(InputError, match="seconds"):
         programme.minimise(Box(x[:1], x[:1]), ROW, seconds=-1)
+
+
+def test_no_inputs_and_hidden_weights() -> None:
+    model = sp.Model(nn.Linear(2, 2))
+    none = sp.verify.nearest(model, torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64))
+    assert (len(none), none.points.shape) == (0, (0, 2))
+    assert "none found" in str(none)
+    with pytest.raises(CapabilityError, match="parameters"):
+        sp.verify.nearest(sp.Model(nn.Linear(2, 2), access=sp.Access.LABELS), torch.zeros(1, 2), torch.zeros(1).long())

@@ -303,6 +303,14 @@ class TestCheckpoints:
             certify(model, x, y, n0=30, n=80, checkpoint=file)
         with pytest.raises(DataError, match="data"):
             certify(model, x + 1, y, n0=30, n=70, checkpoint=file)
+        good = json.loads(file.read_text())
+        for other in ({"done": -3}, {"done": 99_999}, {"done": 20}, {"counts": [[[1e9] * 2] * 2] * 5},
+                      {"counts": [[[-1, 31], [0, 70]]] * 5}, {"counts": [[[10**30, 0]] * 2] * 5}):  # fmt: skip
+            file.write_text(json.dumps(good | other))
+            with pytest.raises(DataError, match="damaged"):
+                certify(model, x, y, n0=30, n=70, checkpoint=file)
+        file.write_text(json.dumps(good))
+        assert "nan" not in certify(model, x[:0], y[:0], n0=30, n=70).summary()
         file.write_bytes(file.read_bytes()[:-20])
         with pytest.raises(DataError, match="damaged"):
             certify(model, x, y, n0=30, n=70, checkpoint=file)

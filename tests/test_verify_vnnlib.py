@@ -8,12 +8,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import saddlepoint as sp
-from saddlepoint.errors import DataError, InputError, ModelError
+from saddlepoint.errors import CapabilityError, DataError, InputError, ModelError
 from saddlepoint.verify import Property, decide, parse_vnnlib, read_vnnlib
 
 
@@ -58,6 +59,9 @@ def said(property_: Property, x: Sequence[float], y: Sequence[float]) -> bool:
          lambda x, y: (x[0] <= 0.25 or x[0] >= 0.75) and (x[1] <= -0.5 or x[1] >= 0.5) and y[0] <= 0),
         (["(<= 1e-1 Y_0)", "(>= -.5 Y_1)"], lambda x, y: y[0] >= 0.1 and y[1] <= -0.5),
         (["(<= X_0 2)", "(>= X_0 0.5)", "(<= Y_0 0)"], lambda x, y: x[0] >= 0.5 and y[0] <= 0),
+        (["(or (<= X_0 0.25) (>= X_0 0.75))", "(or (and (<= X_0 0.2) (<= Y_0 0)) (and (>= X_0 0.8) (<= Y_1 0)))"],
+         lambda x, y: (x[0] <= 0.2 and y[0] <= 0) or (x[0] >= 0.8 and y[1] <= 0)),
+        (["(<= 0 1)", "(<= X_0 X_0)", "(or (and (>= 1 2) (<= Y_1 9)) (<= Y_0 0))"], lambda x, y: y[0] <= 0),
         (["(<= 0.5 X_0)", "(< Y_0 0)"], lambda x, y: x[0] >= 0.5 and y[0] <= 0),
     ],
 )  # fmt: skip
@@ -80,8 +84,8 @@ def test_conditions_mean_what_they_say(conditions, unsafe) -> None:
 def test_comments_spacing_and_declared_order_do_not_matter() -> None:
     plain = parse_vnnlib(text(2, 2, *UNIT, "(<= Y_0 Y_1)"))
     odd = "; a (comment\n(declare-const Y_1 Real)(declare-const X_1 Real) ; )\n"
-    odd += "(declare-const X_0 Real)\n(declare-const Y_0 Real)"
-    odd += "".join(f"\n( assert\n {one} )" for one in ["(<= Y_0 Y_1)", *reversed(UNIT)])
+    odd += "(set-logic QF_LRA)(declare-fun X_0 () Real)\n(declare-const Y_0 Real)"
+    odd += "".join(f"\n( assert\n {one} )" for one in ["(<= Y_0 Y_1)", *reversed(UNIT)]) + "(check-sat)"
     other = parse_vnnlib(odd)
     assert len(plain.cases) == len(other.cases) == 1
     for part in ("lower", "upper", "rows", "constants"):
@@ -148,16 +152,16 @@ def test_files_plain_and_compressed(tmp_path: Path) -> None:
         (text(2, 2, *UNIT, "(<= Y_0 1,5)"), "'1,5' is neither"),
         (text(2, 2, *UNIT, "(<= Y_0 X_1)"), "neither a box"),
         (text(2, 2, *UNIT, "(<= X_0 X_1)", "(<= Y_0 0)"), "neither a box"),
-        (text(2, 2, *UNIT, "(<= 0 1)", "(<= Y_0 0)"), "numbers alone"),
-        (text(2, 2, *UNIT, "(<= Y_0 Y_0)", "(<= Y_1 0)"), "numbers alone"),
-        (text(2, 2, *UNIT, "(<= X_0 X_0)", "(<= Y_1 0)"), "numbers alone"),
+        (text(2, 2, *UNIT, "(>= 0 1)", "(<= Y_0 0)"), "numbers alone is false"),
+        (text(2, 2, *UNIT, "(<= Y_0 Y_0)"), "no condition on outputs"),
+        (text(2, 2, *UNIT, "(or (<= X_0 -1) (<= X_1 -2))", "(<= Y_0 0)"), "X_1 has a lower end above"),
         (text(2, 2, *UNIT, "(<= (* 2 Y_0) 1)"), "only variables and numbers"),
         (text(2, 2, *UNIT, "(= Y_0 1)"), "expected or, and"),
         (text(2, 2, *UNIT, "(not (<= Y_0 1))"), "expected or, and"),
         (text(2, 2, *UNIT, "(<= Y_0)"), "expected or, and"),
         (text(2, 2, *UNIT, "(or)"), "expected or, and"),
         (text(2, 2, *UNIT, "(and)"), "expected or, and"),
-        (text(2, 2, *UNIT, "(<= Y_0 0)") + "(check-sat)", "expected a declaration"),
+        (text(2, 2, *UNIT, "(<= Y_0 0)") + "(declare-fun X_0 (Real) Real)", "expected a declaration"),
         (text(2, 2, *UNIT, "(<= Y_0 0)") + "nonsense", "expected a declaration"),
     ],
 )
@@ -223,6 +227,69 @@ def test_decide_in_closed_form(conditions: list[str], verdict: str) -> None:
         assert proof.bound > 0
     shaped = decide(model, known, sp.Budget(seconds=20), shape=(1, 2, 1))
     assert shaped.verdict == verdict
+
+
+def onnx_file(path: Path, weight: list[list[float]], *ends: str) -> Path:
+    """x times weight, and what follows, as an ONNX file."""
+    onnx = pytest.importorskip("onnx")
+    make, kind, names = onnx.helper, onnx.TensorProto.FLOAT, ["h", *(f"v{k}" for k in range(len(ends)))]
+    nodes = [make.make_node("MatMul", ["x", "w"], ["h"])]
+    nodes += [make.make_node(end, [names[k]], [names[k + 1]]) for k, end in enumerate(ends)]
+    inputs, outputs = (
+        [make.make_tensor_value_info(n, kind, [1, s])] for n, s in (("x", len(weight)), (names[-1], len(weight[0])))
+    )
+    constants = [onnx.numpy_helper.from_array(np.array(weight, dtype=np.float32), "w")]
+    made = make.make_model(make.make_graph(nodes, "g", inputs, outputs, constants), opset_imports=[make.make_opsetid("", 17)])
+    made.ir_version = 8
+    onnx.save(made, path)
+    return path
+
+
+def test_properties_are_about_what_a_file_gives_in_the_end(tmp_path: Path) -> None:
+    """sigmoid(0.5) = 0.622, which its logit 0.5 doesn't tell."""
+    path = onnx_file(tmp_path / "s.onnx", [[1.0, -1.0]], "Sigmoid")
+    for limit, verdict in ((0.6, "falsified"), (0.63, "robust")):
+        known = parse_vnnlib(text(1, 2, *box((0, 0.5)), f"(>= Y_0 {limit})"))
+        for model in (path, str(path), sp.Model(sp.models.read_graph(path), bounds=None)):
+            assert decide(model, known, sp.Budget(seconds=20)).verdict == verdict
+        with pytest.raises(InputError, match="the file itself"):
+            decide(sp.Model(path, bounds=None), known)
+    soft = onnx_file(tmp_path / "t.onnx", [[1.0, 0.0]], "Softmax")
+    assert decide(soft, parse_vnnlib(text(1, 2, *box((0, 1)), "(>= Y_0 0.8)")), sp.Budget(seconds=20)).verdict == "robust"
+
+
+def test_properties_of_single_outputs_and_of_probabilities(tmp_path: Path) -> None:
+    path = onnx_file(tmp_path / "one.onnx", [[1.0], [2.0]])
+    single = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        single.weight.copy_(torch.tensor([[1.0, 2.0]]))
+    for limit, verdict in ((2.9, "falsified"), (3.1, "robust")):
+        known = parse_vnnlib(text(2, 1, *UNIT, f"(>= Y_0 {limit})"))
+        for model in (path, sp.Model(single, bounds=None), sp.Model(lambda x: single(x)[:, 0], bounds=None)):
+            assert decide(model, known, sp.Budget(seconds=20)).verdict == verdict
+    odds = sp.Model(nn.Sequential(single, nn.Sigmoid()), bounds=None, gives="probabilities")
+    assert decide(odds, parse_vnnlib(text(2, 1, *UNIT, "(<= Y_0 0.04)")), sp.Budget(seconds=20)).verdict == "robust"
+    with pytest.raises(CapabilityError, match="parameters"):
+        decide(sp.Model(single, bounds=None, access=sp.Access.SCORES), known)
+    with pytest.raises(InputError, match=r"sp\.Model"):
+        decide(single, known)  # type: ignore[arg-type]
+
+
+def test_rigour_keeps_the_numbers_of_the_file() -> None:
+    """x + 4.5e-8 reaches 0.50000004, which float32 would take for 0.50000006."""
+    net = nn.Linear(1, 1)
+    with torch.no_grad():
+        net.weight.fill_(1)
+        net.bias.fill_(4.5e-8)
+    known = parse_vnnlib(text(1, 1, *box((0, 0.5)), "(>= Y_0 0.50000004)"))
+    assert decide(sp.Model(net, bounds=None), known, sp.Budget(seconds=2), rigorous=True).verdict != "robust"
+    known = parse_vnnlib(text(1, 1, *box((0, 0.5)), "(>= Y_0 0.50000005)"))
+    assert decide(sp.Model(net, bounds=None), known, sp.Budget(seconds=2), rigorous=True).verdict == "robust"
+
+
+def test_budgets_of_decide_are_seconds() -> None:
+    with pytest.raises(InputError, match="seconds="):
+        decide(sp.Model(Absolute(), bounds=None), parse_vnnlib(text(2, 2, *UNIT, "(<= Y_0 0)")), sp.Budget(queries=3))
 
 
 def test_decide_of_other_numbers_of_inputs_or_outputs() -> None:

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from saddlepoint import models as models_module
 from saddlepoint.cli import config as configuration
 from saddlepoint.cli import inputs
 from saddlepoint.cli.config import ConfigFile
@@ -26,6 +25,7 @@ from saddlepoint.cli.options import (
     make_way,
     warn_of_random_weights,
     write_json,
+    writing,
 )
 from saddlepoint.defenses import Smoothed
 from saddlepoint.engine import Budget
@@ -33,6 +33,12 @@ from saddlepoint.errors import InputError
 from saddlepoint.taxonomy import Norm
 from saddlepoint.threats import Threat
 from saddlepoint.verify import certify, certify_smoothed, decide, read_vnnlib
+
+_NOTHING = {  # what has no effect, by the option that tells what is proved
+    "onnx": ("sigma", "data", "norm", "eps", "votes", "alpha", "samples", "seed", "mean", "std", "device", "root", "out"),
+    "sigma": ("norm", "budget", "rigorous"),
+    "eps": ("votes", "alpha"),
+}
 
 
 def verify(
@@ -57,7 +63,7 @@ def verify(
     device: Device = None,
     root: Root = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder that keeps what is finished; the same command goes on there.")
+        Path | None, typer.Option(help="With --model: folder that keeps what is finished; the same command goes on there.")
     ] = None,
     json_file: JsonFile = None,
     config: ConfigFile = None,
@@ -71,12 +77,11 @@ def verify(
         raise InputError("--onnx and --vnnlib go together: a network and its property")
     if (onnx is None) == (model is None):
         raise InputError("give either --model with --eps, or --onnx with --vnnlib")
+    _refuse(context, "onnx" if onnx is not None else "eps" if sigma is None else "sigma")
     make_way(json_file)
     limit = Budget(seconds=budget)
     if onnx is not None:
         assert vnnlib is not None
-        if sigma is not None:
-            raise InputError("--sigma is for --model and --data: a property file says nothing of noise")
         write_json(json_file, _property(onnx, vnnlib, limit, rigorous))
         return
     assert model is not None
@@ -85,6 +90,9 @@ def verify(
     name, victim = inputs.model(model, found, mean=mean, std=std, device=device)
     warn_of_random_weights([model])
     split = inputs.samples(found, samples)
+    if out is not None:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
     if threat is None:
         assert sigma is not None
         radii = None if eps is None else inputs.numbers(eps)
@@ -93,7 +101,8 @@ def verify(
             Smoothed(victim, sigma), split.x, split.y, n=votes, alpha=alpha, seed=seed, checkpoint=votes_file, progress=True
         )  # fmt: skip
         if out is not None:
-            configuration.write(context, out)
+            with writing(out):
+                configuration.write(context, out)
         console.print(f"{name}: {voted.summary(radii)}", markup=False)
         write_json(json_file, {"model": name, "data": found.name} | voted.document())
         if not voted.complete:
@@ -101,11 +110,20 @@ def verify(
         return
     proved = certify(victim, split.x, split.y, threat, limit, seed=seed, rigorous=rigorous, progress=True, folder=out)
     if out is not None:
-        configuration.write(context, out)
+        with writing(out):
+            configuration.write(context, out)
     console.print(f"{name}: {proved.summary()}", markup=False)
     write_json(json_file, {"model": name, "data": found.name} | proved.to_dict())
     if not proved.complete:
         raise typer.Exit(130)
+
+
+def _refuse(context: typer.Context, kind: str) -> None:
+    """Options of other kinds of proofs, which would have no effect."""
+    for name in _NOTHING[kind]:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise InputError(f"--{name} means nothing with --{kind}: leave it out")
 
 
 def _threat(norm: Norm, eps: str | None) -> Threat:
@@ -122,7 +140,7 @@ def _property(onnx: Path, vnnlib: Path, limit: Budget, rigorous: bool) -> dict[s
     """Decide, say so, and what to write."""
     property_ = read_vnnlib(vnnlib)
     console.print(f"property: {property_}", markup=False)
-    proof = decide(models_module.Model(onnx, bounds=None), property_, limit, rigorous=rigorous)
+    proof = decide(onnx, property_, limit, rigorous=rigorous)
     point = None if proof.counterexample is None else proof.counterexample.flatten().tolist()
     words = {
         "robust": "robust: none of the cases can occur",

@@ -60,7 +60,8 @@ class OnnxNetwork(nn.Module):
     weights: floating constants that enter computations, as parameters, or as buffers if they are single numbers or statistics
     of a batch normalisation. fixed: the other constants, such as shapes and axes. All by the names in nodes' `inputs`, which
     are ONNX's with "/" for ".". input, output: names of what goes in and comes out. shape: of one input, if the file states
-    it. one_by_one: the graph holds for a batch of one only, so that `forward` maps it over the samples.
+    it. one_by_one: the graph holds for a batch of one only, so that `forward` maps it over the samples. cut: something that
+    the file computes after `output` is left out.
 
     >>> nodes = [Node("Relu", "first", ["x"], ["y"], {}, opset=20), Node("Mul", "second", ["y", "two"], ["z"], {}, opset=20)]
     >>> network = OnnxNetwork(nodes, {"two": torch.tensor(2.0)}, input="x", output="z", shape=(2,))
@@ -74,7 +75,7 @@ class OnnxNetwork(nn.Module):
         self, nodes: Iterable[Node], constants: Mapping[str, Tensor], input: str, output: str, shape: tuple[int, ...] | None
     ) -> None:
         super().__init__()
-        self.input, self.output, self.shape, self.one_by_one = input, output, shape, False
+        self.input, self.output, self.shape, self.one_by_one, self.cut = input, output, shape, False, False
         self.nodes = nn.ModuleDict()
         self.weights = nn.Module()
         self.fixed: dict[str, Tensor] = {}
@@ -331,6 +332,7 @@ def _network(model: onnx.ModelProto, path: Path, output: str | None, logits: boo
     reader = _Reader(path, _opset(model, path))
     nodes = reader.nodes(model.graph)
     entrance, wanted = reader.entrance(model.graph), reader.wanted(model.graph, output)
+    last = wanted
     if logits:
         wanted = _before_the_last(nodes, wanted)
     nodes = _needed(nodes, wanted)
@@ -342,6 +344,7 @@ def _network(model: onnx.ModelProto, path: Path, output: str | None, logits: boo
     sizes = tuple(size.dim_value for size in kind.shape.dim)[1:]
     shape = sizes if sizes and all(sizes) else None
     network = OnnxNetwork(nodes, reader.constants, reader.names[entrance.name], wanted, shape)
+    network.cut = wanted != last
     return network, _DTYPES[kind.elem_type]
 
 

@@ -115,10 +115,13 @@ class Model(Classifier):
     def networks(self) -> tuple[nn.Module, ...]:
         return (self.net,) if isinstance(self.net, nn.Module) else ()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def raw(self, x: Tensor) -> Tensor:
+        """The network's own outputs for inputs (N, ...), such as probabilities or a single score. Doesn't count."""
         asked = self._normalise(x)
-        raw = self._call(asked.detach().cpu().numpy() if self._numpy else asked)
-        logits = self._read(self._adapt(raw), x)
+        return self._adapt(self._call(asked.detach().cpu().numpy() if self._numpy else asked))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self._read(self.raw(x), x)
         return labels_only(logits) if self.access <= Access.LABELS and self._gives != "labels" else logits
 
     def _read(self, found: Tensor, x: Tensor) -> Tensor:
@@ -135,7 +138,8 @@ class Model(Classifier):
             )
         if self._gives == "probabilities":
             found = torch.cat([1 - found, found], 1) if found.shape[1] == 1 else found
-            if not bool(((found >= 0) & (found <= 1 + _ROUNDING) | found.isnan()).all()):
+            # no value is known while torch.export traces
+            if not torch.compiler.is_compiling() and not bool(((found >= 0) & (found <= 1 + _ROUNDING) | found.isnan()).all()):
                 raise ModelError('gives="probabilities" was stated, but the outputs are not all in [0, 1]')
             return log_probabilities(found)
         return torch.cat([torch.zeros_like(found), found], 1) if found.shape[1] == 1 else found

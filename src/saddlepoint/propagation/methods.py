@@ -8,7 +8,7 @@ from typing import Literal, get_args, overload
 import torch
 from torch import Tensor
 
-from saddlepoint.errors import InputError, UnknownNameError
+from saddlepoint.errors import CapabilityError, InputError, SaddlepointError, UnknownNameError
 from saddlepoint.models.base import Classifier
 from saddlepoint.precision import full_precision
 from saddlepoint.propagation.bounds import MEMORY, Bounded
@@ -21,6 +21,7 @@ from saddlepoint.propagation.sets import Box
 Method = Literal["ibp", "forward", "deepz", "crown-ibp", "crown", "alpha-crown", "alpha-crown-joint", "best"]
 _STEPS = 20
 _FEW = 64  # inputs that forward bounds are cheap for
+_TRIED, _ROUNDING = 8, 1e-5  # inputs that are run twice; differences above this part of the largest output are random
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def bounds(
     memory: bytes for coefficients. rigorous: for ibp and the four by CROWN, in float64 with what rounding can
     add taken off, so that they hold for the network in real arithmetic.
 
-    Errors: `InputError`, and `ModelError` for operators without known bounds.
+    Errors: `InputError`, `CapabilityError` for random models, and `ModelError` for operators without known bounds.
 
     >>> import saddlepoint as sp
     >>> model = sp.Model(sp.zoo.build("digits-cnn"))
@@ -84,9 +85,20 @@ def bounds(
         raise InputError(f"steps must be at least 0 and memory at least 1; got {steps} and {memory}")
     if not isinstance(model, Classifier | Graph):
         raise InputError(f"model must be a Saddlepoint model: sp.Model(net, ...); got {type(model).__name__}")
+    if isinstance(lower, Box) and upper is not None:
+        raise InputError("upper is for bounds that begin with lower; a set of inputs has both")
     first = lower.lower if isinstance(lower, Box) else lower
+    wanted = (model.dtype if isinstance(model, Classifier) else None) or getattr(first, "dtype", None)
+    for name, value in (("lower", first), ("upper", first if upper is None else upper)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"{name} must be a floating tensor (N, ...); got {found}")
+        if value.dtype != wanted:
+            raise InputError(f"{name} is {value.dtype}; the model's parameters, lower and upper must be of one dtype")
     if first.dim() < 2 or not len(first):
         raise InputError(f"bounds need a batch (N, ...) of at least one input; its shape is {tuple(first.shape)}")
+    if not isinstance(model, Graph):
+        check_model(model, first)
     with torch.no_grad(), full_precision(first.device.type):
         graph = model if isinstance(model, Graph) else read(model, first)
         if rigorous and method in ("forward", "deepz", "best"):
@@ -110,7 +122,27 @@ def bounds(
     return OutputBounds(low[:, : out.shape[1]], -low[:, out.shape[1] :])
 
 
+def check_model(model: Classifier, x: Tensor) -> int:
+    """The number of its outputs. Errors: `InputError` where it doesn't take inputs like x (N, ...), `CapabilityError` where it
+    is random.
+    """
+    few = x[:_TRIED].to(model.device)
+    try:
+        with model.frozen(), torch.no_grad():
+            first, again = model.forward(few), model.forward(few)
+    except SaddlepointError:
+        raise
+    except Exception as error:  # whatever the network raises
+        raise InputError(f"the network fails on inputs of shape {tuple(x.shape)}: {type(error).__name__}: {error}") from error
+    model.queries.forward += 2 * len(few)
+    if bool((first - again).abs().max() > _ROUNDING * first.abs().max()):
+        raise CapabilityError("the model is random: no bound holds for it; sp.defenses.Smoothed certifies by votes")
+    return first.shape[-1]
+
+
 def _rows(specification: Tensor, out: Tensor) -> Tensor:
+    if not isinstance(specification, Tensor):
+        raise InputError(f"specification must be a tensor (N, R, C), and a method is named, method=...; got {specification!r}")
     if specification.dim() != 3 or specification.shape[2] != out.shape[1] or len(specification) not in (1, len(out)):
         wanted = (len(out), "R", out.shape[1])
         raise InputError(f"specification must have shape {wanted}; got {tuple(specification.shape)}".replace("'R'", "R"))

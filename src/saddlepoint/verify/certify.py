@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from saddlepoint.attacks.ascent import Sprint
 from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.engine.budget import Budget
+from saddlepoint.engine.source import check_labels
 from saddlepoint.engine.source import fingerprint as data_fingerprint
 from saddlepoint.errors import CapabilityError, DataError, InputError, SoundnessError
 from saddlepoint.files import write_file
@@ -27,6 +29,7 @@ from saddlepoint.precision import full_precision
 from saddlepoint.progress import bar
 from saddlepoint.propagation.bounds import Bounded
 from saddlepoint.propagation.graph import read
+from saddlepoint.propagation.methods import check_model
 from saddlepoint.propagation.nodes import Graph
 from saddlepoint.propagation.regions import inputs_of
 from saddlepoint.propagation.sets import Box
@@ -34,11 +37,12 @@ from saddlepoint.taxonomy import Access, Norm, Status
 from saddlepoint.threats import Region, Threat
 from saddlepoint.verify.cases import Cases, margins
 from saddlepoint.verify.prove import Proof, prove
+from saddlepoint.verify.search import Verdict
 
 STAGES = ("prediction", "attack", "crown-ibp", "corners", "crown", "alpha-crown", "inputs", "search", "none")
 _SECONDS = 60.0
 _TOGETHER = 32  # samples whose linear bounds are found at once
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,7 +63,7 @@ class Certification:
         return len(self.y)
 
     def __repr__(self) -> str:
-        return f"Certification({len(self)} samples, {self.certified_accuracy:.2%} proved robust; print .summary() for more)"
+        return f"Certification({len(self)} samples, {int(self.robust.sum())} proved robust; print .summary() for more)"
 
     def _having(self, verdict: str) -> Tensor:
         return torch.tensor([proof.verdict == verdict for proof in self.proofs], dtype=torch.bool)
@@ -123,13 +127,15 @@ class Certification:
 
     def summary(self) -> str:
         """The interval of robust accuracy, and what each stage did, in plain text."""
+        if not len(self):
+            return f"Verification of 0 samples within {self.threat}"
         sure = all(proof.rigorous for proof in self.proofs if proof.verdict == "robust")
         lines = [
             f"Verification of {len(self)} samples within {self.threat}",
             f"  clean accuracy   {_mean(self.right):.2%}",
             f"  robust accuracy  between {self.certified_accuracy:.2%} (proved) and {self.attacked_accuracy:.2%} (attacked)",
             f"  unknown          {int(self.unknown.sum())}",
-            f"  seconds          {float(self.seconds.sum()):.1f}, {float(self.seconds.max()) if len(self) else 0:.1f} at most",
+            f"  seconds          {float(self.seconds.sum()):.1f}, {float(self.seconds.max()):.1f} at most",
             "  stage          robust  falsified  unknown",
         ]
         for stage, counts in self.stages().items():
@@ -141,15 +147,16 @@ class Certification:
         return "\n".join(lines if self.complete else [*lines, "  ! interrupted: later samples are missing"])
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures, ready for JSON: shares between 0 and 1, `stages`, and a list of the proofs without inputs."""
+        """The figures, ready for JSON: shares between 0 and 1, `stages`, and a list of the proofs without inputs.
+
+        None stands for shares of no samples, and for bounds that aren't finite.
+        """
         return {
-            "samples": len(self), "threat": self.threat.settings(), "clean_accuracy": _mean(self.right),
-            "certified_accuracy": self.certified_accuracy, "attacked_accuracy": self.attacked_accuracy,
+            "samples": len(self), "threat": self.threat.settings(), "clean_accuracy": _known(_mean(self.right)),
+            "certified_accuracy": _known(self.certified_accuracy), "attacked_accuracy": _known(self.attacked_accuracy),
             "unknown": int(self.unknown.sum()), "seconds": float(self.seconds.sum()), "complete": self.complete,
             "stages": self.stages(),
-            "proofs": [
-                {key: value for key, value in asdict(proof).items() if key != "counterexample"} for proof in self.proofs
-            ],
+            "proofs": [_document(proof) for proof in self.proofs],
         }  # fmt: skip
 
 
@@ -172,13 +179,15 @@ def certify(
     - corners, alpha-crown, search or inputs: see `prove`
 
     Complete for ReLU networks up to time and rounding; other nonlinearities are proved by bounds, or by halving where there are
-    at most 16 inputs. rigorous: allow for rounding, see `prove`. seed: of the attack; all else is deterministic, but for where
-    time ends. folder: keeps what is finished, a file for each sample; the same call goes on there. clock: what `seconds`
-    means; `time.process_time` is the processor's.
+    at most 16 inputs. A proof is of each sample alone: networks whose answer depends on the rest of the batch aren't covered.
+    rigorous: allow for rounding, see `prove`; otherwise bounds are computed in the network's dtype, which float16 and bfloat16
+    are too coarse for. seed: of the attack; all else is deterministic, but for where time ends. folder: keeps what is finished,
+    a file for each sample; the same call goes on there. clock: what `seconds` means; `time.process_time` is the processor's.
 
     Ctrl-C returns what is finished. Errors: `InputError` for bad inputs and threats without a size, `CapabilityError` for
-    other norms, random models and models whose weights aren't known, `ModelError` for operators without known bounds,
-    `DataError` for another run's folder, `SoundnessError` should a confirmed counterexample turn out to be none.
+    other norms, random models, models whose weights aren't known and float16 without rigorous, `ModelError` for operators
+    without known bounds, `DataError` for a folder of another run, damaged or not to be written, `SoundnessError` should a
+    confirmed counterexample turn out to be none.
 
     >>> import torch, saddlepoint as sp
     >>> model = sp.Model(torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)))
@@ -187,9 +196,8 @@ def certify(
     >>> bool((found.robust | found.falsified).all())
     True
     """
-    _check(model, x, y, threat)
+    seconds, y = seconds_of(budget), _checked(model, x, y, threat, rigorous)
     x, y = x.detach().cpu(), y.detach().cpu()
-    seconds = budget.seconds if budget is not None and budget.seconds is not None else _SECONDS
     ledger = _Ledger(folder, model, x, y, threat, seconds, seed, rigorous) if folder is not None else None
     proofs: dict[int, Proof] = dict(ledger.read(x)) if ledger is not None else {}
 
@@ -211,7 +219,21 @@ def certify(
     return Certification(x, y, threat, tuple(proofs.get(place, nothing) for place in range(len(y))), complete)
 
 
-def _check(model: Classifier, x: Tensor, y: Tensor, threat: Threat) -> None:
+def seconds_of(budget: Budget | None) -> float:
+    """For each proof. Errors: `InputError` for budgets of passes or queries, which proofs don't count."""
+    if not (budget is None or isinstance(budget, Budget)) or (budget and (budget.passes or budget.queries)):
+        raise InputError(f"budget must be sp.Budget(seconds=...), the only limit that a proof has; got {budget!r}")
+    return _SECONDS if budget is None or budget.seconds is None else budget.seconds
+
+
+def check_precision(model: Classifier, rigorous: bool) -> None:
+    """Errors: `CapabilityError` where bounds in the network's dtype would mean little."""
+    if model.dtype in (torch.float16, torch.bfloat16) and not rigorous:
+        raise CapabilityError(f"bounds would be computed in {model.dtype}, which rounds too much: take rigorous=True")
+
+
+def _checked(model: Classifier, x: Tensor, y: Tensor, threat: Threat, rigorous: bool) -> Tensor:
+    """The labels."""
     if not isinstance(model, Classifier):
         raise InputError(f"model must be a Saddlepoint model: sp.Model(net, ...); got {type(model).__name__}")
     if not isinstance(threat, Threat) or threat.minimizes:
@@ -221,11 +243,9 @@ def _check(model: Classifier, x: Tensor, y: Tensor, threat: Threat) -> None:
     model.require(Access.PARAMETERS, "certify")
     if model.rejects:
         raise CapabilityError("certify is about classes; this model can also refuse to answer")
-    if y.shape != (len(x),):
-        raise InputError(f"y must have shape ({len(x)},), one class per input; its shape is {tuple(y.shape)}")
+    check_precision(model, rigorous)
     model.check_inputs(x)
-    if len(x) and model.probe(x).stochastic:
-        raise CapabilityError("the model is random: no bound holds for it; sp.defenses.Smoothed certifies by votes")
+    return check_labels(y, len(x), check_model(model, x) if len(x) else 2)
 
 
 def _through(
@@ -325,43 +345,82 @@ class _Ledger:
             "seconds": seconds, "seed": seed, "rigorous": rigorous,
         }  # fmt: skip
         wanted = json.loads(json.dumps(wanted, default=str))
+        self.run = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
         manifest = self.path / "certification.json"
         if manifest.exists():
-            begun = _json(manifest)
+            begun = _json(manifest, "take another folder")
             other = [key for key, value in wanted.items() if begun.get(key) != value]
             if other:
                 raise DataError(f"{self.path} holds another run: {', '.join(other)} differ; take another folder")
+        elif self._files():
+            raise DataError(f"{self.path} holds proofs, but no certification.json that says of what: take another folder")
         else:
-            write_file(manifest, json.dumps(wanted, indent=1).encode())
+            self._write(manifest, wanted)
+
+    def _files(self) -> list[Path]:
+        return sorted(self.path.glob("[0-9]*.json"))
+
+    def _write(self, path: Path, document: Mapping[str, Any]) -> None:
+        try:
+            write_file(path, json.dumps(document, indent=1).encode())
+        except OSError as error:
+            raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 
     def write(self, place: int, proof: Proof) -> None:
         point = None if proof.counterexample is None else proof.counterexample.flatten().tolist()
-        document = asdict(replace(proof, counterexample=None)) | {"counterexample": point}
-        write_file(self.path / f"{place:06}.json", json.dumps(document).encode())
+        self._write(self.path / f"{place:06}.json", _document(proof) | {"counterexample": point, "run": self.run})
 
     def read(self, x: Tensor) -> dict[int, Proof]:
         found = {}
-        for path in sorted(self.path.glob("[0-9]*.json")):
-            known, place = _json(path), int(path.stem)
-            point = known.pop("counterexample", None)
+        for path in self._files():
+            known = _json(path, "remove it, and the sample is done again")
+            if not path.stem.isdecimal() or int(path.stem) >= len(x) or known.pop("run", None) != self.run:
+                raise DataError(f"{path} is no proof of this run: remove it, or take another folder")
             try:
-                found[place] = Proof(
-                    **known, counterexample=None if point is None else torch.tensor(point).to(x).view(x.shape[1:])
-                )
-            except (TypeError, RuntimeError) as error:
+                found[int(path.stem)] = _proof(known, x)
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise DataError(f"{path} is damaged ({error}): remove it, and the sample is done again") from error
         return found
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _document(proof: Proof) -> dict[str, Any]:
+    """A proof for JSON, without its input; what isn't finite is None."""
+    found = asdict(replace(proof, counterexample=None)) | {"bound": _known(proof.bound)}
+    del found["counterexample"]
+    return found
+
+
+def _proof(known: dict[str, Any], x: Tensor) -> Proof:
+    """A proof of one of x (N, ...) from its document. Errors: `ValueError` and others where it can't be one."""
+    point, robust = known.pop("counterexample"), known["verdict"] == "robust"
+    if known["bound"] is None:
+        known["bound"] = math.inf if robust else -math.inf
+    proof = Proof(**known, counterexample=None if point is None else torch.tensor(point).to(x).view(x.shape[1:]))
+    numbers = (proof.bound, proof.parts, proof.seconds)
+    sound = (
+        proof.verdict in get_args(Verdict), proof.stage in STAGES, proof.bound > 0 or not robust, proof.seconds >= 0,
+        all(isinstance(number, int | float) and not math.isnan(number) for number in numbers), isinstance(proof.parts, int),
+        isinstance(proof.reason, str), isinstance(proof.rigorous, bool), (point is not None) == (proof.verdict == "falsified"),
+        proof.counterexample is None or bool(proof.counterexample.isfinite().all()),
+    )  # fmt: skip
+    if not all(sound):
+        raise ValueError(f"{proof.verdict} in stage {proof.stage} with bound {proof.bound}")
+    return proof
+
+
+def _json(path: Path, remedy: str) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged or cannot be read ({error}): remove it, and the sample is done again") from error
+        raise DataError(f"{path} is damaged or cannot be read ({error}): {remedy}") from error
     if not isinstance(found, Mapping):
-        raise DataError(f"{path} is damaged: remove it, and the sample is done again")
+        raise DataError(f"{path} is damaged: {remedy}")
     return dict(found)
 
 
 def _mean(mask: Tensor) -> float:
     return float(mask.double().mean()) if len(mask) else math.nan
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None

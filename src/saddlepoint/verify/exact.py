@@ -30,11 +30,13 @@ from torch import Tensor
 
 from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.engine import Attack
+from saddlepoint.engine.source import check_labels
 from saddlepoint.errors import CapabilityError, InputError
 from saddlepoint.models.base import Classifier
 from saddlepoint.propagation.bounds import Bounded, Box
 from saddlepoint.propagation.graph import Graph, read
-from saddlepoint.taxonomy import Norm
+from saddlepoint.propagation.methods import check_model
+from saddlepoint.taxonomy import Access, Norm
 from saddlepoint.threats import Minimize, ball, distance
 from saddlepoint.verify.milp import Array, Programme, System
 
@@ -91,7 +93,8 @@ def nearest(
     seconds: for each input, shared by the classes; where they aren't enough, `proved` is False and `lower` what is known.
     attack: what is tried first, since a smaller ball is searched faster; seed: its own.
 
-    Errors: `InputError` for bad input, `CapabilityError` for norms that can't be done, `ModelError` for other networks.
+    Errors: `InputError` for bad input, `CapabilityError` for norms that can't be done, random models and those whose weights
+    aren't known, `ModelError` for other networks.
 
     >>> import torch, saddlepoint as sp
     >>> net = torch.nn.Linear(2, 2)
@@ -100,23 +103,23 @@ def nearest(
     >>> {norm: round(float(nearest(model, x, y, norm).distance), 4) for norm in ("linf", "l2", "l1", "l0")}
     {'linf': 0.3, 'l2': 0.4025, 'l1': 0.45, 'l0': 1.0}
     """
+    model.require(Access.PARAMETERS, "nearest")
     model.check_inputs(x)
-    if y.shape != (len(x),):
-        raise InputError(f"y must hold one class for each of {len(x)} inputs; its shape is {tuple(y.shape)}")
-    if seconds <= 0:
+    if not seconds > 0:
         raise InputError(f"seconds must be above 0; got {seconds}")
     if model.rejects:
         raise CapabilityError(
             "the model can refuse to answer; the nearest input of another class is known for classifiers only"
         )
     norm = ball(norm, math.inf).norm
+    if not len(x):
+        none = torch.zeros(0, dtype=torch.float64)
+        return Nearest(x, none, none, none > 0, model.predict(x), none, norm)
+    y = check_labels(y, len(x), check_model(model, x))
     x = x.to(model.device)
     programme = Programme(read(model, x[:1]), x[:1])
     if programme.maxima and norm not in (Norm.LINF, Norm.L1):
         raise CapabilityError(f"{norm} is known for linear models; for networks it is no linear programme: take linf or l1")
-    classes = len(programme.outputs.constant)
-    if bool(((y < 0) | (y >= classes)).any()):
-        raise InputError(f"y must hold classes from 0 to {classes - 1}; got {int(y.min())} to {int(y.max())}")
     points, before = x.clone(), model.predict(x)
     found = torch.full((len(x),), math.inf, dtype=torch.float64)
     found[(before != y.to(x.device)).cpu()] = 0

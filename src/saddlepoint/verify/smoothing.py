@@ -113,6 +113,8 @@ class Certificates:
 
     def summary(self, radii: Sequence[float] | None = None) -> str:
         """Certified accuracy at some radii, by default quarters of the largest that is possible, in plain text."""
+        if not len(self):
+            return f"smoothing of 0 samples: sigma {self.sigma:g}"
         if radii is None:
             all_votes = torch.tensor([self.n])
             most = float(certified_radius(lower_confidence_bound(all_votes, self.n, self.alpha), self.sigma)[0])
@@ -239,9 +241,14 @@ class _Checkpoint:
                 raise DataError(f"{self.path} is of another run, which differs in {', '.join(differing)}: take another file")
             votes = torch.tensor(found["counts"], dtype=counts.dtype).view_as(counts)
             done, seconds = int(found["done"]), float(found["seconds"])
+            n0, n = self.settings["n0"], self.settings["n"]
+            copies = (done - torch.arange(len(votes)) * (n0 + n)).clamp(0, n0 + n)  # of each image
+            most = torch.stack([copies.clamp(max=n0), (copies - n0).clamp(min=0)], 1)
+            if not 0 <= done <= len(votes) * (n0 + n) or bool((votes < 0).any() or (votes.sum(2).cpu() > most).any()):
+                raise ValueError(f"no such votes can be there after {done} copies")
         except DataError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
             raise DataError(f"{self.path} is damaged or no checkpoint of certify ({error!r}): delete it") from error
         counts.copy_(votes)
         return done, seconds

@@ -91,18 +91,31 @@ def parse_vnnlib(text: str) -> Property:
     choices: list[list[list[Atom]]] = []
     for tree in _trees(text):
         match tree:
-            case ["declare-const", str(name), _] if found := _VARIABLE.match(name):
+            case ["declare-const", str(name), _] | ["declare-fun", str(name), [], _] if found := _VARIABLE.match(name):
                 declared[found[1]] = max(declared[found[1]], int(found[2]) + 1)
             case ["assert", condition]:
                 choices.append(_alternatives(condition))
+            case ["set-logic", _] | ["check-sat"]:
+                pass
             case _:
                 raise DataError(f"expected a declaration or an assertion, found {str(tree)[:80]}")
     if not declared["X"] or not declared["Y"]:
         raise DataError("no inputs X_0, ... or outputs Y_0, ... are declared")
     certain = [atom for choice in choices if len(choice) == 1 for atom in choice[0]]
     open_ = [choice for choice in choices if len(choice) > 1]
-    cases = (_case([*certain, *itertools.chain(*chosen)], declared) for chosen in itertools.product(*open_))
+    cases, impossible = [], DataError("there is no case")
+    for chosen in itertools.product(*open_):
+        try:
+            cases.append(_case([*certain, *itertools.chain(*chosen)], declared))
+        except _ImpossibleError as error:  # such as X_0 <= 1 of one choice and X_0 >= 2 of another
+            impossible = error
+    if not cases:
+        raise impossible
     return Property(tuple(cases), declared["X"], declared["Y"])
+
+
+class _ImpossibleError(DataError):
+    """Nothing satisfies a case's conditions on inputs and numbers."""
 
 
 def _trees(text: str) -> Iterator[Tree]:
@@ -162,7 +175,10 @@ def _case(atoms: list[Atom], declared: dict[str, int]) -> Case:
     rows, constants = [], []
     for coefficients, constant in atoms:
         kinds = {name[0] for name in coefficients}
-        if kinds == {"X"} and len(coefficients) == 1:
+        if not kinds:
+            if constant > 0:
+                raise _ImpossibleError("a condition on numbers alone is false")
+        elif kinds == {"X"} and len(coefficients) == 1:
             ((name, sign),) = coefficients.items()
             place, end = int(name[2:]), -constant / sign
             if place >= len(lower):
@@ -180,14 +196,12 @@ def _case(atoms: list[Atom], declared: dict[str, int]) -> Case:
             rows.append(row)
             constants.append(constant)
         else:
-            raise DataError(
-                f"a condition on {', '.join(sorted(coefficients)) or 'numbers alone'} is neither a box nor one of outputs"
-            )
+            raise DataError(f"a condition on {', '.join(sorted(coefficients))} is neither a box nor one of outputs")
+    if bool((lower > upper).any()):
+        raise _ImpossibleError(f"X_{int((lower > upper).nonzero()[0])} has a lower end above its upper one")
     open_ = (~(lower.isfinite() & upper.isfinite())).nonzero()[:, 0].tolist()
     if open_:
         raise DataError(f"X_{open_[0]} has no lower or no upper end")
-    if bool((lower > upper).any()):
-        raise DataError(f"X_{int((lower > upper).nonzero()[0])} has a lower end above its upper one")
     if not rows:
         raise DataError("there is no condition on outputs")
     return Case(lower, upper, torch.stack(rows), torch.tensor(constants, dtype=torch.float64))
