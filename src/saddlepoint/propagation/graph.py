@@ -94,7 +94,7 @@ class _Reader:
         self.least, self.dtype = meta.dtype, dtype or meta.dtype
         self.known: dict[str, Any] = {}  # what doesn't depend on the input
         self.zeros: dict[str, Tensor] = {}  # what does: a batch of one of zeros
-        self.bare: set[str] = set()  # values whose first dimension isn't the batch
+        self.bare: dict[str, torch.Size] = {}  # shapes of values whose first dimension isn't the batch, or that have no other
         self.nodes: list[Node] = []
         for spec in source.program.graph_signature.input_specs:
             if spec.kind.name in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR") and spec.target is not None:
@@ -125,16 +125,14 @@ class _Reader:
 
         Values of higher precision than the input's are taken in that of the graph.
         """
-        bare = meta.dim() == 0 or meta.shape[0] != 1
+        bare = meta.dim() < 2 or meta.shape[0] != 1
         if bare:
-            self.bare.add(name)
+            self.bare[name] = meta.shape
         if not meta.dtype.is_floating_point:
             raise ModelError(f"{what} depends on the network's input and is of dtype {meta.dtype}, not floating")
         if torch.finfo(meta.dtype).eps > torch.finfo(self.least).eps:
-            raise ModelError(
-                f"{what} is of dtype {meta.dtype}, the input of {self.least}: no bounds are known for coarser types"
-            )
-        shape = torch.Size(meta.shape if bare else meta.shape[1:])
+            raise ModelError(f"{what} is of dtype {meta.dtype}, coarser than the input's {self.least}: no bounds are known")
+        shape = torch.Size((meta.shape or (1,)) if bare else meta.shape[1:])
         self.zeros[name] = torch.zeros((), dtype=self.dtype, device=meta.device).expand(1, *shape)
         return shape
 
@@ -180,11 +178,12 @@ class _Reader:
 
         def applied(everything: Any, fixed: Mapping[str, Any]) -> Callable[..., Tensor]:
             def apply(*values: Tensor) -> Any:
-                given = {name: value[0] if name in bare else value for name, value in zip(inputs, values, strict=True)}
+                pairs = zip(inputs, values, strict=True)
+                given = {name: value.reshape(bare[name]) if name in bare else value for name, value in pairs}
                 args, kwargs = self._filled(everything, {**fixed, **given})
                 found = target(*args, **kwargs)  # type: ignore[operator]
                 found = found if part is None else found[part]
-                return found[None] if node.name in self.bare else found
+                return found.reshape(1, *shape) if node.name in self.bare else found
 
             return apply
 
@@ -196,7 +195,8 @@ class _Reader:
             raise ModelError(f"the indices of {op} (at {node.name}) depend on the network's input: no bounds are known")
         like = tuple(self.zeros[name] for name in inputs)
         rank = (like[0].dim() - 1 if inputs[0] in bare else like[0].dim()) if inputs else 0
-        single = not bare.isdisjoint(inputs) or node.name in self.bare or (op == "linear" and not isinstance(arguments[0], str))
+        single = not bare.keys().isdisjoint(inputs) or node.name in self.bare
+        single = single or (op == "linear" and not isinstance(arguments[0], str))
         made = Node(node.name, op, inputs, apply, shape, like, arguments, settings, magnitude, where, rank, single)
         nonlinear = len(factors) > 1 or (op == "div" and bool(factors) and factors[0] != _first_name(call.args[0]))
         found = products(made, factors) if nonlinear else [made]

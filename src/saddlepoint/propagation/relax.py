@@ -153,8 +153,9 @@ class Curve(Elementwise):
     """A function of one element.
 
     slope: its derivative. convex, concave: where it is so, intervals that together cover the domain. points: where it has kinks
-    or is stationary. domain: what inputs must be in; nothing is known of boxes that leave it by more than rounding. pole: whether it is unbounded at the domain's
-    lower end, 0, so that nothing is known of boxes that hold it. slack: how far below `value` the function may be.
+    or is stationary. domain: what inputs must be in; nothing is known of boxes that leave it by more than rounding. pole:
+    whether it is unbounded at the domain's lower end, 0, so that nothing is known of boxes that hold it. slack: how far below
+    `value` the function may be.
     """
 
     value: Callable[[Tensor], Tensor]
