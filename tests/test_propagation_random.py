@@ -296,7 +296,8 @@ def test_bad_input() -> None:
     assert type(Ball.of(x, 1.0, "linf")) is Box
 
 
-WEIGHT, VECTOR = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64), torch.tensor([-1.0, 2, 0, -3])
+WEIGHT = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+VECTOR = torch.tensor([-1.0, 2, 0, -3], dtype=torch.float64)
 MASK, KERNEL = torch.tensor([True, False, True, False]), WEIGHT.view(2, 2, 2, 2)
 OPERATORS: dict[str, list[Function]] = {
     "mul": [lambda x: x * -2, lambda x: x * 2.5, lambda x: x * VECTOR, lambda x: torch.tensor(-2) * x, lambda x: x[:, :1] * VECTOR],

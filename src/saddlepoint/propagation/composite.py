@@ -104,7 +104,7 @@ def products(node: Node, factors: Sequence[str]) -> list[Node]:
         like = tuple(likes[name] for name in inputs)
         out = apply(*like)
         name = node.name + suffix
-        likes[name] = out
+        likes[name] = torch.zeros_like(out)  # not 1 / 0
         rank = like[0].dim()
         return Node(name, op, tuple(inputs), apply, out.shape[1:], like, where=node.where, magnitude=apply, rank=rank)
 

@@ -163,7 +163,7 @@ class _Reader:
         """One node. call: whose operator runs; part: which of its outputs is meant."""
         target, op = call.target, _name(call.target)
         everything = (call.args, dict(call.kwargs))
-        factors = [one.name for one in _mentioned(call.args[: _FACTORS.get(op, 0)]) if one.name in self.zeros]
+        factors = [one.name for one in _mentioned(call.args[op == "addmm" : _FACTORS.get(op, 0)]) if one.name in self.zeros]
         inputs = tuple(dict.fromkeys(one.name for one in _mentioned(everything) if one.name in self.zeros))
         bare = self.bare.copy()
         where = _where(call)
