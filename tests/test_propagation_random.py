@@ -300,8 +300,10 @@ WEIGHT = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=tor
 VECTOR = torch.tensor([-1.0, 2, 0, -3], dtype=torch.float64)
 MASK, KERNEL = torch.tensor([True, False, True, False]), WEIGHT.view(2, 2, 2, 2)
 OPERATORS: dict[str, list[Function]] = {
-    "mul": [lambda x: x * -2, lambda x: x * 2.5, lambda x: x * VECTOR, lambda x: torch.tensor(-2) * x, lambda x: x[:, :1] * VECTOR],
-    "div": [lambda x: x / -3, lambda x: x / 3, lambda x: x / (VECTOR + 0.5), lambda x: -2 / (x + 4), lambda x: VECTOR / (x + 4)],
+    "mul": [lambda x: x * -2, lambda x: x * 2.5, lambda x: x * VECTOR, lambda x: torch.tensor(-2) * x,
+            lambda x: x[:, :1] * VECTOR],
+    "div": [lambda x: x / -3, lambda x: x / 3, lambda x: x / (VECTOR + 0.5), lambda x: -2 / (x + 4),
+            lambda x: VECTOR / (x + 4)],
     "add": [lambda x: torch.add(x, x.flip(1), alpha=-2), lambda x: x + x.mean(0), lambda x: x + x.mean(), lambda x: x - 3],
     "sub": [lambda x: torch.sub(x, x.flip(1), alpha=-2), lambda x: x.sum(1, keepdim=True) - x, lambda x: 3 - x],
     "rsub": [lambda x: torch.rsub(x, x.flip(1), alpha=3), lambda x: torch.rsub(x, 2.0, alpha=-3)],
@@ -371,3 +373,22 @@ def test_bounds_hold_for_every_operator(name: str) -> None:
                 assert not bool((unknown & (found.lower.isfinite() | found.upper.isfinite())).any()), (place, count, method)
                 assert holds(found, outputs.nan_to_num(0), 1e-9), (place, count, method)
             assert holds(bounds(graph, x - 0.5, x + 0.5, method="ibp", rigorous=True), outputs.nan_to_num(0), 0), (place, count)
+
+
+REFUSED: dict[str, Function] = {
+    "div": lambda x: x // 0.25, "softplus": lambda x: functional.softplus(x, 1.0, 0.2), "softmax": lambda x: x.softmax(0),
+    "clamp": lambda x: x.clamp(min=x * x), "_to_copy": lambda x: x.float(), "item": lambda x: x * x.sum().item(),
+    "convolution": lambda x: functional.conv2d(KERNEL, x.view(1, 2, 2, 1)), "gt": lambda x: (x > 0).to(x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_has_no_bounds_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ModelError, match=r"(at networks\.0|item|data-dependent)"):
+        read(sp.Model(Applied(REFUSED[name]), bounds=None), torch.randn(1, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("centre", "limits"), [(torch.zeros(1, 2, dtype=torch.int64), None), (torch.zeros(1, 2), (1.0, 0.0))])
+def test_balls_of_nothing(centre: Tensor, limits: tuple[float, float] | None) -> None:
+    with pytest.raises(InputError, match="floating dtype|low <= high"):
+        Ball.of(centre, 0.5, "l2", limits)
