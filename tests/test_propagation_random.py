@@ -14,6 +14,7 @@ from saddlepoint.errors import InputError, ModelError
 from saddlepoint.propagation.bounds import Ball, Bounded, Box
 from saddlepoint.propagation.graph import Graph, read
 from saddlepoint.propagation.methods import Method, OutputBounds, bounds
+from saddlepoint.propagation.nodes import AFFINE
 
 METHODS: tuple[Method, ...] = ("ibp", "forward", "deepz", "crown-ibp", "crown", "alpha-crown", "alpha-crown-joint", "best")
 Function = Callable[[Tensor], Tensor]
@@ -78,6 +79,18 @@ class Attention(nn.Module):
         y = self.norm(x)
         x = x + self.mix(y, y, y, need_weights=False)[0]
         return self.last((x + self.dense(self.norm(x))).mean(1))
+
+
+class Applied(nn.Module):
+    """The function, and the ReLU of it, which sees its intervals."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.function(x)
+        return torch.cat([h, h.relu()], 1)
 
 
 def made(net: nn.Module, x: Tensor) -> sp.Model:
@@ -281,3 +294,101 @@ def test_bad_input() -> None:
     with pytest.raises(ModelError, match=r"depends on the network's input and is of dtype torch.bool"):
         read(sp.Model(Steps(), bounds=None), x)
     assert type(Ball.of(x, 1.0, "linf")) is Box
+
+
+WEIGHT = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+VECTOR = torch.tensor([-1.0, 2, 0, -3], dtype=torch.float64)
+MASK, KERNEL = torch.tensor([True, False, True, False]), WEIGHT.view(2, 2, 2, 2)
+OPERATORS: dict[str, list[Function]] = {
+    "mul": [lambda x: x * -2, lambda x: x * 2.5, lambda x: x * VECTOR, lambda x: torch.tensor(-2) * x,
+            lambda x: x[:, :1] * VECTOR],
+    "div": [lambda x: x / -3, lambda x: x / 3, lambda x: x / (VECTOR + 0.5), lambda x: -2 / (x + 4),
+            lambda x: VECTOR / (x + 4)],
+    "add": [lambda x: torch.add(x, x.flip(1), alpha=-2), lambda x: x + x.mean(0), lambda x: x + x.mean(), lambda x: x - 3],
+    "sub": [lambda x: torch.sub(x, x.flip(1), alpha=-2), lambda x: x.sum(1, keepdim=True) - x, lambda x: 3 - x],
+    "rsub": [lambda x: torch.rsub(x, x.flip(1), alpha=3), lambda x: torch.rsub(x, 2.0, alpha=-3)],
+    "addmm": [lambda x: torch.addmm(VECTOR, x, WEIGHT, alpha=-2), lambda x: torch.addmm(VECTOR, x, WEIGHT, beta=-2, alpha=0.5),
+              lambda x: torch.addmm(x, x, WEIGHT, beta=-2), lambda x: torch.addmm(x, x, WEIGHT)],
+    "baddbmm": [lambda x: torch.baddbmm(x[:, None], x[:, None], WEIGHT[None], beta=-1, alpha=-2).flatten(1)],
+    "linear": [lambda x: functional.linear(x, WEIGHT, VECTOR), lambda x: functional.linear(WEIGHT[:1], x) + x,
+               lambda x: functional.linear(WEIGHT, x).T],
+    "mm": [lambda x: x.mm(WEIGHT), lambda x: WEIGHT.mm(x.T).T],
+    "bmm": [lambda x: x.view(-1, 2, 2).bmm(WEIGHT[None, :2, :2].expand(len(x), 2, 2)).flatten(1)],
+    "matmul": [lambda x: (x.view(-1, 2, 2) @ -WEIGHT[:2, :2]).flatten(1), lambda x: (WEIGHT @ x[..., None]).flatten(1),
+               lambda x: (x.view(-1, 1, 2, 2).expand(-1, 2, -1, -1) @ x.view(-1, 2, 2)).flatten(1)],
+    "convolution": [lambda x: functional.conv2d(x.view(-1, 2, 2, 1), KERNEL, VECTOR[:2], padding=1).flatten(1),
+                    lambda x: functional.conv_transpose2d(x.view(-1, 2, 2, 1), -KERNEL, stride=2).flatten(1)],
+    "view": [lambda x: -x.view(-1, 2, 2).flatten(1)], "reshape": [lambda x: -x.reshape(4).reshape(1, 4)],
+    "_unsafe_view": [lambda x: torch.ops.aten._unsafe_view(x, [1, 4])], "flatten": [lambda x: x.view(-1, 2, 2).flatten(1)],
+    "unsqueeze": [lambda x: x.unsqueeze(2).sum(2)], "squeeze": [lambda x: -x.squeeze(0)[None]],
+    "clone": [lambda x: -x.clone()], "alias": [lambda x: torch.ops.aten.alias(x)], "detach": [lambda x: -x.detach()],
+    "_to_copy": [lambda x: -x.double(), lambda x: x.sum(1, keepdim=True, dtype=torch.float64)],
+    "permute": [lambda x: x.view(-1, 2, 2).permute(0, 2, 1).flatten(1)], "t": [lambda x: -x.t().t()],
+    "transpose": [lambda x: x.view(-1, 2, 2).transpose(1, 2).flatten(1)], "neg": [torch.neg],
+    "mean": [lambda x: x.mean(1, keepdim=True), lambda x: -x.mean()[None, None]],
+    "sum": [lambda x: -x.sum(1, keepdim=True), lambda x: x * x.sum(1)[:, None], lambda x: x * x.mean(),
+            lambda x: x / (x.norm() + 1), lambda x: torch.stack([one * one.mean() for one in x])],
+    "cat": [lambda x: torch.cat([x, -x], 1)], "stack": [lambda x: torch.stack([x, -2 * x], 1).flatten(1)],
+    "slice": [lambda x: x[:, 1:3] * -1], "select": [lambda x: -x[:, 2:3], lambda x: x - x[:, 1, None]],
+    "expand": [lambda x: -x[:, :1].expand(-1, 3)], "repeat": [lambda x: -x.repeat(1, 2)],
+    "constant_pad_nd": [lambda x: -functional.pad(x, (-1, 2), value=-3.0)],
+    "avg_pool1d": [lambda x: -functional.avg_pool1d(x[:, None], 2).flatten(1)],
+    "avg_pool2d": [lambda x: -functional.avg_pool2d(x.view(-1, 1, 2, 2), 2, 1, 1).flatten(1),
+                   lambda x: functional.avg_pool2d(x.view(-1, 1, 2, 2), 2, divisor_override=-3).flatten(1)],
+    "avg_pool3d": [lambda x: -functional.avg_pool3d(x.view(-1, 1, 1, 2, 2), (1, 2, 1)).flatten(1)],
+    "_adaptive_avg_pool2d": [lambda x: functional.adaptive_avg_pool2d(-x.view(-1, 1, 2, 2), (1, 2)).flatten(1)],
+    "flip": [lambda x: -x.flip(1)], "roll": [lambda x: -x.roll(1, 1)], "cumsum": [lambda x: -x.cumsum(1)],
+    "upsample_nearest2d": [lambda x: functional.interpolate(-x.view(-1, 1, 2, 2), scale_factor=2).flatten(1)],
+    "pixel_shuffle": [lambda x: functional.pixel_shuffle(-x.view(-1, 4, 1, 1), 2).flatten(1)],
+    "_native_batch_norm_legit_no_training": [
+        lambda x: functional.batch_norm(x, VECTOR, VECTOR.abs() + 1, VECTOR, WEIGHT[0]),
+        lambda x: functional.batch_norm(x.expand(4, 4), VECTOR, VECTOR.abs() + 1, VECTOR)[None].flatten(1)],
+    "split": [lambda x: -x.split(2, 1)[1]], "split_with_sizes": [lambda x: -x.split([1, 3], 1)[1]],
+    "chunk": [lambda x: -x.chunk(2, 1)[0]], "unbind": [lambda x: -x.unbind(1)[1][:, None]],
+    "index": [lambda x: x[:, [0, 0, -1]] - x[:, :3]], "index_select": [lambda x: -x.index_select(1, torch.tensor([2, 2]))],
+    "where": [lambda x: torch.where(MASK, x, -x), lambda x: torch.where(MASK, -1.0, x)],
+    "sqrt": [lambda x: (x + 1).sqrt(), lambda x: x.relu() ** 1.5], "log": [lambda x: (x + 1).log()],
+    "softplus": [lambda x: functional.softplus(10 * x + 20) - 10 * x],
+}  # fmt: skip
+
+
+def test_every_affine_operator_is_among_those_below() -> None:
+    assert not AFFINE - OPERATORS.keys()
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_bounds_hold_for_every_operator(name: str) -> None:
+    """With numbers of both signs, and as many samples as a dimension has elements; NaN lies in no bounds but infinite ones."""
+    for place, function in enumerate(OPERATORS[name]):
+        net, x = Applied(function), torch.randn(4, 4, generator=torch.Generator().manual_seed(place), dtype=torch.float64)
+        graph = read(sp.Model(net, bounds=None), x)
+        corners = torch.rand(40, *x.shape, dtype=torch.float64).round()
+        points = x - 0.5 + torch.cat([corners, torch.rand_like(corners)])
+        every = torch.stack([torch.cat([net(one[None]) for one in point]) for point in points])
+        for count in (4, 3):
+            x, outputs = x[:count], every[:, :count]
+            unknown = outputs.isnan().any(0)
+            for method in ("ibp", "crown", "forward", "deepz"):
+                found = bounds(graph, x - 0.5, x + 0.5, method=method)
+                assert not bool((unknown & (found.lower.isfinite() | found.upper.isfinite())).any()), (place, count, method)
+                assert holds(found, outputs.nan_to_num(0), 1e-9), (place, count, method)
+            assert holds(bounds(graph, x - 0.5, x + 0.5, method="ibp", rigorous=True), outputs.nan_to_num(0), 0), (place, count)
+
+
+REFUSED: dict[str, Function] = {
+    "div": lambda x: x // 0.25, "softplus": lambda x: functional.softplus(x, 1.0, 0.2), "softmax": lambda x: x.softmax(0),
+    "clamp": lambda x: x.clamp(min=x * x), "_to_copy": lambda x: x.float(), "item": lambda x: x * x.sum().item(),
+    "convolution": lambda x: functional.conv2d(KERNEL, x.view(1, 2, 2, 1)).view(1, -1), "gt": lambda x: (x > 0).to(x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_has_no_bounds_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ModelError, match=r"(at networks\.0|item|data-dependent)"):
+        read(sp.Model(Applied(REFUSED[name]), bounds=None), torch.randn(1, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("centre", "limits"), [(torch.zeros(1, 2, dtype=torch.int64), None), (torch.zeros(1, 2), (1.0, 0.0))])
+def test_balls_of_nothing(centre: Tensor, limits: tuple[float, float] | None) -> None:
+    with pytest.raises(InputError, match=r"floating dtype|low <= high"):
+        Ball.of(centre, 0.5, "l2", limits)

@@ -108,6 +108,11 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
     return a / b if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
 
 
+def _prelu(x: Tensor, slope: Tensor) -> Tensor:
+    """Slopes may be broadcast in any way; one slope has bounds of its own, several are taken by ReLUs."""
+    return functional.prelu(x, slope.flatten()) if slope.numel() == 1 else torch.relu(x) - slope * torch.relu(-x)
+
+
 OPERATORS: dict[str, Operator] = {
     "Abs": _elementwise(torch.abs),
     "Add": _elementwise(torch.add),
@@ -136,7 +141,7 @@ OPERATORS: dict[str, Operator] = {
     "Neg": _elementwise(torch.neg),
     "Not": _elementwise(torch.logical_not),
     "Or": _elementwise(torch.logical_or),
-    "PRelu": _elementwise(lambda x, slope: torch.where(x >= 0, x, slope * x)),
+    "PRelu": _elementwise(_prelu),
     "Pow": _elementwise(lambda base, exponent: torch.pow(base, exponent).to(base.dtype)),
     "Reciprocal": _elementwise(torch.reciprocal),
     "Relu": _elementwise(torch.relu),

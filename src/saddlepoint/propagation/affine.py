@@ -19,7 +19,7 @@ def batched(node: Node, apply: Callable[..., Tensor], *values: Tensor) -> Tensor
     """apply, which works on a batch of one, for batches (N, ...)."""
     if node.op in SHAPES:
         return values[0].reshape(len(values[0]), *node.shape)
-    if node.op in _POINTWISE and node.rank == len(node.shape) + 1 == values[0].dim() and _aligned(node):
+    if node.op in _POINTWISE and not node.single and node.rank == len(node.shape) + 1 == values[0].dim() and _aligned(node):
         return apply(*values)
     if node.op in ("mm", "matmul") and (matrix := _right(node)) is not None and apply is node.apply:
         return values[0] @ matrix
@@ -71,7 +71,7 @@ def linear_part(node: Node, values: Sequence[Tensor]) -> Tensor:
 
 def _right(node: Node) -> Tensor | None:
     """The matrix that rows are multiplied with from the right, if the operator does just that."""
-    if len(node.inputs) > 1 or node.settings:
+    if node.settings or sum(isinstance(one, str) for one in node.arguments) > 1:
         return None
     if node.op not in ("addmm", "linear", "mm", "matmul"):
         return None

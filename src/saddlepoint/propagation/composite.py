@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saddlepoint.errors import ModelError
 from saddlepoint.propagation.nodes import Node
+from saddlepoint.propagation.relax import aligned
 
 aten = torch.ops.aten
 
@@ -103,7 +104,7 @@ def products(node: Node, factors: Sequence[str]) -> list[Node]:
         like = tuple(likes[name] for name in inputs)
         out = apply(*like)
         name = node.name + suffix
-        likes[name] = out
+        likes[name] = torch.zeros_like(out)  # not 1 / 0
         rank = like[0].dim()
         return Node(name, op, tuple(inputs), apply, out.shape[1:], like, where=node.where, magnitude=apply, rank=rank)
 
@@ -118,7 +119,8 @@ def products(node: Node, factors: Sequence[str]) -> list[Node]:
         if len(factors) == 2:
             return [inverse, made("", "product", [factors[0], inverse.name], _multiplied)]
         above = node.arguments[0]
-        return [inverse, replace(made("", "mul", [inverse.name], lambda x: above * x), arguments=(above, inverse.name))]
+        last = made("", "mul", [inverse.name], lambda x: above * x)
+        return [inverse, replace(last, arguments=(above, inverse.name), magnitude=lambda x: abs(above) * x)]
     if node.op in ("matmul", "bmm", "mm") and min(likes[name].dim() for name in factors) > 2:
         first, second = factors
         left = made("_rows", "unsqueeze", [first], lambda x: x.unsqueeze(-1))
@@ -130,6 +132,5 @@ def products(node: Node, factors: Sequence[str]) -> list[Node]:
 
 def _multiplied(x: Tensor, y: Tensor) -> Tensor:
     """x y for batches, whose elements are broadcast from the last dimension on."""
-    rank = max(x.dim(), y.dim())
-    x, y = (one.reshape(len(one), *[1] * (rank - one.dim()), *one.shape[1:]) for one in (x, y))
+    x, y = aligned(x, y)
     return x * y

@@ -20,6 +20,7 @@ from saddlepoint.propagation.nodes import Node as Node
 from saddlepoint.propagation.relax import rule
 
 _FACTORS = {"linear": 2, "mm": 2, "bmm": 2, "matmul": 2, "convolution": 2, "mul": 2, "div": 2, "addmm": 3}
+_SCALED = ("mul", "div", "addmm")  # whose numbers are all factors
 _CONSTANT = ("full_like", "zeros_like", "ones_like", "new_zeros", "new_ones", "new_full", "empty_like", "sym_size")
 
 
@@ -87,10 +88,13 @@ class _Reader:
     """Turns an exported program into nodes."""
 
     def __init__(self, source: Exported, gradients: bool, dtype: torch.dtype | None, replaced: Mapping[str, Tensor]) -> None:
-        self.source, self.dtype = source, dtype
+        self.source = source
+        (self.entry,) = (one.arg.name for one in source.program.graph_signature.input_specs if one.kind.name == "USER_INPUT")
+        (meta,) = (one.meta["val"] for one in source.program.graph.nodes if one.name == self.entry)
+        self.least, self.dtype = meta.dtype, dtype or meta.dtype
         self.known: dict[str, Any] = {}  # what doesn't depend on the input
         self.zeros: dict[str, Tensor] = {}  # what does: a batch of one of zeros
-        self.bare: set[str] = set()  # values whose first dimension isn't the batch
+        self.bare: dict[str, torch.Size] = {}  # shapes of values whose first dimension isn't the batch, or that have no other
         self.nodes: list[Node] = []
         for spec in source.program.graph_signature.input_specs:
             if spec.kind.name in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR") and spec.target is not None:
@@ -100,34 +104,36 @@ class _Reader:
                 self.known[spec.arg.name] = self._cast(value if gradients else value.detach())
 
     def _cast(self, value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point() and self.dtype is not None:
+        if isinstance(value, Tensor) and value.is_floating_point():
             return value.to(self.dtype)
-        return self.dtype if isinstance(value, torch.dtype) and value.is_floating_point and self.dtype is not None else value
+        return self.dtype if isinstance(value, torch.dtype) and value.is_floating_point else value
 
     def graph(self) -> Graph:
-        program = self.source.program
-        (entry,) = (spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT")
-        output = ""
+        program, entry = self.source.program, self.entry
         for node in program.graph.nodes:
             if node.op == "placeholder" and node.name == entry:
-                self._value(node.name, node.meta["val"])
+                self._value(node.name, node.meta["val"], "the input")
             elif node.op == "call_function":
                 self._read(node)
-            elif node.op == "output":
-                output = node.args[0][0].name
+        output = str(program.graph_signature.user_outputs[0])  # before it come the buffers that the network changes
         if output not in self.zeros:
             raise ModelError("the network's output does not depend on its input")
         return Graph(tuple(self.nodes), entry, output, self.source.shape, lambda dtype: self.source.graph(dtype=dtype))
 
-    def _value(self, name: str, meta: Tensor) -> torch.Size:
-        """Notes a value that depends on the input; its shape without the batch."""
-        bare = meta.dim() == 0 or meta.shape[0] != 1
+    def _value(self, name: str, meta: Tensor, what: str) -> torch.Size:
+        """Notes a value that depends on the input; its shape without the batch. what: for messages, what gives it.
+
+        Values of higher precision than the input's are taken in that of the graph.
+        """
+        bare = meta.dim() < 2 or meta.shape[0] != 1
         if bare:
-            self.bare.add(name)
+            self.bare[name] = meta.shape
         if not meta.dtype.is_floating_point:
-            raise ModelError(f"the value {name} depends on the network's input and is of dtype {meta.dtype}, not floating")
-        shape = torch.Size(meta.shape if bare else meta.shape[1:])
-        self.zeros[name] = torch.zeros((), dtype=self.dtype or meta.dtype, device=meta.device).expand(1, *shape)
+            raise ModelError(f"{what} depends on the network's input and is of dtype {meta.dtype}, not floating")
+        if torch.finfo(meta.dtype).eps > torch.finfo(self.least).eps:
+            raise ModelError(f"{what} is of dtype {meta.dtype}, coarser than the input's {self.least}: no bounds are known")
+        shape = torch.Size((meta.shape or (1,)) if bare else meta.shape[1:])
+        self.zeros[name] = torch.zeros((), dtype=self.dtype, device=meta.device).expand(1, *shape)
         return shape
 
     def _read(self, node: fx.Node) -> None:
@@ -139,8 +145,10 @@ class _Reader:
         elif not ours or op in _CONSTANT:
             table = self.known | {one: self.zeros[one] for one in ours}
             self.known[node.name] = node.target(*self._filled(node.args, table), **self._filled(dict(node.kwargs), table))  # type: ignore[operator]
-        elif isinstance(node.meta["val"], Tensor):
+        elif isinstance(found := node.meta.get("val"), Tensor):
             self._emit(node, node, None)
+        elif found is not None and not isinstance(found, tuple | list):
+            raise ModelError(f"{op} (at {_where(node)}) makes a number of what depends on the input: no bounds are known")
 
     def _filled(self, argument: Any, table: Mapping[str, Any]) -> Any:  # Any: arguments of any operator
         if isinstance(argument, fx.Node):
@@ -155,46 +163,67 @@ class _Reader:
         """One node. call: whose operator runs; part: which of its outputs is meant."""
         target, op = call.target, _name(call.target)
         everything = (call.args, dict(call.kwargs))
-        factors = [one.name for one in _mentioned(call.args[: _FACTORS.get(op, 0)]) if one.name in self.zeros]
+        factors = [one.name for one in _mentioned(call.args[op == "addmm" : _FACTORS.get(op, 0)]) if one.name in self.zeros]
         inputs = tuple(dict.fromkeys(one.name for one in _mentioned(everything) if one.name in self.zeros))
         bare = self.bare.copy()
-        shape = self._value(node.name, node.meta["val"])
+        where = _where(call)
+        shape = self._value(node.name, node.meta["val"], f"{op} (at {where})")
         table = {one.name: self.known[one.name] for one in _mentioned(everything) if one.name in self.known}
         names = table | {name: name for name in inputs}
         arguments, settings = self._filled(everything, names)
-        where = str(list((call.meta.get("nn_module_stack") or {"": ("",)}).values())[-1][0])
+        if op == "convolution" and any(isinstance(one, str) for one in arguments[1:3]):
+            raise ModelError(f"the weights of {op} (at {where}) depend on the network's input: no bounds are known")
+        if mode := settings.get("rounding_mode"):
+            raise ModelError(f"{op} (at {where}) has rounding_mode {mode}: no bounds are known")
 
-        def applied(fixed: Mapping[str, Any]) -> Callable[..., Tensor]:
+        def applied(everything: Any, fixed: Mapping[str, Any]) -> Callable[..., Tensor]:
             def apply(*values: Tensor) -> Any:
-                given = {name: value[0] if name in bare else value for name, value in zip(inputs, values, strict=True)}
+                pairs = zip(inputs, values, strict=True)
+                given = {name: value.reshape(bare[name]) if name in bare else value for name, value in pairs}
                 args, kwargs = self._filled(everything, {**fixed, **given})
                 found = target(*args, **kwargs)  # type: ignore[operator]
                 found = found if part is None else found[part]
-                return found[None] if node.name in self.bare else found
+                return found.reshape(1, *shape) if node.name in self.bare else found
 
             return apply
 
-        apply = applied(table)
-        magnitude = applied(
-            {
-                key: value.abs() if isinstance(value, Tensor) and value.is_floating_point() else value
-                for key, value in table.items()
-            }
-        )
+        apply = applied(everything, table)
+        magnitude = applied(_sizes(everything) if op in _SCALED else everything, _sizes(table))
         if op == "_native_batch_norm_legit_no_training":
-            apply = magnitude = _scaling(arguments)
+            apply = magnitude = _scaling(arguments, call.args[0].meta["val"].dim())  # type: ignore[union-attr]
         elif op in ("max_pool2d_with_indices", "max_pool3d_with_indices", "max", "min") and part not in (None, 0):
             raise ModelError(f"the indices of {op} (at {node.name}) depend on the network's input: no bounds are known")
         like = tuple(self.zeros[name] for name in inputs)
         rank = (like[0].dim() - 1 if inputs[0] in bare else like[0].dim()) if inputs else 0
-        made = Node(node.name, op, inputs, apply, shape, like, arguments, settings, magnitude, where or node.name, rank)
+        single = not bare.keys().isdisjoint(inputs) or node.name in self.bare
+        single = single or (op == "linear" and not isinstance(arguments[0], str))
+        made = Node(node.name, op, inputs, apply, shape, like, arguments, settings, magnitude, where, rank, single)
         nonlinear = len(factors) > 1 or (op == "div" and bool(factors) and factors[0] != _first_name(call.args[0]))
-        for one in products(made, factors) if nonlinear else [made]:
+        found = products(made, factors) if nonlinear else [made]
+        if found[-1].shape != shape:
+            raise ModelError(
+                f"the factors of {op} (at {where}) have shapes that can't be paired by sample: no bounds are known"
+            )
+        for one in found:
             self.nodes.append(one if one.op in AFFINE else replace(one, rule=rule(one)))
 
 
 def _name(target: Any) -> str:
     return target._schema.name.partition("::")[2] if hasattr(target, "_schema") else getattr(target, "__name__", str(target))
+
+
+def _where(node: fx.Node) -> str:
+    return str(list((node.meta.get("nn_module_stack") or {"": ("",)}).values())[-1][0]) or node.name
+
+
+def _sizes(value: Any) -> Any:  # Any: arguments of any operator
+    """Numbers and tensors by their absolute values."""
+    if isinstance(value, dict):
+        return {key: _sizes(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_sizes(item) for item in value)
+    whole = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
+    return abs(value) if isinstance(value, int | float | Tensor) and not whole else value
 
 
 def _mentioned(argument: Any) -> list[fx.Node]:
@@ -209,9 +238,9 @@ def _first_name(argument: Any) -> str | None:
     return argument.name if isinstance(argument, fx.Node) else None
 
 
-def _scaling(arguments: Sequence[Any]) -> Callable[..., Tensor]:
-    """Batch normalisation with stored statistics is a factor and a summand for each channel."""
+def _scaling(arguments: Sequence[Any], rank: int) -> Callable[..., Tensor]:
+    """Batch normalisation with stored statistics is a factor and a summand for each channel. rank: of its input."""
     _, weight, bias, mean, variance, _, eps = arguments
     factor = (variance + eps).rsqrt() * (1 if weight is None else weight)
     summand = (0 if bias is None else bias) - mean * factor
-    return lambda x: x * factor.view(-1, *([1] * (x.dim() - 2))) + summand.view(-1, *([1] * (x.dim() - 2)))
+    return lambda x: x * factor.view(-1, *([1] * (rank - 2))) + summand.view(-1, *([1] * (rank - 2)))

@@ -41,8 +41,8 @@ class Node:
     op: ATen's name without overload, such as "relu". apply works on a batch of one (1, ...); shape is that of its output,
     without the batch. like: a batch of one for each input. arguments and settings: the operator's own, positional and by
     name, with constants filled in and names for what depends on the input. magnitude: apply with the constants' absolute
-    values. where: the layer that it comes from. rank: how many dimensions the operator sees in its first input. rule: of a
-    nonlinearity.
+    values. where: the layer that it comes from. rank: how many dimensions the operator sees in its first input. single:
+    whether apply takes one sample at a time only, as some value's first dimension isn't the batch. rule: of a nonlinearity.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Node:
     magnitude: Callable[..., Tensor] | None = None
     where: str = ""
     rank: int = 0
+    single: bool = False
     rule: Rule | None = None
 
     @property

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _BISECTIONS = 40
 _FREE = ("relu", "leaky_relu")
+_ROUNDING = 1e-6  # share of its size by which a sum of squares, say, can come out below 0
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,20 @@ class Elementwise(Rule):
 
         def side(slopes: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
             parts = [s[:, None].clamp(min=0) * one + s[:, None].clamp(max=0) * two
-                     for s, one, two in zip(slopes, first, second, strict=True)]  # fmt: skip
+                     for s, one, two in zip(slopes, wide(slopes, first), wide(slopes, second), strict=True)]  # fmt: skip
             return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
+        def wide(slopes: Sequence[Tensor], terms: Sequence[Tensor]) -> list[Tensor]:
+            return [one.reshape(*one.shape[:2], *[1] * (s.dim() + 1 - one.dim()), *one.shape[2:])
+                    for s, one in zip(slopes, terms, strict=True)]  # fmt: skip
+
         return side(planes.low, low, high), side(planes.high, high, low)
+
+
+def aligned(*values: Tensor) -> list[Tensor]:
+    """Values (N, ...) of one rank, so that they are broadcast from the last dimension on, sample by sample."""
+    rank = max(value.dim() for value in values)
+    return [value.reshape(len(value), *[1] * (rank - value.dim()), *value.shape[1:]) for value in values]
 
 
 def _summed(a: Tensor, shape: torch.Size) -> Tensor:
@@ -142,8 +153,9 @@ class Curve(Elementwise):
     """A function of one element.
 
     slope: its derivative. convex, concave: where it is so, intervals that together cover the domain. points: where it has kinks
-    or is stationary. domain: what inputs must be in; boxes are cut with it. poles: whether it is unbounded at the domain's
-    lower end, 0, so that nothing is known of boxes that hold it.
+    or is stationary. domain: what inputs must be in; nothing is known of boxes that leave it by more than rounding. pole:
+    whether it is unbounded at the domain's lower end, 0, so that nothing is known of boxes that hold it. slack: how far below
+    `value` the function may be.
     """
 
     value: Callable[[Tensor], Tensor]
@@ -153,6 +165,7 @@ class Curve(Elementwise):
     points: tuple[float, ...] = ()
     domain: tuple[float, float] = (-math.inf, math.inf)
     pole: bool = False
+    slack: float = 0.0
 
     def ends(self, *boxes: Box) -> Box:
         """At the ends of the box, or where the function is stationary between them."""
@@ -162,12 +175,14 @@ class Curve(Elementwise):
         dtype = boxes[0].lower.dtype
         least = torch.where(unknown, -torch.inf, values.amin(0).nan_to_num(-torch.inf, torch.inf, -torch.inf))
         most = torch.where(unknown, torch.inf, values.amax(0).nan_to_num(torch.inf, torch.inf, -torch.inf))
-        return Box(_down(least, dtype), -_down(-most, dtype))
+        return Box(_down(least - self.slack, dtype), -_down(-most, dtype))
 
     def _inside(self, box: Box) -> tuple[Tensor, Tensor, Tensor]:
         """The box's ends in float64, cut with the domain, and where nothing is known."""
-        lower, upper = (end.double().clamp(*self.domain) for end in (box.lower, box.upper))
-        unknown = (lower <= 0) & (upper >= 0) if self.pole else torch.zeros_like(lower, dtype=torch.bool)
+        lower, upper = box.lower.double(), box.upper.double()
+        unknown = lower < self.domain[0] - _ROUNDING * (upper - self.domain[0]).clamp(min=0)
+        lower, upper = lower.clamp(*self.domain), upper.clamp(*self.domain)
+        unknown = unknown | (lower <= 0) & (upper >= 0) if self.pole else unknown
         return torch.where(unknown, 1.0, lower), torch.where(unknown, 1.0, upper), unknown
 
     def planes(self, *boxes: Box) -> Planes:
@@ -180,7 +195,7 @@ class Curve(Elementwise):
         good = low.isfinite() & low_offset.isfinite() & ~unknown
         good_high = high.isfinite() & high_offset.isfinite() & ~unknown
         return Planes(
-            (torch.where(good, low, 0),), torch.where(good, low_offset, ends.lower),
+            (torch.where(good, low, 0),), torch.where(good, self._less(low_offset), ends.lower),
             (torch.where(good_high, -high, 0),), torch.where(good_high, -high_offset, ends.upper),
         )  # fmt: skip
 
@@ -190,10 +205,14 @@ class Curve(Elementwise):
         dtype, ends = boxes[0].lower.dtype, self.ends(*boxes)
         slope = _chord(self.value, lower, upper).to(dtype)
         low = _offset(self.value, self.slope, self.convex, self._breaks(), lower, upper, slope)
+        low = self._less(low)
         high = -_offset(_minus(self.value), _minus(self.slope), self.concave, self._breaks(), lower, upper, -slope)
         good = slope.isfinite() & low.isfinite() & high.isfinite() & ~unknown
         slope = torch.where(good, slope, 0)
         return Planes((slope,), torch.where(good, low, ends.lower), (slope,), torch.where(good, high, ends.upper))
+
+    def _less(self, offset: Tensor) -> Tensor:
+        return _down(offset.double() - self.slack, offset.dtype) if self.slack else offset
 
     def _breaks(self) -> tuple[float, ...]:
         inner = {end for piece in self.convex + self.concave for end in piece if math.isfinite(end)}
@@ -294,14 +313,14 @@ class Product(Elementwise):
 
     def ends(self, *boxes: Box) -> Box:
         """At a corner."""
-        x, y = boxes
+        x, y = _paired(boxes)
         corners = torch.stack([a * b for a in (x.lower, x.upper) for b in (y.lower, y.upper)])
         corners = torch.where(corners.isnan(), 0, corners)  # 0 times infinity: the other end is 0 for all there is
         return Box(corners.amin(0), corners.amax(0))
 
     def planes(self, *boxes: Box) -> Planes:
         """See the class; constants where an end is infinite."""
-        (mx, rx), (my, ry) = (((box.lower + box.upper) / 2, (box.upper - box.lower) / 2) for box in boxes)
+        (mx, rx), (my, ry) = (((box.lower + box.upper) / 2, (box.upper - box.lower) / 2) for box in _paired(boxes))
         at, gap = mx * my, rx * ry
         gap = gap + 8 * torch.finfo(at.dtype).eps * (at.abs() + gap)
         good = at.isfinite() & gap.isfinite()
@@ -312,6 +331,11 @@ class Product(Elementwise):
     def parallel(self, *boxes: Box) -> Planes:
         """They are parallel."""
         return self.planes(*boxes)
+
+
+def _paired(boxes: Sequence[Box]) -> list[Box]:
+    ends = zip(aligned(*(box.lower for box in boxes)), aligned(*(box.upper for box in boxes)), strict=True)
+    return [Box(lower, upper) for lower, upper in ends]
 
 
 # ---- the largest of several elements
@@ -527,11 +551,11 @@ def rule(node: Node) -> Rule:
         return Curve(lambda x: functional.gelu(x, approximate="tanh"), _gelu_tanh_slope, ((-_TANH_BELL, _TANH_BELL),),
                      _outside(_TANH_BELL), (-0.7524614220710162,))  # fmt: skip
     if op in ("clamp", "hardtanh", "clamp_min", "clamp_max", "relu6"):
-        return _clamp(op, arguments, node.settings)
+        return _clamp(op, arguments, node.settings, place)
     if op == "elu":
         return _elu(arguments, node.settings, place)
     if op == "softplus":
-        return _softplus(arguments, node.settings)
+        return _softplus(arguments, node.settings, place)
     if op == "pow":
         return _power(arguments, place)
     if op == "product":
@@ -539,13 +563,19 @@ def rule(node: Node) -> Rule:
     if op in ("max_pool2d_with_indices", "amax", "max"):
         return Largest(_windows(node, place), node.like[0].shape[1:], node.apply)
     if op == "_softmax":
+        if int(arguments[1]) % node.rank < node.rank - len(node.like[0].shape[1:]):
+            raise ModelError(f"softmax {place} is over the batch: no bounds are known")
         return Softmax(int(arguments[1]) - (node.rank if arguments[1] >= 0 else 0))
     if op not in _CURVES:
         raise ModelError(f"no bounds are known for the operator {op} {place}")
     return _CURVES[op]
 
 
-def _clamp(op: str, arguments: Sequence[Any], settings: Mapping[str, Any]) -> Curve:
+def _clamp(op: str, arguments: Sequence[Any], settings: Mapping[str, Any], place: str) -> Curve:
+    if any(
+        isinstance(end, str) or (isinstance(end, Tensor) and end.numel() > 1) for end in (*arguments[1:], *settings.values())
+    ):
+        raise ModelError(f"{op} {place} has ends that aren't one number each: no bounds are known")
     if op == "relu6":
         low, high = 0.0, 6.0
     elif op == "hardtanh":
@@ -580,10 +610,15 @@ def _elu(arguments: Sequence[Any], settings: Mapping[str, Any], place: str) -> C
     )
 
 
-def _softplus(arguments: Sequence[Any], settings: Mapping[str, Any]) -> Curve:
-    beta = float(arguments[1] if len(arguments) > 1 else settings.get("beta", 1.0))
-    # beyond its threshold PyTorch takes x itself, which is less by at most 2e-9 / beta; the ends are those of the formula
-    return Curve(lambda x: functional.softplus(x, beta, 1e9), lambda x: (beta * x).sigmoid(), _ALL)
+def _softplus(arguments: Sequence[Any], settings: Mapping[str, Any], place: str) -> Curve:
+    given = dict(zip(("beta", "threshold"), arguments[1:], strict=False)) | dict(settings)
+    beta, threshold = float(given.get("beta", 1)), float(given.get("threshold", 20))
+    if beta <= 0 or threshold < 20:
+        raise ModelError(
+            f"softplus {place} has beta {beta} and threshold {threshold}: bounds are known for beta > 0 and 20 or more"
+        )
+    # beyond its threshold PyTorch takes x itself, which is less by at most 2.1e-9 / beta
+    return Curve(lambda x: functional.softplus(x, beta, 1e9), lambda x: (beta * x).sigmoid(), _ALL, slack=2.1e-9 / beta)
 
 
 def _power(arguments: Sequence[Any], place: str) -> Curve:
@@ -621,6 +656,8 @@ def _windows(node: Node, place: str) -> Tensor:
         _pair(arguments[i]) if len(arguments) > i and arguments[i] not in ([], ()) else None for i in (1, 2, 3, 4)
     )
     assert kernel is not None
+    if len(shape) != 3:
+        raise ModelError(f"{node.op} {place} is of values without a batch: no bounds are known")
     stride, padding, dilation = stride or kernel, padding or (0, 0), dilation or (1, 1)
     pads = []
     for axis in (1, 0):  # the last dimension first; enough after the end for as many windows as there are

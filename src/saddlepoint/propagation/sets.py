@@ -84,6 +84,10 @@ class Ball(Box):
         """The inputs within eps of centre (N, ...), and within bounds. norm: linf, l2 or l1. Errors: `InputError`."""
         if norm not in ("linf", "l2", "l1"):
             raise InputError(f"norm must be linf, l2 or l1; got {norm!r}")
+        if not centre.is_floating_point():
+            raise InputError(f"centre must be of a floating dtype; got {centre.dtype}")
+        if bounds is not None and bounds[0] > bounds[1]:
+            raise InputError(f"bounds must be (low, high) with low <= high; got {bounds}")
         radius = torch.as_tensor(eps, dtype=centre.dtype, device=centre.device).expand(len(centre))
         if bool((radius < 0).any()) or not bool(radius.isfinite().all()):
             raise InputError(f"eps must be finite and at least 0; got {eps}")
