@@ -296,7 +296,7 @@ def _screened(graph: Graph, inputs: Box, y: Tensor, classes: int, rigorous: bool
         bounded = Bounded.of(graph, inputs, outward=rigorous)
         least = torch.maximum(bounded.backward(graph.output, rows), bounded.by_intervals(rows)).amin(1)
         stages = ["crown-ibp" if bound > 0 else "" for bound in least.tolist()]
-        open_ = (least <= 0).nonzero()[:, 0]
+        open_ = (~(least > 0)).nonzero()[:, 0]
         if len(open_):
             few = bounded.take(open_)
             few.refine()
