@@ -113,6 +113,7 @@ class InputSearch:
                 break
             left = self._bounded(halves)
             if self.counterexample is not None:
+                self.stack += chosen  # their bounds still hold
                 break
             worst_last = left.bound.argsort(descending=True, stable=True)
             self.stack += [left.take(part) for part in torch.split(worst_last, _BATCH) if len(part)]
