@@ -100,21 +100,16 @@ def verify(
         voted = certify_smoothed(
             Smoothed(victim, sigma), split.x, split.y, n=votes, alpha=alpha, seed=seed, checkpoint=votes_file, progress=True
         )  # fmt: skip
-        if out is not None:
-            with writing(out):
-                configuration.write(context, out)
-        console.print(f"{name}: {voted.summary(radii)}", markup=False)
-        write_json(json_file, {"model": name, "data": found.name} | voted.document())
-        if not voted.complete:
-            raise typer.Exit(130)
-        return
-    proved = certify(victim, split.x, split.y, threat, limit, seed=seed, rigorous=rigorous, progress=True, folder=out)
+        summary, document, complete = voted.summary(radii), voted.document(), voted.complete
+    else:
+        proved = certify(victim, split.x, split.y, threat, limit, seed=seed, rigorous=rigorous, progress=True, folder=out)
+        summary, document, complete = proved.summary(), proved.to_dict(), proved.complete
     if out is not None:
         with writing(out):
             configuration.write(context, out)
-    console.print(f"{name}: {proved.summary()}", markup=False)
-    write_json(json_file, {"model": name, "data": found.name} | proved.to_dict())
-    if not proved.complete:
+    console.print(f"{name}: {summary}", markup=False)
+    write_json(json_file, {"model": name, "data": found.name} | document)
+    if not complete:
         raise typer.Exit(130)
 
 
