@@ -392,3 +392,48 @@ def test_what_has_no_bounds_is_refused_by_name(name: str) -> None:
 def test_balls_of_nothing(centre: Tensor, limits: tuple[float, float] | None) -> None:
     with pytest.raises(InputError, match=r"floating dtype|low <= high"):
         Ball.of(centre, 0.5, "l2", limits)
+
+
+class Writing(nn.Module):
+    """Counts its calls and keeps a hidden layer, as exported networks with buffers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("last", torch.zeros(1, 4))
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        hidden = self.first(x)
+        self.last.copy_(hidden)
+        result: Tensor = self.second(hidden.relu()) + 100
+        return result
+
+
+def test_bounds_are_of_the_output_and_not_of_a_buffer_that_is_written() -> None:
+    torch.manual_seed(0)
+    model, x = sp.Model(Writing().double(), bounds=None), torch.rand(1, 3, dtype=torch.float64)
+    found = bounds(read(model, x), x - 0.5, x + 0.5)
+    points = x + torch.rand(500, 3, dtype=torch.float64) - 0.5
+    values = torch.cat([model.logits(point[None]) for point in points])
+    assert found.lower.shape == (1, 2)
+    assert bool((found.lower <= values + 1e-9).all() and (values <= found.upper + 1e-9).all())
+    assert float(found.lower.min()) > 50
+
+
+@pytest.mark.parametrize("slopes", [[0.25], [0.1, 0.0, 0.9]])
+def test_bounds_of_an_onnx_files_prelu(slopes: list[float]) -> None:
+    pytest.importorskip("onnx")
+    from saddlepoint.models.onnx_graph import OnnxNetwork
+    from saddlepoint.models.onnx_operators import Node
+
+    nodes = [Node("PRelu", "prelu", ["x", "slope"], ["y"], {}, opset=20)]
+    net = OnnxNetwork(nodes, {"slope": torch.tensor(slopes, dtype=torch.float64)}, input="x", output="y", shape=(3,))
+    model, x = sp.Model(net, bounds=None), torch.randn(1, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model.logits(x)
+    found = bounds(read(model, x), x - 1, x + 1)
+    values = model.logits(x + 2 * torch.rand(500, 3, dtype=torch.float64) - 1)
+    assert bool((found.lower <= values + 1e-9).all() and (values <= found.upper + 1e-9).all())
+    ends = torch.cat([model.logits(x - 1), model.logits(x + 1)])  # the operator is monotone, so intervals are exact
+    torch.testing.assert_close(bounds(read(model, x), x - 1, x + 1, method="ibp").lower, ends[:1])
