@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import saddlepoint as sp
-from saddlepoint.errors import InputError, ModelError
+from saddlepoint.errors import InputError, ModelError, SoundnessError
+from saddlepoint.propagation.bounds import Bounded
 from saddlepoint.propagation.graph import read
 from saddlepoint.propagation.methods import Method, bounds
 from saddlepoint.propagation.relax import _CURVES, Curve, Relu
@@ -71,6 +72,20 @@ def test_a_point_has_its_own_outputs() -> None:
     x = torch.rand(2, 1, 4, 4, dtype=torch.float64)
     for method in METHODS:
         torch.testing.assert_close(bounds(read(model, x), x, x, method=method).lower, model.logits(x))
+
+
+def test_a_box_that_rounding_inverted_is_no_fault_of_the_next_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    point = torch.ones(1, 3)
+    bounded = Bounded.of(read(sp.Model(net.eval(), bounds=None), point), Box(point, point))
+    *_, relu, last = bounded.graph.nodes
+    ends = bounded.boxes[relu.name]
+    bounded.boxes[relu.name] = Box(ends.lower + 1e-6, ends.upper)
+    assert bool((bounded.interval(last).radius < 0).any())
+    bounded.boxes[relu.name] = ends
+    monkeypatch.setattr("saddlepoint.propagation.bounds.spread", lambda node, radii: -torch.ones(1, 2))
+    with pytest.raises(SoundnessError, match="linear"):
+        bounded.interval(last)
 
 
 RULES = {**_CURVES, "relu": Relu(), "leaky_relu": Relu(0.25)}

@@ -81,14 +81,14 @@ class Bounded:
             ends = node.rule.ends(*inputs)
             slack = 4 * torch.finfo(ends.lower.dtype).eps if self.outward else 0.0
             return Box(ends.lower - slack * ends.lower.abs(), ends.upper + slack * ends.upper.abs()) if slack else ends
-        middle, radius = (
-            batched(node, node.apply, *(box.middle for box in inputs)),
-            spread(node, [box.radius for box in inputs]),
-        )
+        middle = batched(node, node.apply, *(box.middle for box in inputs))
+        radius = spread(node, [box.radius for box in inputs])
         if self.outward and node.op not in SHAPES:
             size = spread(node, [box.lower.abs() + box.upper.abs() for box in inputs])
             radius = radius + self._unit() * (size if node.constant is None else size + node.constant.abs())
-        if not radius.requires_grad and bool((radius < 0).any()):
+        # A linear bound may end a rounding inside the other end of a box that is a point: inverted before this operator.
+        inverted = not radius.requires_grad and bool((radius < 0).any())
+        if inverted and not any(bool((box.radius < 0).any()) for box in inputs):
             raise SoundnessError(f"intervals of {node.op} (at {node.where}) are inverted; please report the network")
         if radius.requires_grad:  # training stops at losses that aren't finite, and nan_to_num's derivative is slow
             return Box.around(middle, radius)
