@@ -310,7 +310,8 @@ def test_zoo_finds_what_gradients_find(mlp: nn.Module, samples: tuple[Tensor, Te
     x, y = samples[0][:6], samples[1][:6]
     attack = ZOO(steps=100, searches=3, initial_c=1.0, samples=24, learning_rate=0.02)
     found = sp.attack(sp.Model(mlp, access=sp.Access.SCORES), x, y, attack, sp.Minimize("l2"))
-    reference = sp.attack(sp.Model(mlp), x, y, sp.attacks.CarliniWagnerL2(), sp.Minimize("l2"))
+    exact = sp.attacks.CarliniWagnerL2(steps=300, searches=5, initial_c=0.1)
+    reference = sp.attack(sp.Model(mlp), x, y, exact, sp.Minimize("l2"))
     assert found.success.all()
     assert (found.distance <= 1.1 * reference.distance).sum() >= 5, "one may end in another minimum"
 
@@ -347,7 +348,7 @@ def test_budgets_hold_to_the_query(attack: Attack) -> None:
     y = sp.Model(counting.net).predict(x)
     model = sp.Model(counting, access=sp.Access.SCORES)
     model.probe(x)
-    for queries in range(1, 61):
+    for queries in (*range(1, 25), 37, 60):
         counting.calls.clear()
         result = sp.attack(model, x, y, attack, sp.L2(1e-3), budget=sp.Budget(queries=queries))
         assert (result.queries.forward <= queries).all()

@@ -19,6 +19,7 @@ from contract_support import (
     linear,
     random_states,
     same,
+    small,
     snapshot,
     train,
 )
@@ -278,8 +279,7 @@ def test_independence(case: Case, model: sp.Model, samples: Samples) -> None:
     model = sp.Model(copy.deepcopy(model.net).double())
     ids = torch.arange(len(x)) * 7 + 3
     whole = run(case, model, x, y, ids=ids, batch_size=64)
-    for size in (1, 5) if case.goal is None and not case.wrapped else (1,):
-        same(whole, run(case, model, x, y, ids=ids, batch_size=size), exact=False)
+    same(whole, run(case, model, x, y, ids=ids, batch_size=1), exact=False)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
     permuted = run(case, model, x[order], y[order], ids=ids[order], batch_size=5)
     assert (permuted.status == whole.status[order.numpy()]).all()
@@ -353,7 +353,8 @@ def test_few_classes(case: Case, digits: Samples) -> None:
         assert torch.equal(predicted[result.success], result.predicted[result.success])
         assert (predicted[result.success] != y[result.success]).all() or (result.clean_predicted != y).any()
         if case.attack.declaration.access is sp.Access.GRADIENTS:
-            patient = replace(case, attack=type(case.attack)()) if case.attack.declaration.minimizes else case
+            minimizes = case.attack.declaration.minimizes
+            patient = replace(case, attack=small(type(case.attack), steps=200, searches=9, initial_c=0.1)) if minimizes else case
             huge = run(patient, model, x, y, threat=case.with_eps(64 if case.norm in (sp.Norm.L1, sp.Norm.L0) else 8))
             assert huge.success.float().mean() > 0.5
 
@@ -431,6 +432,7 @@ def cost_of_survivors(case: Case) -> tuple[int, int]:
 
 @each_case
 def test_cost(case: Case, mlp: nn.Module, samples: Samples) -> None:
+    samples = (samples[0][:12], samples[1][:12]) if case.asks_for_labels else samples
     for eps, size in ((case.threat.eps, 7), (1 if case.norm is sp.Norm.L0 else 1e-3, 64)):
         counting = Counting(mlp)
         model = sp.Model(counting)

@@ -62,16 +62,16 @@ def test_distances_are_true(case: Case, model: sp.Model, samples: Samples) -> No
 def test_independence(case: Case, model: sp.Model, samples: Samples) -> None:
     x, y = samples[0].double(), samples[1]  # in float32 two roundings can lead to two boundaries
     if case.asks_for_labels:  # one by one, their thousands of questions take long
-        x, y = x[:8], y[:8]
+        x, y = x[:5], y[:5]
     model = sp.Model(copy.deepcopy(model.net).double())
     ids = torch.arange(len(x)) * 7 + 3
     whole = run(case, model, x, y, ids=ids, batch_size=64)
-    for size in (1, 5):
+    for size in (1, 5) if case.goal is None else (1,):
         other = run(case, model, x, y, ids=ids, batch_size=size)
         assert (other.status == whole.status).all()
         torch.testing.assert_close(other.distance, whole.distance, rtol=1e-4, atol=1e-4)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
-    permuted = run(case, model, x[order], y[order], ids=ids[order], batch_size=7)
+    permuted = run(case, model, x[order], y[order], ids=ids[order], batch_size=3)
     assert (permuted.status == whole.status[order.numpy()]).all()
     torch.testing.assert_close(permuted.distance, whole.distance[order], rtol=1e-4, atol=1e-4)
 
