@@ -293,6 +293,8 @@ def test_bad_input() -> None:
         Ball.of(x, 1.0, "l0")
     with pytest.raises(ModelError, match=r"depends on the network's input and is of dtype torch.bool"):
         read(sp.Model(Steps(), bounds=None), x)
+    with pytest.raises(InputError, match=r"one for each of the 4 sets; got shape \(3,\)"):
+        Ball.of(x, torch.ones(3), "l2")
     assert type(Ball.of(x, 1.0, "linf")) is Box
 
 
@@ -380,6 +382,12 @@ REFUSED: dict[str, Function] = {
     "clamp": lambda x: x.clamp(min=x * x), "_to_copy": lambda x: x.float(), "item": lambda x: x * x.sum().item(),
     "convolution": lambda x: functional.conv2d(KERNEL, x.view(1, 2, 2, 1)).view(1, -1), "gt": lambda x: (x > 0).to(x),
 }  # fmt: skip
+
+
+def test_a_network_that_branches_is_an_error_of_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ModelError, match=r"depends on values of the input, as by `if x.sum\(\) > 0`$"):
+        read(sp.Model(Applied(lambda x: x if x.sum() > 0 else -x), bounds=None), torch.randn(1, 4))
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,16 +70,32 @@ def export(model: Classifier, x: Tensor) -> Exported:
         for name, value in (*net.named_parameters(), *net.named_buffers()):
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise ModelError(f"nothing can be said of the network: {name} holds NaN or infinite values")
-    with model.frozen(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch.export about itself
+    with model.frozen():
         with torch.no_grad():
             model.forward(x[:1])  # what models keep for later calls must not be the tracer's
         try:
-            program = torch.export.export(_Whole(model), (x[:1],), strict=False).run_decompositions(decompositions())
+            with _quiet():
+                program = torch.export.export(_Whole(model), (x[:1],), strict=False).run_decompositions(decompositions())
         except Exception as error:  # export raises whatever its tracer stumbles over
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if "data-dependent" in reason:
+                reason = "what it computes depends on values of the input, as by `if x.sum() > 0`"
             raise ModelError(f"the network can't be read by torch.export: {reason}") from error
     return Exported(program, x.shape[1:])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch.export warns of, logs and prints: a failure is an error of ours, in one line."""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore", FutureWarning)
+        log.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
 
 
 def read(model: Classifier, x: Tensor) -> Graph:

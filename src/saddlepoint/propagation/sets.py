@@ -88,7 +88,12 @@ class Ball(Box):
             raise InputError(f"centre must be of a floating dtype; got {centre.dtype}")
         if bounds is not None and bounds[0] > bounds[1]:
             raise InputError(f"bounds must be (low, high) with low <= high; got {bounds}")
-        radius = torch.as_tensor(eps, dtype=centre.dtype, device=centre.device).expand(len(centre))
+        radius = torch.as_tensor(eps, dtype=centre.dtype, device=centre.device)
+        if radius.shape not in ((), (1,), (len(centre),)):
+            raise InputError(
+                f"eps must be a number, or one for each of the {len(centre)} sets; got shape {tuple(radius.shape)}"
+            )
+        radius = radius.expand(len(centre))
         if bool((radius < 0).any()) or not bool(radius.isfinite().all()):
             raise InputError(f"eps must be finite and at least 0; got {eps}")
         wide = radius.view(-1, *[1] * (centre.dim() - 1))
