@@ -217,6 +217,13 @@ def test_train_by_the_name_of_a_defense(here, capsys):
     assert call(capsys, *words)[0] == 0
     history = json.loads((here / "free" / "history.json").read_text())
     assert len(history["epochs"]) == 2  # each batch is used four times
+    photographs = ["--crop", "1", "--flip", "--average", "ema", "--out", "moved"]
+    assert call(capsys, *words[:4], "1", "--adversary", "trades", *words[7:9], *photographs)[0] == 0
+    config = json.loads((here / "moved" / "history.json").read_text())["config"]
+    assert "ema" in config["average"]
+    objective = config["objective"]
+    assert (objective["name"], objective["padding"], objective["flip"]) == ("CropAndFlip", 1, True)
+    assert objective["inner"]["name"] == "TRADES"
     words[6] = "trades:gamma=1"
     status, _, err = call(capsys, *words[:-1], "other")
     assert status != 0

@@ -1,6 +1,7 @@
 """Every objective is its paper's equation, written out a second time, in float64 on tiny networks."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -368,12 +369,13 @@ def test_mixup_is_the_papers_equation():
     same_gradients(ours, written_out, net)
 
 
-def test_cutout_removes_one_square():
-    class Seen(defenses.Objective):
-        def loss(self, batch):
-            self.x = batch.x
-            return batch.x.sum()
+class Seen(defenses.Objective):
+    def loss(self, batch):
+        self.x = batch.x
+        return batch.x.sum()
 
+
+def test_cutout_removes_one_square():
     x = torch.rand(40, 3, 12, 10) / 2 + 0.25
     net = nn.Sequential(nn.Flatten(), nn.Linear(360, 4))
     batch = Batch(sp.Model(net, num_classes=4), x, torch.zeros(40, dtype=torch.int64), torch.arange(40), 0, 0.0)
@@ -390,6 +392,26 @@ def test_cutout_removes_one_square():
     assert max(sizes) == (4, 4)
     assert min(sizes) < (4, 4)  # cut off at the border
     assert (2, 4) in sizes or (3, 4) in sizes
+
+
+def test_crops_are_windows_of_the_image_in_zeros():
+    x, net = torch.rand(300, 2, 5, 6) + 0.1, nn.Sequential(nn.Flatten(), nn.Linear(60, 4))
+    batch = Batch(sp.Model(net, bounds=None), x, torch.zeros(300, dtype=torch.int64), torch.arange(300), 0, 0.0)
+    seen = Seen()
+    defenses.CropAndFlip(seen, padding=2).loss(batch)
+    padded = torch.nn.functional.pad(batch.x, [2] * 4)
+    found = set()
+    for one, wide in zip(seen.x, padded, strict=True):
+        windows = {(i, j): wide[:, i : i + 5, j : j + 6] for i in range(5) for j in range(5)}
+        both = {(*at, flip): part.flip(2) if flip else part for at, part in windows.items() for flip in (False, True)}
+        places = [place for place, part in both.items() if torch.equal(one, part)]
+        found.update(places)
+        assert len(places) == 1
+    assert len(found) == 50  # everywhere, both ways
+    defenses.CropAndFlip(seen, padding=0, flip=False).loss(batch)
+    assert torch.equal(seen.x, batch.x)
+    with pytest.raises(sp.InputError, match="needs images"):
+        defenses.CropAndFlip(seen).loss(replace(batch, x=torch.rand(300, 7)))
 
 
 def test_gaussian_augmentation_is_noise_of_that_size():
@@ -490,7 +512,7 @@ def every_objective(threat=LINF):
     helper = sp.Model(make_net(9))
     given = {"hat": {"helper": helper}, "ensemble": {"sources": (helper,)}}
     for name in defenses.RECIPES:
-        if name != "cutout":  # images only
+        if name not in ("cutout", "crop-and-flip"):  # images only
             yield name, defenses.recipe(name, threat, **given.get(name, {})).objective
 
 

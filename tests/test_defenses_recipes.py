@@ -20,7 +20,8 @@ FEWER_STEPS = {"attack": PGD(steps=4)}
 GIVEN = {
     "pgd-training": {"steps": 4}, "mixed": {"steps": 4}, "trades": FEWER_STEPS, "mart": FEWER_STEPS, "awp": {"steps": 4},
     "trades-awp": FEWER_STEPS, "logit-pairing": FEWER_STEPS, "jacobian": {"strength": 0.1}, "input-gradient": {"strength": 0.3},
-    "cutout": {"size": 3}, "free": {"repeats": 3}, "lipschitz-projection": {"bound": 3.0},
+    "crop-and-flip": {"padding": 1, "flip": False}, "cutout": {"size": 3},
+    "free": {"repeats": 3}, "lipschitz-projection": {"bound": 3.0},
 }  # fmt: skip
 
 
@@ -48,7 +49,7 @@ def test_recipe(name, standard):
     undefended, before = standard
     given = {"hat": {"helper": undefended, **FEWER_STEPS}, "ensemble": {"sources": (undefended,)}} | GIVEN
     recipe = defenses.recipe(name, THREAT, **given.get(name, {}))
-    if name == "cutout":
+    if name in ("cutout", "crop-and-flip"):
         with pytest.raises(sp.InputError, match="images"):
             sp.train(make_net(), (DIGITS.train.x.flatten(1), DIGITS.train.y), adversary=recipe.objective, epochs=1)
     settings = SETTINGS | {"epochs": max(1, round(SETTINGS["epochs"] * recipe.epochs))} | dict(recipe.train)

@@ -27,6 +27,7 @@ PARAMETERS = {
     "smallcnn": 10 * 32 + 289 * 32 + 289 * 64 + 577 * 64 + 1025 * 200 + 201 * 200 + 201 * 10,
     "resnet20": 269_722,  # as counted in the usual re-implementations: 0.27M in table 6 of He et al.
     "resnet56": 853_018,  # 0.85M there
+    "preact-resnet18": 11_172_170,  # 11.17M in the usual re-implementations
 }
 
 

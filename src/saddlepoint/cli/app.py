@@ -46,7 +46,7 @@ from saddlepoint.cli.options import (
 from saddlepoint.cli.reproduce import reproduce
 from saddlepoint.cli.transfer import substitute, transfer
 from saddlepoint.cli.verify import verify
-from saddlepoint.defenses import RECIPES, Adversarial, EpochRecord, Hardening, Objective, Training
+from saddlepoint.defenses import RECIPES, Adversarial, CropAndFlip, EpochRecord, Hardening, Objective, Standard, Training
 from saddlepoint.defenses import defense as trained_by
 from saddlepoint.defenses import harden as run_harden
 from saddlepoint.defenses import train as run_train
@@ -238,6 +238,11 @@ def train(
     schedule: Annotated[
         Literal["constant", "linear", "cosine", "cyclic"], typer.Option(help="Of the learning rate.")
     ] = "linear",
+    crop: Annotated[
+        int, typer.Option(min=0, help="Move images by up to so many pixels at random; usual for photographs: 4.")
+    ] = 0,
+    flip: Annotated[bool, typer.Option(help="Mirror images half of the time; usual for photographs.")] = False,
+    average: Annotated[Literal["ema", "swa"] | None, typer.Option(help="Hand back averaged weights.")] = None,
     patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs without progress.")] = None,
     validation: Annotated[
         int | None,
@@ -269,6 +274,8 @@ def train(
             schedule = found_recipe.train.get("schedule", schedule) if schedule == "linear" else schedule
         else:
             objective = Adversarial(attack=inputs.attack(adversary), threat=threat, form=form, warmup=warmup)
+    if crop or flip:
+        objective = CropAndFlip(objective or Standard(), padding=crop, flip=flip)
     held_out = validation or min(500, len(found.train) // 10 + 1)
     if held_out >= len(found.train):
         raise InputError(f"--validation {held_out} leaves nothing of the {len(found.train)} training samples")
@@ -277,7 +284,7 @@ def train(
     result = run_train(
         victim, kept, adversary=objective, validation=rest, epochs=epochs, batch_size=batch_size,
         learning_rate=learning_rate, schedule=schedule, patience=patience, checkpoint=out / "checkpoint.pt", seed=seed,
-        progress=True, on_epoch=_show_epoch,
+        average=average, progress=True, on_epoch=_show_epoch,
     )  # fmt: skip
     if not processes().main:  # of those that a launcher started, one writes
         return

@@ -7,6 +7,7 @@ Input transformations are in `saddlepoint.defenses.transforms`, which is `sp.tra
 from saddlepoint.defenses import purification, transforms
 from saddlepoint.defenses.augmentation import (
     Augmented,
+    CropAndFlip,
     Cutout,
     Dropout,
     GaussianAugmentation,
@@ -79,6 +80,7 @@ __all__ = [
     "Batch",
     "CleanLogitPairing",
     "ConvexDual",
+    "CropAndFlip",
     "Cutout",
     "Defense",
     "Dropout",

@@ -1,4 +1,4 @@
-"""Regularisers that know no adversary, for comparison: soft labels, mixtures, noise, cut-outs, dropout; and static examples."""
+"""What knows no adversary: moved images; for comparison soft labels, mixtures, noise, cut-outs, dropout; static examples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, final
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout
+from torch.nn.functional import dropout, pad
 
 from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.defenses.distributed import processes
@@ -20,7 +20,7 @@ from saddlepoint.errors import InputError
 from saddlepoint.models.torch_model import Labelled, Model
 from saddlepoint.threats import Threat
 
-_PARTNER, _CENTRE, _NOISE = 0x3A17, 0xC07, 0x6A55  # purposes of random numbers
+_PARTNER, _CENTRE, _NOISE, _PLACE = 0x3A17, 0xC07, 0x6A55, 0x51F7  # purposes of random numbers
 
 
 @final
@@ -71,6 +71,43 @@ class Mixup(Around):
         labels = soft(batch.y, batch.num_classes, batch.x.dtype)
         x, y = (share * t + (1 - share) * t[partner] for t in (batch.x, labels))
         return self.inner.loss(replace(batch, x=x, y=y))
+
+
+@final
+@dataclass(frozen=True)
+class CropAndFlip(Around):
+    """The inner objective on images that are moved by up to `padding` pixels and, if `flip`, mirrored half of the time.
+
+    What comes in from outside is 0. Usual for photographs, where networks overfit without it; no digit is a mirrored digit. An
+    inner objective makes its examples from the moved images.
+
+    Source: He, Zhang, Ren & Sun (2016), Deep residual learning for image recognition, arXiv:1512.03385, section 4.2.
+
+    >>> import saddlepoint as sp
+    >>> objective = CropAndFlip(sp.defenses.recipe("trades", sp.Linf(8 / 255)).objective)
+    """
+
+    padding: int = 4
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(self, least=0, padding=self.padding)
+
+    def loss(self, batch: Batch) -> Tensor:
+        if batch.x.dim() != 4:
+            raise InputError(f"CropAndFlip needs images (N, C, H, W); got {tuple(batch.x.shape)}")
+        _, _, height, width = batch.x.shape
+        down, right, mirror = batch.keys(_PLACE).uniform((3,)).unbind(1)
+        rows, columns = (
+            (number * (2 * self.padding + 1)).long()[:, None] + torch.arange(extent, device=batch.x.device)
+            for number, extent in ((down, height), (right, width))
+        )
+        if self.flip:
+            columns = torch.where((mirror < 0.5)[:, None], columns.flip(1), columns)
+        padded = pad(batch.x, [self.padding] * 4)
+        moved = padded.take_along_dim(rows[:, None, :, None], 2).take_along_dim(columns[:, None, None, :], 3)
+        return self.inner.loss(replace(batch, x=moved))
 
 
 @final

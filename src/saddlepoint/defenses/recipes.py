@@ -16,6 +16,7 @@ from saddlepoint.attacks.ascent import FGSM, ILLC, PGD, RFGSM
 from saddlepoint.attacks.registry import as_attack
 from saddlepoint.defenses import transforms
 from saddlepoint.defenses.augmentation import (
+    CropAndFlip,
     Cutout,
     Dropout,
     GaussianAugmentation,
@@ -140,6 +141,7 @@ _BUILDERS: Final[Mapping[str, tuple[Callable[..., Objective], Mapping[str, Any]]
     "label-smoothing": (_plain(LabelSmoothing), {}),
     "mixup": (_plain(Mixup), {}),
     "cutout": (_plain(Cutout), {}),
+    "crop-and-flip": (_plain(CropAndFlip), {}),
     "gaussian-augmentation": (_plain(GaussianAugmentation), {}),
     "dropout": (_plain(Dropout), {}),
     "ibp": (IBP, _LINEAR),

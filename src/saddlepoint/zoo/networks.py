@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -171,4 +172,44 @@ class ResNet(nn.Module):
         """(N, C, H, W) -> logits (N, num_classes)."""
         x = self.relu1(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class PreActBlock(nn.Module):
+    """Batch norm and ReLU before each of two 3x3 convolutions; a 1x1 convolution as the shortcut where the shape changes."""
+
+    def __init__(self, in_width: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.bn1, self.relu1 = nn.BatchNorm2d(in_width), nn.ReLU()
+        self.conv1 = nn.Conv2d(in_width, width, 3, stride=stride, padding=1, bias=False)
+        self.bn2, self.relu2 = nn.BatchNorm2d(width), nn.ReLU()
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        changes = stride > 1 or width != in_width
+        self.shortcut = nn.Conv2d(in_width, width, 1, stride=stride, bias=False) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_width, H, W) -> (N, width, H / stride, W / stride)."""
+        out = self.relu1(self.bn1(x))
+        kept = x if self.shortcut is None else self.shortcut(out)
+        return self.conv2(self.relu2(self.bn2(self.conv1(out)))) + kept  # type: ignore[no-any-return]
+
+
+class PreActResNet18(nn.Module):
+    """Residual network of 64 to 512 channels, for small images, activated before its convolutions (He et al. 2016)."""
+
+    def __init__(self, in_shape: Shape, num_classes: int) -> None:
+        super().__init__()
+        widths = (64, 64, 128, 256, 512)
+        stages = [
+            nn.Sequential(PreActBlock(before, width, 1 if place == 0 else 2), PreActBlock(width, width, 1))
+            for place, (before, width) in enumerate(pairwise(widths))
+        ]
+        self.conv1 = nn.Conv2d(in_shape[0], 64, 3, padding=1, bias=False)
+        self.layers = nn.Sequential(*stages)
+        self.bn, self.relu = nn.BatchNorm2d(512), nn.ReLU()
+        self.linear = nn.Linear(512, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> logits (N, num_classes)."""
+        x = self.relu(self.bn(self.layers(self.conv1(x))))
         return self.linear(x.mean((2, 3)))  # type: ignore[no-any-return]

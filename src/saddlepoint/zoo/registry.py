@@ -106,6 +106,13 @@ ENTRIES: dict[str, Entry] = {
             "residual network of depth 56 with batch norm",
             "He et al. 2016, arXiv:1512.03385, section 4.2",
         ),
+        Entry(
+            "preact-resnet18",
+            networks.PreActResNet18,
+            CIFAR,
+            "wide residual network of depth 18, activated before its convolutions; usual for robust CIFAR-10",
+            "He et al. 2016, arXiv:1603.05027; Rice et al. 2020, arXiv:2002.11569",
+        ),
     )
 }
 
