@@ -53,7 +53,7 @@ class Case:
 
 
 CASES = {
-    "0.1": Case(0.1, 0.1, epochs=16, ramp=6, channels=(32, 64), hidden=256, norm=True, least=0.97, box=0.4, search=2.0),
+    "0.1": Case(0.1, 0.1, epochs=16, ramp=6, channels=(32, 64), hidden=256, norm=True, least=0.97, box=0.2, search=2.0),
     "0.1-ibp": Case(0.1, 0.105, epochs=20, ramp=7, channels=(32, 64), hidden=256, norm=True, least=0.97),
     "0.3": Case(0.3, 0.35, epochs=50, ramp=20, channels=(16, 32), hidden=100, norm=True, least=0.85),
     "0.3-plain": Case(0.3, 0.35, epochs=100, ramp=40, channels=(16, 32), hidden=100, norm=False, least=0.85),
