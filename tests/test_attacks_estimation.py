@@ -315,7 +315,7 @@ def test_budgets_hold_to_the_query(attack: Attack) -> None:
     y = sp.Model(counting.net).predict(x)
     model = sp.Model(counting, access=sp.Access.SCORES)
     model.probe(x)
-    for queries in (*range(1, 25), 37, 60):
+    for queries in range(1, 61):
         counting.calls.clear()
         result = sp.attack(model, x, y, attack, sp.Linf(1e-6), budget=sp.Budget(queries=queries))
         assert (result.queries.forward <= queries).all()

@@ -412,6 +412,9 @@ def test_crops_are_windows_of_the_image_in_zeros():
     assert torch.equal(seen.x, batch.x)
     with pytest.raises(sp.InputError, match="needs images"):
         defenses.CropAndFlip(seen).loss(replace(batch, x=torch.rand(300, 7)))
+    for padding in (-1, 1.5):
+        with pytest.raises(sp.InputError, match="whole number"):
+            defenses.CropAndFlip(seen, padding=padding)
 
 
 def test_gaussian_augmentation_is_noise_of_that_size():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -388,6 +389,13 @@ def test_a_network_that_branches_is_an_error_of_one_line(capfd: pytest.CaptureFi
     with pytest.raises(ModelError, match=r"depends on values of the input, as by `if x.sum\(\) > 0`$"):
         read(sp.Model(Applied(lambda x: x if x.sum() > 0 else -x), bounds=None), torch.randn(1, 4))
     assert capfd.readouterr() == ("", "")
+
+    def talking(x: Tensor) -> Tensor:
+        print("here", file=sys.stderr)
+        return 2 * x
+
+    read(sp.Model(Applied(talking), bounds=None), torch.randn(1, 4))
+    assert capfd.readouterr().err.count("here") > 1  # once for a look at the outputs, and in the export
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))

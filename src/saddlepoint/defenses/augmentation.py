@@ -92,7 +92,8 @@ class CropAndFlip(Around):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number(self, least=0, padding=self.padding)
+        if not isinstance(self.padding, int) or self.padding < 0:
+            raise InputError(f"CropAndFlip: padding must be a whole number >= 0; got {self.padding}")
 
     def loss(self, batch: Batch) -> Tensor:
         if batch.x.dim() != 4:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import operator
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -86,16 +87,17 @@ def export(model: Classifier, x: Tensor) -> Exported:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch.export warns of, logs and prints: a failure is an error of ours, in one line."""
-    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    """Without what torch.export logs and prints where it fails, which is an error of ours in one line."""
+    log, said = logging.getLogger("torch.fx.experimental.symbolic_shapes"), io.StringIO()
     level = log.level
-    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore", FutureWarning)
+    with warnings.catch_warnings(), redirect_stderr(said):
+        warnings.simplefilter("ignore", FutureWarning)  # of torch.export about itself
         log.setLevel(logging.CRITICAL)
         try:
             yield
         finally:
             log.setLevel(level)
+    sys.stderr.write(said.getvalue())  # of the network's own, where it was read
 
 
 def read(model: Classifier, x: Tensor) -> Graph:
