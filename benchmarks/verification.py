@@ -1,14 +1,15 @@
 """The competition's benchmarks, bounds beside auto_LiRPA's, and certified accuracy of trained networks.
 
     SADDLEPOINT_DATA=... python benchmarks/verification.py search NAME [--seconds 60] [--only 0,1,...] [--out FILE.jsonl]
-    SADDLEPOINT_DATA=... python benchmarks/verification.py bounds [NAME ...] [--json FILE]
+    SADDLEPOINT_DATA=... python benchmarks/verification.py bounds [NAME ...] [--out FILE.jsonl] [--json FILE]
     SADDLEPOINT_DATA=... python benchmarks/verification.py accuracy [--network NAME] [--samples N] [--seconds 20] [--out FOLDER]
 
 search: every instance of a benchmark of `verification/` within so many processor seconds of one thread, without reading the
 files. A verdict against a checked counterexample of ground_truth.csv, or a claimed counterexample that isn't one, ends the run
-with an error. --out keeps each instance; the same call goes on there. Beside ours: the published verdicts (counts.csv).
+with an error. Beside ours: the published verdicts (counts.csv).
 bounds: the least margin of each instance in peer_bounds.csv by our methods, with processor seconds; theirs were measured when
 the folder was made.
+--out keeps each instance as it comes; the same call goes on there.
 accuracy: the interval [certified, attacked] of the networks in `models/`.
 """
 
@@ -37,12 +38,25 @@ ANSWERS = {"robust": "unsat", "falsified": "sat"}
 METHODS: dict[str, Method] = {
     "ibp": "ibp", "forward": "forward", "crown_ibp": "crown-ibp", "crown": "crown", "alpha_crown_20": "alpha-crown",
 }  # fmt: skip
+SAME = 1e-4  # bounds that differ by less, relatively, count as equal
 ACCURACY = (("mnist_cnnA_provable_eps0.1", "mnist", 0.1), ("cifar10_cnnA_provable_oval_wide", "cifar10", 2 / 255))
 
 
 def rows(path: Path) -> list[dict[str, str]]:
     """A table with a header."""
     return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def kept(file: Path | None) -> list[dict[str, Any]]:
+    """What an earlier run left in --out."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file and file.exists() else []
+
+
+def keep(file: Path | None, row: dict[str, Any]) -> None:
+    """One more of them."""
+    if file:
+        with file.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
 
 
 class Instances:
@@ -71,8 +85,7 @@ def search(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Decide each instance; what is in --out is not done again."""
     instances = Instances(folder, options.names[0])
     only = {int(part) for part in options.only.split(",")} if options.only else None
-    kept = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out and options.out.exists() else []
-    done = {row["number"]: row for row in kept}
+    done = {row["number"]: row for row in kept(options.out)}
     for number, onnx, vnnlib in instances.all():
         if number in done or (only is not None and number not in only):
             continue
@@ -83,9 +96,7 @@ def search(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         row = {"number": number, "onnx": onnx, "vnnlib": vnnlib, "truth": truth.get("truth", "unknown")}
         row |= {key: value for key, value in asdict(proof).items() if key != "counterexample"}
         done[number] = row
-        if options.out:
-            with options.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        keep(options.out, row)
         print(
             f"{number:>4} {onnx} {vnnlib}: {proof.verdict} by {proof.stage} in {proof.seconds:.2f} s {proof.reason}", flush=True
         )
@@ -122,7 +133,8 @@ def _check(model: sp.Model, property_: Property, proof: Proof, truth: dict[str, 
 
 def beside(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Our margins and seconds beside those of peer_bounds.csv."""
-    found: list[dict[str, Any]] = []
+    found = kept(options.out)
+    done = {(row["onnx"], row["vnnlib"], row["method"]) for row in found}
     wanted = set(options.names)
     for name in sorted({row["benchmark"] for row in rows(folder / "peer_bounds.csv")}):
         if wanted and name not in wanted:
@@ -130,7 +142,7 @@ def beside(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         instances = Instances(folder, name)
         for row in rows(folder / "peer_bounds.csv"):
             method = METHODS.get(row["method"])
-            if row["benchmark"] != name or method is None:
+            if row["benchmark"] != name or method is None or (row["onnx"], row["vnnlib"], row["method"]) in done:
                 continue
             model, property_ = instances.load(row["onnx"], row["vnnlib"])
             (net,) = model.networks()
@@ -146,13 +158,16 @@ def beside(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
                 "benchmark": name, "onnx": row["onnx"], "vnnlib": row["vnnlib"], "method": row["method"], "ours": ours,
                 "theirs": float(row["margin"]), "our_seconds": spent, "their_seconds": float(row["cpu_seconds"]),
             })  # fmt: skip
+            keep(options.out, found[-1])
     for name, method in dict.fromkeys((row["benchmark"], row["method"]) for row in found):
         part = [row for row in found if (row["benchmark"], row["method"]) == (name, method)]
         differ = [(row["ours"] - row["theirs"]) / max(abs(row["theirs"]), 1e-3) for row in part]
-        ratio = statistics.median(row["our_seconds"] / max(row["their_seconds"], 1e-4) for row in part)
+        ours, theirs = (sum(row[key] for row in part) for key in ("our_seconds", "their_seconds"))
         print(
-            f"{name:<16} {method:<15} {len(part):>3} instances: ours looser by {max(0, -min(differ)):.1e} at most, tighter by "
-            f"{max(0, max(differ)):.1e} at most; {ratio:.2f} times their seconds (median)"
+            f"{name:<16} {method:<15} {len(part):>3} instances: "
+            f"{sum(one < -SAME for one in differ)} looser, by {max(0, -min(differ)):.1e} at most, "
+            f"{sum(one > SAME for one in differ)} tighter, by {max(0, max(differ)):.1e} at most; "
+            f"{ours:.2f} s, theirs {theirs:.2f} s"
         )
     return found
 

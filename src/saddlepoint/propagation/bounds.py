@@ -85,7 +85,7 @@ class Bounded:
         radius = spread(node, [box.radius for box in inputs])
         if self.outward and node.op not in SHAPES:
             size = spread(node, [box.lower.abs() + box.upper.abs() for box in inputs])
-            radius = radius + self._unit() * (size if node.constant is None else size + node.constant.abs())
+            radius = radius + self.unit() * (size if node.constant is None else size + node.constant.abs())
         # A linear bound may end a rounding inside the other end of a box that is a point: inverted before this operator.
         inverted = not radius.requires_grad and bool((radius < 0).any())
         if inverted and not any(bool((box.radius < 0).any()) for box in inputs):
@@ -267,7 +267,7 @@ class Bounded:
             line = replace(line, constant=line.constant - self.error(name, start))
         return (line if self.cut is None else line.under(self.cut, box)).lowest(box)
 
-    def _unit(self) -> float:
+    def unit(self) -> float:
         """(n + 16) u / (1 - ...) for sums of as many terms as any value here can have: the factor of Higham's gamma_n."""
         count = 16 + 2 * sum(node.shape.numel() for node in self.graph.nodes) + self.graph.shape.numel()
         return 2 * count * torch.finfo(self.boxes[self.graph.input].lower.dtype).eps
@@ -302,7 +302,7 @@ class Bounded:
         box = self.boxes[self.graph.input]
         if self.graph.input in sizes:
             total = total + times(sizes[self.graph.input], 2 * torch.maximum(box.lower.abs(), box.upper.abs()))
-        return (self._unit() * total).nan_to_num(torch.inf, torch.inf)  # where infinite ends met zeros nothing is known
+        return (self.unit() * total).nan_to_num(torch.inf, torch.inf)  # where infinite ends met zeros nothing is known
 
     def double(self) -> Bounded:
         """The same sets and bounds, for the network in float64, rounding taken off: to check a proof again.

@@ -13,6 +13,7 @@ from saddlepoint.precision import full_precision
 from saddlepoint.propagation.bounds import Bounded, Box
 from saddlepoint.propagation.corners import corners
 from saddlepoint.propagation.nodes import Graph
+from saddlepoint.propagation.patches import Patches
 from saddlepoint.verify.cases import Cases
 from saddlepoint.verify.inputs import InputSearch
 from saddlepoint.verify.search import Found, Search, Verdict, branching
@@ -20,6 +21,7 @@ from saddlepoint.verify.tighten import tighten
 
 FEW_INPUTS = 16
 _STEPS = 20
+_PRICES = 100  # steps of ascent on the prices of inputs that patches share
 _DESCENT = 40  # steps from each corner
 _SCATTERED, _SETTLING = 256, 60  # points, and steps from them, where several conditions must hold together
 _ASCENT = 0.1  # of the time: twice what ascent on inner bounds may take
@@ -61,6 +63,7 @@ def prove(
     corners       the minimisers of linear bounds, and descent from them; from other points too for conditions that must hold
                   together
     ibp, crown-ibp, crown, alpha-crown: see `bounds`
+    patches       the first layer's neurons in groups that see the same few inputs, for networks that have such, see `Patches`
     inputs        halving boxes, for networks of at most 16 inputs; what has ReLUs leaves time for the search
     search        branch and bound on ReLUs, in turns with tightening the bounds inside by searches of their own as long as
                   that pays
@@ -99,11 +102,11 @@ class _Prover:
             ("crown-ibp", self._quick),
             ("corners", self._corners),
             ("crown", self._crown),
-            *([("inputs", self._inputs)] if few else []),
+            *([("inputs", self._inputs)] if few else [("patches", self._patches)]),
             *([] if few and not branching(self.graph) else [("alpha-crown", self._alpha), ("search", self._search)]),
         ]
         for name, stage in stages:
-            if self.clock() >= self.deadline:
+            if self._late():
                 break
             last, reason = name, stage() or late
             if self.counterexample is not None:
@@ -118,6 +121,9 @@ class _Prover:
         return Proof(
             verdict, stage, float(self.bound.min()), self.counterexample, self.parts, spent, reason, self.rigorous
         )  # fmt: skip
+
+    def _late(self) -> bool:
+        return self.clock() >= self.deadline
 
     def _improve(self, index: Tensor, bound: Tensor) -> None:
         self.bound[index] = torch.maximum(self.bound[index], bound)
@@ -162,7 +168,7 @@ class _Prover:
         sets = part.sets
         width = (sets.upper - sets.lower) / 2
         for step in range(_DESCENT):
-            if (found := self.check(points, case)) is not None or self.clock() >= self.deadline:
+            if (found := self.check(points, case)) is not None or self._late():
                 return found
             leaf = points.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(part.excess(self.graph.outputs(leaf)).sum(), leaf)
@@ -180,7 +186,7 @@ class _Prover:
         for step in range(_SETTLING):
             points = part.sets.inside(lower + width * share)
             (share.grad,) = torch.autograd.grad(part.excess(self.graph.outputs(points)).sum(), share)
-            if step % 5 == 4 and ((found := self.check(points.detach(), case)) is not None or self.clock() >= self.deadline):
+            if step % 5 == 4 and ((found := self.check(points.detach(), case)) is not None or self._late()):
                 return found
             optimizer.step()
             with torch.no_grad():
@@ -191,6 +197,18 @@ class _Prover:
     @torch.no_grad()
     def _crown(self) -> str:
         return self._linear(0)
+
+    @torch.no_grad()
+    def _patches(self) -> str:
+        if (patches := Patches.of(self.root)) is None:
+            return ""
+        for case in self.left.tolist():
+            part = self.cases.take(torch.tensor([case], device=self.left.device))
+            low = patches.lowest(self.root.take(part.of), part.rows, _PRICES, -part.constants[0], self._late)
+            self._improve(self.left.new_tensor([case]), (low + part.constants[0]).amax()[None])
+            if self._late():
+                break
+        return ""
 
     @torch.no_grad()
     def _alpha(self) -> str:
@@ -236,7 +254,7 @@ class _Prover:
             found = now.run()
             reason = self._took(found, now.counterexample)
             self._improve(left, now.bounds)
-            if found.verdict != "unknown" or self.clock() >= self.deadline:
+            if found.verdict != "unknown" or self._late():
                 return reason
             if pays:
                 slice_ *= 2

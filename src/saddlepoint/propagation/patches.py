@@ -1,0 +1,174 @@
+"""Networks whose first neurons see few inputs each, as in small windows: bounds without one relaxation for the whole box."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saddlepoint.propagation.affine import batched, linear_part, spread
+from saddlepoint.propagation.bounds import Bounded
+from saddlepoint.propagation.nodes import Node
+from saddlepoint.propagation.relax import Elementwise, Planes
+from saddlepoint.propagation.sets import Box
+
+_CELLS = 512  # that a patch is cut into, at most
+_COPIES = 8  # tensors with a number for each neuron in each cell that are alive at once
+_RATE, _DECAY = 0.02, 0.98  # of the ascent; the first as a share of the prices
+
+
+@dataclass(frozen=True)
+class Patches:
+    """The neurons of a first layer in G patches, each of up to M neurons that see the same up to S inputs.
+
+    node: their nonlinearity s. inputs (G, S) and neurons (G, M): flat places, -1 for none. weights (G, M, S) and bias (G, M):
+    what goes into s is weights times inputs + bias; 0 where there is none. size (G, M): how large the sums that these come
+    from are, for inputs of size 1. cells: into how many parts each input is cut.
+    """
+
+    node: Node
+    inputs: Tensor
+    neurons: Tensor
+    weights: Tensor
+    bias: Tensor
+    size: Tensor
+    cells: int
+
+    @staticmethod
+    def of(bounded: Bounded) -> Patches | None:
+        """Those of a network over boxes in which one elementwise nonlinearity comes first, whose neurons see few inputs each.
+
+        None for other networks, and where the memory isn't enough.
+        """
+        graph, box = bounded.graph, bounded.boxes[bounded.graph.input]
+        known: set[str] = {graph.input}
+        affine: list[Node] = []
+        first: list[Node] = []
+        for node in graph.nodes:
+            if known.issuperset(node.inputs):
+                (affine if node.rule is None else first).append(node)
+                known.update([node.name] if node.rule is None else [])
+        if len(first) != 1 or not isinstance(first[0].rule, Elementwise) or len(first[0].inputs) != 1 or type(box) is not Box:
+            return None
+        (node,), (name,) = first, first[0].inputs
+        width, count = math.prod(node.shape), graph.shape.numel()
+        one = box.lower.new_zeros(1, 1, width).index_fill_(2, torch.tensor([width // 2], device=box.lower.device), 1)
+        few = int(bounded.linear(name, one.view(1, 1, *node.like[0].shape[1:])).coefficients.count_nonzero())
+        largest = max(math.prod(node.shape) for node in affine) if affine else width
+        if 2**few > _CELLS or 2 * count * largest * box.lower.element_size() > bounded.memory:
+            return None
+
+        terms = {graph.input: torch.eye(count).to(box.lower).view(count, *graph.shape)}
+        middles, sizes = {graph.input: torch.zeros_like(box.lower[:1])}, {graph.input: torch.ones_like(box.lower[:1])}
+        for step in affine:
+            terms[step.name] = linear_part(step, [terms[one] for one in step.inputs])
+            middles[step.name] = batched(step, step.apply, *(middles[one] for one in step.inputs))
+            size = spread(step, [sizes[one] for one in step.inputs])
+            sizes[step.name] = size if step.constant is None else size + step.constant.abs()
+        seen = terms[name].flatten(1).T  # (E, n)
+        neuron, place = seen.nonzero(as_tuple=True)
+        inputs, patch = torch.unique(_table(neuron, place, width), dim=0, return_inverse=True)
+        of, order = patch.sort(stable=True)
+        neurons = _table(of, order, len(inputs))
+        weights = seen[neurons.clamp(min=0)[:, :, None], inputs.clamp(min=0)[:, None]]
+        weights = weights * (neurons >= 0)[:, :, None] * (inputs >= 0)[:, None]
+        bias, size = ((table[name].flatten()[neurons.clamp(min=0)] * (neurons >= 0)) for table in (middles, sizes))
+        most = min(_CELLS, bounded.memory // (_COPIES * neurons.numel() * box.lower.element_size()))
+        cells = int(most ** (1 / max(inputs.shape[1], 1)) + 1e-9)
+        return Patches(node, inputs, neurons, weights, bias, size, cells) if cells > 1 and inputs.shape[1] else None
+
+    def lowest(
+        self, bounded: Bounded, rows: Tensor, steps: int, enough: Tensor, late: Callable[[], bool] = lambda: False
+    ) -> Tensor:
+        """Lower bounds (R,) of rows (1, R, C) times the outputs, over one box.
+
+        All layers but the first are relaxed as in CROWN, which leaves
+
+            e + c x + sum_p f_p(x_p),    f_p(x_p) = the sum of d_j s(w_j x_p + b_j) over the neurons j of patch p
+
+        where patches share inputs. For any prices l_p whose sum at each input is c there (Lagrangian decomposition),
+
+            min over x of all that  >=  e + sum_p min over x_p of (f_p(x_p) + l_p x_p)
+
+        The minimum over a patch is that over the cells of a grid of planes below the function there. Prices ascend by Adam from
+        those with which all patches lie on CROWN's one plane. What is lost is what planes lose in cells, which shrinks with the
+        square of their width, and the difference that agreeing on shared inputs makes.
+
+        steps: of the ascent. It ends where a bound is above enough (R,), and when late() says so.
+        """
+        graph, box, name = bounded.graph, bounded.boxes[bounded.graph.input], self.node.name
+        nothing = torch.zeros_like(self.node.like[0])
+        others = Bounded(graph, bounded.boxes, bounded.memory, _planes={name: Planes((nothing,), None, (nothing,), None)})
+        line = others.linear(graph.output, rows)
+        d = line.inner[name].flatten(2)[0][:, self.neurons.clamp(min=0)] * (self.neurons >= 0)  # (R, G, M)
+        c = line.coefficients.flatten(2)[0]  # (R, n)
+        present, inputs = self.inputs >= 0, self.inputs.clamp(min=0)
+        middle, radius = box.middle.flatten()[inputs] * present, box.radius.flatten()[inputs] * present
+        slack = bounded.unit() if bounded.outward else 0.0
+        reach = middle.abs() + radius
+        whole = self._planes(d, middle[:, None], radius, slack)[0][:, :, 0]  # (R, G, S)
+        grid = _grid(self.cells, inputs.shape[1]).to(middle)
+        points, width = middle[:, None] + radius[:, None] * grid, radius / self.cells + slack * reach
+        slopes, constants = self._planes(d, points, width, slack)
+        sharing = c.new_zeros(c.shape[1]).index_add(0, inputs.flatten(), present.flatten().to(c))
+        alone = torch.where(sharing == 0, c, 0).view(1, *line.coefficients.shape[1:])
+        fixed = line.constant[0] + Box(box.lower, box.upper).least(alone)[0]
+        if bounded.outward:
+            fixed = fixed - bounded.error(graph.output, rows)[0]
+
+        def bound(prices: Tensor) -> Tensor:
+            """(R,), for prices (R, G, S), which get what is missing in equal parts."""
+            total = torch.zeros_like(c).index_add(1, inputs.flatten(), (prices * present).flatten(1))
+            prices = (prices + ((c - total) / sharing.clamp(min=1))[:, inputs]) * present
+            a = slopes + prices[:, :, None]
+            least = constants + (a * points).sum(-1) - (a.abs() * width[:, None]).sum(-1)  # (R, G, cells)
+            return least.amin(2).sum(1) + fixed - slack * (prices.abs() * reach).sum((1, 2))
+
+        best = bound(-whole)
+        with torch.enable_grad():
+            prices = (-whole).requires_grad_()
+            optimizer = torch.optim.Adam([prices], lr=_RATE * float(whole.abs().mean()))
+            for _ in range(steps):
+                if late() or bool((best > enough).any()):
+                    break
+                found = bound(prices)
+                best = torch.maximum(best, found.detach())
+                optimizer.zero_grad()
+                torch.autograd.backward(-found.sum())
+                optimizer.step()
+                optimizer.param_groups[0]["lr"] *= _DECAY
+        return best
+
+    def _planes(self, d: Tensor, points: Tensor, width: Tensor, slack: float) -> tuple[Tensor, Tensor]:
+        """Below each patch's function in cells (G, Q, S) of width (G, S): coefficients (R, G, Q, S), constants (R, G, Q).
+
+        slack: for rounding, of the sums that inputs of size 1 make.
+        """
+        at = points @ self.weights.mT + self.bias[:, None]  # (G, Q, M)
+        around = (self.weights.abs() @ width[:, :, None]).mT
+        rounding = slack * self.size[:, None] * (1 + (points.abs() + width[:, None]).sum(-1, keepdim=True))
+        around = around + rounding
+        assert self.node.rule is not None
+        found = self.node.rule.planes(Box(at - around, at + around))
+        up, down = d.clamp(min=0)[:, :, None], d.clamp(max=0)[:, :, None]  # (R, G, 1, M)
+        slopes = up * found.low[0] + down * found.high[0]
+        constants = (slopes * self.bias[:, None]).sum(-1) - 2 * (slopes.abs() * rounding).sum(-1)
+        for part, end in ((up, found.low_offset), (down, found.high_offset)):
+            constants = constants if end is None else constants + (part * end - slack * (part * end).abs()).sum(-1)
+        return slopes @ self.weights, constants
+
+
+def _table(row: Tensor, value: Tensor, rows: int) -> Tensor:
+    """The values of each row, (rows, most), in their order; -1 for none. row (K,) ascending, value (K,)."""
+    counts = row.bincount(minlength=rows)
+    rank = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    return row.new_full((rows, int(counts.max())), -1).index_put((row, rank), value)
+
+
+def _grid(cells: int, dimensions: int) -> Tensor:
+    """The middles (cells ** dimensions, dimensions) of equal cells of [-1, 1]^dimensions."""
+    ticks = (2 * torch.arange(cells, dtype=torch.float64) + 1) / cells - 1
+    return torch.cartesian_prod(*[ticks] * dimensions).view(-1, dimensions)

@@ -1,0 +1,189 @@
+"""First layers of small windows: bounds hold at sampled points, and are nearly exact minima, by grids and by MILP."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import saddlepoint as sp
+from saddlepoint.propagation.bounds import Ball, Bounded, Box
+from saddlepoint.propagation.graph import read
+from saddlepoint.propagation.patches import Patches
+from saddlepoint.verify import Cases, Programme, prove
+
+FLOAT = torch.float64
+
+
+class Windows(nn.Module):
+    """Convolution, normalisation, nonlinearity, and what the input adds by itself; another layer if deep."""
+
+    def __init__(self, activation: nn.Module, kernel: int, stride: int, deep: bool) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, 3, kernel, stride=stride, padding=1), nn.BatchNorm2d(3)
+        size = 3 * ((6 + 2 - kernel) // stride + 1) ** 2
+        self.second = nn.Sequential(nn.Linear(size, 9), activation) if deep else nn.Identity()
+        self.activation, self.last, self.direct = activation, nn.Linear(9 if deep else size, 3), nn.Linear(36, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.activation(self.norm(self.first(x)))
+        return self.last(self.second(h.flatten(1))) + 0.3 * self.direct(x.flatten(1))
+
+
+def windows(seed: int, activation: nn.Module, kernel: int = 2, stride: int = 1, deep: bool = False) -> sp.Model:
+    torch.manual_seed(seed)
+    net = Windows(activation, kernel, stride, deep).double().eval()
+    assert net.norm.running_mean is not None
+    net.norm.running_mean.uniform_(-1, 1)
+    nn.init.uniform_(net.norm.weight, -1, 1)
+    nn.init.normal_(net.first.weight)
+    return sp.Model(net, bounds=None)
+
+
+def over(model: sp.Model, eps: float = 0.3, dtype: torch.dtype = FLOAT, outward: bool = False) -> Bounded:
+    """CROWN's bounds of everything over one box."""
+    x = torch.rand(1, 1, 6, 6, dtype=FLOAT, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        bounded = Bounded.of(read(model, x), x - eps, x + eps, outward=outward)
+        bounded.refine()
+    return bounded
+
+
+def lowest(bounded: Bounded, rows: Tensor, steps: int = 100) -> Tensor:
+    patches = Patches.of(bounded)
+    assert patches is not None
+    with torch.no_grad():
+        return patches.lowest(bounded, rows, steps, rows.new_full((rows.shape[1],), torch.inf))
+
+
+ROWS = torch.tensor([[[1.0, -1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 0.0, -1.0]]], dtype=FLOAT)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.1), nn.Tanh(), nn.Sigmoid(), nn.GELU()], ids=str)
+@pytest.mark.parametrize(("kernel", "stride", "deep"), [(2, 1, False), (2, 2, True), (3, 2, True)])
+@torch.no_grad()
+def test_they_hold_at_every_point_and_are_above_crown(activation: nn.Module, kernel: int, stride: int, deep: bool) -> None:
+    model = windows(1, activation, kernel, stride, deep)
+    bounded = over(model)
+    box = bounded.boxes[bounded.graph.input]
+    share = torch.rand(500, 1, 6, 6, dtype=FLOAT, generator=torch.Generator().manual_seed(1))
+    points = box.lower + torch.cat([share, share.round()]) * (box.upper - box.lower)
+    seen = (bounded.graph.outputs(points) @ ROWS[0].T).amin(0)
+    found, crown = lowest(bounded, ROWS, 20), bounded.lowest(bounded.graph.output, ROWS, 0)[0]
+    assert (found <= seen + 1e-9).all()
+    assert (found > crown + 1e-4).all()
+    strict = over(model, outward=True)
+    careful = lowest(strict, ROWS, 20)
+    torch.testing.assert_close(careful, found, rtol=1e-3, atol=1e-3)
+    assert (careful <= seen).all()
+
+
+@torch.no_grad()
+def test_patches_that_share_nothing_have_exact_minima() -> None:
+    """Windows of one pixel: each neuron's function is of one number, and its least value is that on a fine grid."""
+    torch.manual_seed(2)
+    conv, last = nn.Conv2d(1, 8, 1).double(), nn.Linear(8 * 9, 3).double()
+    graph = read(
+        sp.Model(nn.Sequential(conv, nn.ReLU(), nn.Flatten(), last), bounds=None), torch.zeros(1, 1, 3, 3, dtype=FLOAT)
+    )
+    x = torch.rand(1, 1, 3, 3, dtype=FLOAT)
+    bounded = Bounded.of(graph, x - 1, x + 1)
+    ticks = torch.linspace(-1, 1, 4001, dtype=FLOAT)
+    hidden = conv((x.flatten() + ticks[:, None]).view(-1, 1, 3, 3)).relu()  # (4001, 8, 3, 3)
+    weights = (ROWS[0] @ last.weight).view(3, 8, 9)
+    exact = torch.einsum("tcp,rcp->rpt", hidden.flatten(2), weights).amin(2).sum(1) + ROWS[0] @ last.bias
+    found, crown = lowest(bounded, ROWS), bounded.lowest(graph.output, ROWS, 0)[0]
+    assert (found <= exact + 1e-9).all()
+    torch.testing.assert_close(found, exact, rtol=0, atol=2e-3)
+    assert (exact - crown > 0.1).any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_they_close_most_of_the_gap_to_the_exact_minimum(seed: int) -> None:
+    """The exact one by a mixed-integer programme; patches of 2 x 2 that overlap."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)).double()
+    nn.init.normal_(net[3].weight)  # type: ignore[arg-type]
+    model, x = sp.Model(net, bounds=None), torch.rand(1, 1, 3, 3, dtype=FLOAT)
+    bounded = Bounded.of(read(model, x), x - 1, x + 1)
+    row = ROWS[:, :1]
+    with torch.no_grad():
+        crown = float(bounded.lowest(bounded.graph.output, row, 0))
+    found = float(lowest(bounded, row, 300))
+    exact = Programme(bounded.graph, x).minimise(Box(x - 1, x + 1), row[0, 0], gap=0.0).value
+    assert exact is not None
+    assert crown < found <= exact + 1e-6
+    assert exact - found < 0.4 * (exact - crown)
+
+
+@torch.no_grad()
+def test_rounding_is_taken_off_in_float32() -> None:
+    model = windows(4, nn.ReLU())
+    exact = lowest(over(model), ROWS)
+    single = windows(4, nn.ReLU())
+    single.net.float()
+    found = lowest(over(single, dtype=torch.float32, outward=True), ROWS.float())
+    assert found.dtype == torch.float32
+    assert (found.double() < exact).all()
+    torch.testing.assert_close(found.double(), exact, rtol=0.05, atol=0.5)
+
+
+@torch.no_grad()
+def test_ascent_ends_early_and_never_below_where_it_began() -> None:
+    bounded = over(windows(5, nn.ReLU()))
+    patches = Patches.of(bounded)
+    assert patches is not None
+    nothing = torch.tensor([torch.inf], dtype=FLOAT)
+    row, calls = ROWS[:, :1], []
+    first = patches.lowest(bounded, row, 0, nothing)
+    most = patches.lowest(bounded, row, 50, nothing)
+    assert most > first
+    between = (first + most) / 2
+    assert between < patches.lowest(bounded, row, 50, between) < most
+
+    def late() -> bool:
+        calls.append(0)
+        return len(calls) > 2
+
+    assert first <= patches.lowest(bounded, row, 50, nothing, late) <= most
+    assert len(calls) == 3
+
+
+class Branches(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x[:, 0, :2].relu() + x[:, 0, 2:4].tanh()).flatten(1)
+
+
+@torch.no_grad()
+def test_networks_without_patches() -> None:
+    x = torch.rand(1, 1, 6, 6, dtype=FLOAT)
+    dense = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    large = nn.Sequential(nn.Conv2d(1, 2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(18, 3)).double()
+    pooled = nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(9, 3)).double()
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(36, 3)).double()
+    for net in (dense, large, pooled, linear, Branches()):
+        assert Patches.of(Bounded.of(read(sp.Model(net, bounds=None), x), x - 0.1, x + 0.1)) is None
+    bounded = over(windows(6, nn.ReLU()))
+    assert Patches.of(bounded) is not None
+    assert Patches.of(Bounded.of(bounded.graph, x - 0.1, x + 0.1, memory=10_000)) is None
+    assert Patches.of(Bounded.of(bounded.graph, Ball.of(x, 0.1, "l2"))) is None
+
+
+@pytest.mark.parametrize("rigorous", [False, True])
+def test_prove_uses_them(rigorous: bool) -> None:
+    """Where CROWN's bound isn't enough and theirs is."""
+    bounded = over(windows(7, nn.ReLU()))
+    row = ROWS[:, :1]
+    with torch.no_grad():
+        crown = float(bounded.lowest(bounded.graph.output, row, 0))
+        constant = -(crown + float(lowest(bounded, row))) / 2
+    box = bounded.boxes[bounded.graph.input]
+    shift = torch.tensor([[constant]], dtype=FLOAT)
+    cases = Cases(Box(box.lower, box.upper), torch.tensor([0]), row, shift)
+    proof = prove(bounded.graph, cases, lambda point, case: True, seconds=20, rigorous=rigorous)
+    assert (proof.verdict, proof.stage) == ("robust", "patches")
+    assert proof.bound > 0
+    stopped = prove(bounded.graph, cases, lambda point, case: True, seconds=1e-9, clock=time.perf_counter)
+    assert stopped.verdict == "unknown"
