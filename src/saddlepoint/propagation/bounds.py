@@ -199,7 +199,7 @@ class Bounded:
         if self.outward:
             cut = Bounded(self.graph, self.boxes, self.memory, outward=True, _planes=self._constant_planes())
             bound = bound - cut.error(self.graph.output, rows)
-        return _sound(bound)
+        return sound(bound)
 
     def _constant_planes(self) -> dict[str, Planes]:
         """Planes that are the ends of each nonlinearity, whose rounding is that of intervals."""
@@ -368,7 +368,7 @@ def _add(coefficients: dict[str, Tensor], node: Node, parts: list[Tensor]) -> No
         coefficients[one] = coefficients[one] + part if one in coefficients else part
 
 
-def _sound(bound: Tensor) -> Tensor:
+def sound(bound: Tensor) -> Tensor:
     """Where infinite ends met zeros nothing is known."""
     return bound.nan_to_num(-torch.inf, torch.inf, -torch.inf)
 
@@ -386,7 +386,7 @@ class Linear:
 
     def lowest(self, box: Box) -> Tensor:
         """Their least values over boxes or balls, (N, R)."""
-        return _sound(self.constant + box.least(self.coefficients))
+        return sound(self.constant + box.least(self.coefficients))
 
     def lowest_at(self, box: Box) -> Tensor:
         """Where they are least, (N, R, ...): corners of the boxes, points of the balls."""

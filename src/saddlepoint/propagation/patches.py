@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saddlepoint.propagation.affine import batched, linear_part, spread
-from saddlepoint.propagation.bounds import Bounded
+from saddlepoint.propagation.bounds import Bounded, sound
 from saddlepoint.propagation.nodes import Node
 from saddlepoint.propagation.relax import Elementwise, Planes
 from saddlepoint.propagation.sets import Box
@@ -125,9 +125,11 @@ class Patches:
             prices = (prices + ((c - total) / sharing.clamp(min=1))[:, inputs]) * present
             a = slopes + prices[:, :, None]
             least = constants + (a * points).sum(-1) - (a.abs() * width[:, None]).sum(-1)  # (R, G, cells)
-            return least.amin(2).sum(1) + fixed - slack * (prices.abs() * reach).sum((1, 2))
+            return sound(least.amin(2).sum(1) + fixed - slack * (prices.abs() * reach).sum((1, 2)))
 
         best = bound(-whole)
+        if not bool(best.isfinite().all()):
+            return best
         with torch.enable_grad():
             prices = (-whole).requires_grad_()
             optimizer = torch.optim.Adam([prices], lr=_RATE * float(whole.abs().mean()))
