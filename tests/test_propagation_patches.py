@@ -187,3 +187,14 @@ def test_prove_uses_them(rigorous: bool) -> None:
     assert proof.bound > 0
     stopped = prove(bounded.graph, cases, lambda point, case: True, seconds=1e-9, clock=time.perf_counter)
     assert stopped.verdict == "unknown"
+
+
+def test_certify_counts_them_as_a_stage() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 2), nn.ReLU(), nn.Flatten(), nn.Linear(200, 3)).double()
+    nn.init.normal_(net[0].weight)  # type: ignore[arg-type]
+    model, x = sp.Model(net, bounds=None), torch.rand(20, 1, 6, 6, dtype=FLOAT)
+    found = sp.verify.certify(model, x, model.predict(x), sp.Linf(0.08), sp.Budget(seconds=5))
+    assert sum(sum(counts.values()) for counts in found.stages().values()) == 20
+    assert found.stages()["patches"]["robust"] > 0
+    assert "  patches" in found.summary()

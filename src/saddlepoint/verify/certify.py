@@ -39,7 +39,7 @@ from saddlepoint.verify.cases import Cases, margins
 from saddlepoint.verify.prove import Proof, prove
 from saddlepoint.verify.search import Verdict
 
-STAGES = ("prediction", "attack", "crown-ibp", "corners", "crown", "alpha-crown", "inputs", "search", "none")
+STAGES = ("prediction", "attack", "crown-ibp", "corners", "crown", "patches", "alpha-crown", "inputs", "search", "none")
 _SECONDS = 60.0
 _TOGETHER = 32  # samples whose linear bounds are found at once
 _FORMAT = 2
@@ -176,7 +176,7 @@ def certify(
     - prediction: is the sample itself right?
     - attack: a short one by gradients
     - crown-ibp, crown: bounds, of many samples at once
-    - corners, alpha-crown, search or inputs: see `prove`
+    - corners, patches, alpha-crown, search or inputs: see `prove`
 
     Complete for ReLU networks up to time and rounding; other nonlinearities are proved by bounds, or by halving where there are
     at most 16 inputs. A proof is of each sample alone: networks whose answer depends on the rest of the batch aren't covered.
