@@ -131,6 +131,62 @@ def test_rounding_is_taken_off_in_float32() -> None:
 
 
 @torch.no_grad()
+def test_neurons_that_see_nothing() -> None:
+    """Pruned channels are constants."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(100, 3)).double()
+    x = torch.rand(1, 1, 6, 6, dtype=FLOAT)
+    net[0].weight[1:3] = 0  # type: ignore[index, union-attr]
+    net[0].bias[1:3] = torch.tensor([0.7, -0.2])  # type: ignore[index, union-attr]
+    bounded = Bounded.of(read(sp.Model(net, bounds=None), x), x - 0.3, x + 0.3)
+    patches = Patches.of(bounded)
+    assert patches is not None
+    assert patches.neurons.shape == (25, 2)
+    small = nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(50, 3)).double()
+    channels = net[3].weight.view(3, 4, 25)  # type: ignore[union-attr, operator]
+    small[0].weight.copy_(net[0].weight[[0, 3]])  # type: ignore[union-attr, operator, index]
+    small[0].bias.copy_(net[0].bias[[0, 3]])  # type: ignore[union-attr, operator, index]
+    small[3].weight.copy_(channels[:, [0, 3]].flatten(1))  # type: ignore[union-attr, operator]
+    small[3].bias.copy_(net[3].bias + 0.7 * channels[:, 1].sum(1))  # type: ignore[union-attr, operator]
+    alone = Bounded.of(read(sp.Model(small, bounds=None), x), x - 0.3, x + 0.3)
+    torch.testing.assert_close(lowest(bounded, ROWS), lowest(alone, ROWS))
+
+
+class Mixed(nn.Module):
+    """Windows, and one unit that sees everything, before one nonlinearity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 2, 2), nn.Linear(51, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.cat([self.first(x).flatten(1), x.flatten(1).sum(1, keepdim=True)], 1).relu())
+
+
+@torch.no_grad()
+def test_what_float32_absorbs_is_allowed_for() -> None:
+    """Weights far below the bias, which adding the bias loses: the bound must hold for them too."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(50, 3))
+    net[0].weight.fill_(1e-3)  # type: ignore[union-attr, operator]
+    net[0].weight[0, 0, 0, 0] = 1.0  # type: ignore[index, union-attr]
+    net[0].bias.fill_(3e4)  # type: ignore[union-attr, operator]
+    x = 100 * torch.rand(1, 1, 6, 6)
+    bounded = Bounded.of(read(sp.Model(net, bounds=None), x), x, x + 155, outward=True)
+    patches = Patches.of(bounded)
+    assert patches is not None
+    rows = ROWS.float()
+    found = patches.lowest(bounded, rows, 20, torch.full((3,), torch.inf)).double()
+    a = ROWS[0] @ net[3].weight.double()  # type: ignore[union-attr, operator]
+    kernel = net[0].weight.double()  # type: ignore[union-attr, operator]
+    # every unit is on, so the network is linear
+    slope = nn.functional.conv_transpose2d(a.view(3, 2, 5, 5), kernel)[:, 0].flatten(1)
+    at = bounded.graph.double.outputs(x.double())[0] @ ROWS[0].T
+    exact = at + (slope.clamp(max=0) * 155).sum(1)
+    assert (found <= exact).all()
+
+
+@torch.no_grad()
 def test_ascent_ends_early_and_never_below_where_it_began() -> None:
     bounded = over(windows(5, nn.ReLU()))
     patches = Patches.of(bounded)
@@ -163,7 +219,9 @@ def test_networks_without_patches() -> None:
     large = nn.Sequential(nn.Conv2d(1, 2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(18, 3)).double()
     pooled = nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(9, 3)).double()
     linear = nn.Sequential(nn.Flatten(), nn.Linear(36, 3)).double()
-    for net in (dense, large, pooled, linear, Branches()):
+    dead = nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(50, 3)).double()
+    dead[0].weight.zero_()  # type: ignore[union-attr, operator]
+    for net in (dense, large, pooled, linear, dead, Branches(), Mixed().double()):
         assert Patches.of(Bounded.of(read(sp.Model(net, bounds=None), x), x - 0.1, x + 0.1)) is None
     bounded = over(windows(6, nn.ReLU()))
     assert Patches.of(bounded) is not None

@@ -16,7 +16,7 @@ from saddlepoint.propagation.relax import Elementwise, Planes
 from saddlepoint.propagation.sets import Box
 
 _CELLS = 512  # that a patch is cut into, at most
-_COPIES = 8  # tensors with a number for each neuron in each cell that are alive at once
+_COPIES = 16  # tensors with a number for each neuron in each cell that are alive at once
 _RATE, _DECAY = 0.02, 0.98  # of the ascent; the first as a share of the prices
 
 
@@ -24,9 +24,9 @@ _RATE, _DECAY = 0.02, 0.98  # of the ascent; the first as a share of the prices
 class Patches:
     """The neurons of a first layer in G patches, each of up to M neurons that see the same up to S inputs.
 
-    node: their nonlinearity s. inputs (G, S) and neurons (G, M): flat places, -1 for none. weights (G, M, S) and bias (G, M):
-    what goes into s is weights times inputs + bias; 0 where there is none. size (G, M): how large the sums that these come
-    from are, for inputs of size 1. cells: into how many parts each input is cut.
+    Neurons that see none are in no patch. node: their nonlinearity s. inputs (G, S), neurons (G, M): flat places, -1 for none.
+    weights (G, M, S), bias (G, M): what goes into s is weights times inputs + bias; 0 where there is none. size (G, M): how
+    large the sums that these come from are, for inputs of size 1. cells: into how many parts each input is cut.
     """
 
     node: Node
@@ -44,21 +44,21 @@ class Patches:
         None for other networks, and where the memory isn't enough.
         """
         graph, box = bounded.graph, bounded.boxes[bounded.graph.input]
-        known: set[str] = {graph.input}
+        moved: set[str] = {graph.input}
         affine: list[Node] = []
         first: list[Node] = []
         for node in graph.nodes:
-            if known.issuperset(node.inputs):
+            if moved.issuperset(node.inputs):
                 (affine if node.rule is None else first).append(node)
-                known.update([node.name] if node.rule is None else [])
+                moved.update([node.name] if node.rule is None else [])
         if len(first) != 1 or not isinstance(first[0].rule, Elementwise) or len(first[0].inputs) != 1 or type(box) is not Box:
             return None
         (node,), (name,) = first, first[0].inputs
         width, count = math.prod(node.shape), graph.shape.numel()
         one = box.lower.new_zeros(1, 1, width).index_fill_(2, torch.tensor([width // 2], device=box.lower.device), 1)
         few = int(bounded.linear(name, one.view(1, 1, *node.like[0].shape[1:])).coefficients.count_nonzero())
-        largest = max(math.prod(node.shape) for node in affine) if affine else width
-        if 2**few > _CELLS or 2 * count * largest * box.lower.element_size() > bounded.memory:
+        held = 2 * count * (width + sum(math.prod(node.shape) for node in affine)) * box.lower.element_size()
+        if 2**few > _CELLS or held > bounded.memory:
             return None
 
         terms = {graph.input: torch.eye(count).to(box.lower).view(count, *graph.shape)}
@@ -69,16 +69,22 @@ class Patches:
             size = spread(step, [sizes[one] for one in step.inputs])
             sizes[step.name] = size if step.constant is None else size + step.constant.abs()
         seen = terms[name].flatten(1).T  # (E, n)
+        few = int((seen != 0).sum(1).max())
+        if few == 0 or 2**few > _CELLS:
+            return None
         neuron, place = seen.nonzero(as_tuple=True)
-        inputs, patch = torch.unique(_table(neuron, place, width), dim=0, return_inverse=True)
-        of, order = patch.sort(stable=True)
-        neurons = _table(of, order, len(inputs))
+        table = _table(neuron, place, width)
+        seeing = (table[:, 0] >= 0).nonzero()[:, 0]
+        inputs, patch = torch.unique(table[seeing], dim=0, return_inverse=True)
+        patch, order = patch.sort(stable=True)
+        neurons = _table(patch, seeing[order], len(inputs))
+        most = min(_CELLS, bounded.memory // (_COPIES * neurons.numel() * box.lower.element_size()))
+        if (cells := int(most ** (1 / few) + 1e-9)) < 2:
+            return None
         weights = seen[neurons.clamp(min=0)[:, :, None], inputs.clamp(min=0)[:, None]]
         weights = weights * (neurons >= 0)[:, :, None] * (inputs >= 0)[:, None]
-        bias, size = ((table[name].flatten()[neurons.clamp(min=0)] * (neurons >= 0)) for table in (middles, sizes))
-        most = min(_CELLS, bounded.memory // (_COPIES * neurons.numel() * box.lower.element_size()))
-        cells = int(most ** (1 / max(inputs.shape[1], 1)) + 1e-9)
-        return Patches(node, inputs, neurons, weights, bias, size, cells) if cells > 1 and inputs.shape[1] else None
+        bias, size = (known[name].flatten()[neurons.clamp(min=0)] * (neurons >= 0) for known in (middles, sizes))
+        return Patches(node, inputs, neurons, weights, bias, size, cells)
 
     def lowest(
         self, bounded: Bounded, rows: Tensor, steps: int, enough: Tensor, late: Callable[[], bool] = lambda: False
@@ -100,19 +106,21 @@ class Patches:
         steps: of the ascent. It ends where a bound is above enough (R,), and when late() says so.
         """
         graph, box, name = bounded.graph, bounded.boxes[bounded.graph.input], self.node.name
-        nothing = torch.zeros_like(self.node.like[0])
-        others = Bounded(graph, bounded.boxes, bounded.memory, _planes={name: Planes((nothing,), None, (nothing,), None)})
-        line = others.linear(graph.output, rows)
+        ends, zero = bounded.boxes[name], torch.zeros_like(self.node.like[0])
+        outside = torch.ones_like(zero).flatten().index_fill_(0, self.neurons[self.neurons >= 0], 0).view_as(zero)
+        flat = Planes((zero,), outside * ends.lower, (zero,), outside * ends.upper)
+        line = Bounded(graph, bounded.boxes, bounded.memory, _planes={name: flat}).linear(graph.output, rows)
         d = line.inner[name].flatten(2)[0][:, self.neurons.clamp(min=0)] * (self.neurons >= 0)  # (R, G, M)
         c = line.coefficients.flatten(2)[0]  # (R, n)
         present, inputs = self.inputs >= 0, self.inputs.clamp(min=0)
         middle, radius = box.middle.flatten()[inputs] * present, box.radius.flatten()[inputs] * present
         slack = bounded.unit() if bounded.outward else 0.0
         reach = middle.abs() + radius
-        whole = self._planes(d, middle[:, None], radius, slack)[0][:, :, 0]  # (R, G, S)
+        rounding = slack * self.size * (1 + float(torch.maximum(box.lower.abs(), box.upper.abs()).sum()))
+        whole = self._planes(d, middle[:, None], radius, rounding, slack)[0][:, :, 0]  # (R, G, S)
         grid = _grid(self.cells, inputs.shape[1]).to(middle)
         points, width = middle[:, None] + radius[:, None] * grid, radius / self.cells + slack * reach
-        slopes, constants = self._planes(d, points, width, slack)
+        slopes, constants = self._planes(d, points, width, rounding, slack)
         sharing = c.new_zeros(c.shape[1]).index_add(0, inputs.flatten(), present.flatten().to(c))
         alone = torch.where(sharing == 0, c, 0).view(1, *line.coefficients.shape[1:])
         fixed = line.constant[0] + Box(box.lower, box.upper).least(alone)[0]
@@ -144,23 +152,27 @@ class Patches:
                 optimizer.param_groups[0]["lr"] *= _DECAY
         return best
 
-    def _planes(self, d: Tensor, points: Tensor, width: Tensor, slack: float) -> tuple[Tensor, Tensor]:
+    def _planes(
+        self, d: Tensor, points: Tensor, width: Tensor, rounding: Tensor, slack: float
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Below each patch's function in cells (G, Q, S) of width (G, S): coefficients (R, G, Q, S), constants (R, G, Q).
 
-        slack: for rounding, of the sums that inputs of size 1 make.
+        rounding: of what goes into the neurons, (G, M). slack: that of sums, as a share of their terms.
         """
         at = points @ self.weights.mT + self.bias[:, None]  # (G, Q, M)
-        around = (self.weights.abs() @ width[:, :, None]).mT
-        rounding = slack * self.size[:, None] * (1 + (points.abs() + width[:, None]).sum(-1, keepdim=True))
-        around = around + rounding
+        around = ((self.weights.abs() @ width[:, :, None])[..., 0] + rounding)[:, None]
         assert self.node.rule is not None
         found = self.node.rule.planes(Box(at - around, at + around))
-        up, down = d.clamp(min=0)[:, :, None], d.clamp(max=0)[:, :, None]  # (R, G, 1, M)
-        slopes = up * found.low[0] + down * found.high[0]
-        constants = (slopes * self.bias[:, None]).sum(-1) - 2 * (slopes.abs() * rounding).sum(-1)
-        for part, end in ((up, found.low_offset), (down, found.high_offset)):
-            constants = constants if end is None else constants + (part * end - slack * (part * end).abs()).sum(-1)
-        return slopes @ self.weights, constants
+        coefficients, constants = [], []
+        for row in d:  # (G, M)
+            up, down = row.clamp(min=0)[:, None], row.clamp(max=0)[:, None]
+            slopes = up * found.low[0] + down * found.high[0]
+            constant = (slopes * self.bias[:, None] - 2 * slopes.abs() * rounding[:, None]).sum(-1)
+            for part, end in ((up, found.low_offset), (down, found.high_offset)):
+                constant = constant if end is None else constant + (part * end - slack * (part * end).abs()).sum(-1)
+            coefficients.append(slopes @ self.weights)
+            constants.append(constant)
+        return torch.stack(coefficients), torch.stack(constants)
 
 
 def _table(row: Tensor, value: Tensor, rows: int) -> Tensor:
