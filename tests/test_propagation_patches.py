@@ -201,10 +201,11 @@ def test_ascent_ends_early_and_never_below_where_it_began() -> None:
 
     def late() -> bool:
         calls.append(0)
-        return len(calls) > 2
+        return len(calls) > 2  # once before the planes
 
     assert first <= patches.lowest(bounded, row, 50, nothing, late) <= most
     assert len(calls) == 3
+    assert patches.lowest(bounded, row, 50, nothing, lambda: True).tolist() == [-torch.inf]
 
 
 class Branches(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from saddlepoint.propagation.relax import Elementwise, Planes
 from saddlepoint.propagation.sets import Box
 
 _CELLS = 512  # that a patch is cut into, at most
-_COPIES = 16  # tensors with a number for each neuron in each cell that are alive at once
+_AT_ONCE = 2**20  # neurons in cells that are relaxed at once
+_COPIES = 8  # tensors with a number for each input in each cell that are alive at once
 _RATE, _DECAY = 0.02, 0.98  # of the ascent; the first as a share of the prices
 
 
@@ -78,7 +79,7 @@ class Patches:
         inputs, patch = torch.unique(table[seeing], dim=0, return_inverse=True)
         patch, order = patch.sort(stable=True)
         neurons = _table(patch, seeing[order], len(inputs))
-        most = min(_CELLS, bounded.memory // (_COPIES * neurons.numel() * box.lower.element_size()))
+        most = min(_CELLS, bounded.memory // (_COPIES * inputs.numel() * box.lower.element_size()))
         if (cells := int(most ** (1 / few) + 1e-9)) < 2:
             return None
         weights = seen[neurons.clamp(min=0)[:, :, None], inputs.clamp(min=0)[:, None]]
@@ -95,7 +96,8 @@ class Patches:
 
             e + c x + sum_p f_p(x_p),    f_p(x_p) = the sum of d_j s(w_j x_p + b_j) over the neurons j of patch p
 
-        where patches share inputs. For any prices l_p whose sum at each input is c there (Lagrangian decomposition),
+        where patches share inputs. For any prices l_p whose sum at each input is c there (Lagrangian decomposition, Guignard &
+        Kim 1987),
 
             min over x of all that  >=  e + sum_p min over x_p of (f_p(x_p) + l_p x_p)
 
@@ -107,8 +109,8 @@ class Patches:
         """
         graph, box, name = bounded.graph, bounded.boxes[bounded.graph.input], self.node.name
         ends, zero = bounded.boxes[name], torch.zeros_like(self.node.like[0])
-        outside = torch.ones_like(zero).flatten().index_fill_(0, self.neurons[self.neurons >= 0], 0).view_as(zero)
-        flat = Planes((zero,), outside * ends.lower, (zero,), outside * ends.upper)
+        inside = zero.bool().flatten().index_fill_(0, self.neurons[self.neurons >= 0], True).view_as(zero)
+        flat = Planes((zero,), torch.where(inside, 0, ends.lower), (zero,), torch.where(inside, 0, ends.upper))
         line = Bounded(graph, bounded.boxes, bounded.memory, _planes={name: flat}).linear(graph.output, rows)
         d = line.inner[name].flatten(2)[0][:, self.neurons.clamp(min=0)] * (self.neurons >= 0)  # (R, G, M)
         c = line.coefficients.flatten(2)[0]  # (R, n)
@@ -120,7 +122,13 @@ class Patches:
         whole = self._planes(d, middle[:, None], radius, rounding, slack)[0][:, :, 0]  # (R, G, S)
         grid = _grid(self.cells, inputs.shape[1]).to(middle)
         points, width = middle[:, None] + radius[:, None] * grid, radius / self.cells + slack * reach
-        slopes, constants = self._planes(d, points, width, rounding, slack)
+        patches, parts = torch.arange(len(inputs), device=inputs.device), []
+        for some in torch.split(patches, max(1, _AT_ONCE // (self.neurons.shape[1] * len(grid)))):
+            if late():
+                return c.new_full((len(c),), -torch.inf)
+            part = replace(self, weights=self.weights[some], bias=self.bias[some])
+            parts.append(part._planes(d[:, some], points[some], width[some], rounding[some], slack))
+        slopes, constants = (torch.cat(part, 1) for part in zip(*parts, strict=True))
         sharing = c.new_zeros(c.shape[1]).index_add(0, inputs.flatten(), present.flatten().to(c))
         alone = torch.where(sharing == 0, c, 0).view(1, *line.coefficients.shape[1:])
         fixed = line.constant[0] + Box(box.lower, box.upper).least(alone)[0]
