@@ -150,3 +150,11 @@ def test_bad_input() -> None:
         bounds(graph, x.flatten(1), x.flatten(1))
     with pytest.raises(ModelError, match=r"no bounds are known for the operator (sin|cos) \(at"):
         read(residual(0, Sine()), x)
+
+
+@pytest.mark.parametrize("slope", [0.01, 0.1, 0.3])
+def test_planes_of_leaky_relus_have_their_slope_in_float64(slope: float) -> None:
+    """Where a unit is off both planes are the function itself, to the last digit: a slope in float32 would not be."""
+    planes = Relu(slope).planes(Box(torch.tensor([-2.0], dtype=torch.float64), torch.tensor([-1.0], dtype=torch.float64)))
+    assert planes.low[0].dtype == torch.float64
+    assert planes.low[0].item() == planes.high[0].item() == slope

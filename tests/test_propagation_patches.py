@@ -163,27 +163,75 @@ class Mixed(nn.Module):
         return self.last(torch.cat([self.first(x).flatten(1), x.flatten(1).sum(1, keepdim=True)], 1).relu())
 
 
+@pytest.mark.parametrize("outward", [False, True])
 @torch.no_grad()
-def test_what_float32_absorbs_is_allowed_for() -> None:
-    """Weights far below the bias, which adding the bias loses: the bound must hold for them too."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(50, 3))
-    net[0].weight.fill_(1e-3)  # type: ignore[union-attr, operator]
-    net[0].weight[0, 0, 0, 0] = 1.0  # type: ignore[index, union-attr]
-    net[0].bias.fill_(3e4)  # type: ignore[union-attr, operator]
-    x = 100 * torch.rand(1, 1, 6, 6)
-    bounded = Bounded.of(read(sp.Model(net, bounds=None), x), x, x + 155, outward=True)
+def test_small_weights_beside_a_large_bias_count(outward: bool) -> None:
+    """In float32 (w + b) - b is 0 for eight of nine weights, and inputs are large."""
+    conv, last = nn.Conv2d(1, 1, (1, 9)), nn.Linear(3, 2)
+    conv.weight.fill_(-2.9e-8)
+    conv.weight[..., 0] = -1e-4
+    conv.bias.fill_(1.0)  # type: ignore[union-attr]
+    last.weight.fill_(1.0)
+    last.bias.zero_()
+    x = torch.zeros(1, 1, 3, 9)
+    model = sp.Model(nn.Sequential(conv, nn.LeakyReLU(0.5), nn.Flatten(), last), bounds=None)
+    bounded = Bounded.of(read(model, x), x, x + 1e4, outward=outward)
     patches = Patches.of(bounded)
     assert patches is not None
-    rows = ROWS.float()
-    found = patches.lowest(bounded, rows, 20, torch.full((3,), torch.inf)).double()
-    a = ROWS[0] @ net[3].weight.double()  # type: ignore[union-attr, operator]
-    kernel = net[0].weight.double()  # type: ignore[union-attr, operator]
-    # every unit is on, so the network is linear
-    slope = nn.functional.conv_transpose2d(a.view(3, 2, 5, 5), kernel)[:, 0].flatten(1)
-    at = bounded.graph.double.outputs(x.double())[0] @ ROWS[0].T
-    exact = at + (slope.clamp(max=0) * 155).sum(1)
-    assert (found <= exact).all()
+    assert (patches.weights.sum((1, 2)) < -1.002e-4).all()
+    found = patches.lowest(bounded, torch.tensor([[[1.0, 0.0]]]), 20, torch.tensor([torch.inf]))
+    exact = bounded.graph.double.outputs((x + 1e4).double())[0, 0]
+    assert float(found) <= float(exact) + (0 if outward else 1e-6)
+
+
+@torch.no_grad()
+def test_slots_without_a_neuron_do_no_harm() -> None:
+    """Patches of two neurons and of one, and a nonlinearity with a pole where nothing would go in."""
+    torch.manual_seed(0)
+    linear, last = nn.Linear(4, 3).double(), nn.Linear(3, 3).double()
+    linear.weight.copy_(torch.tensor([[1.0, 0.5, 0, 0], [-0.3, 1, 0, 0], [0, 0, 1, -1]]))
+
+    class Logs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.last = linear, last
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last((self.linear(x) + 9).log())
+
+    x = torch.zeros(1, 4, dtype=FLOAT)
+    bounded = Bounded.of(read(sp.Model(Logs(), bounds=None), x), x - 1, x + 1)
+    patches = Patches.of(bounded)
+    assert patches is not None
+    assert patches.neurons.tolist() == [[0, 1], [2, -1]] or patches.neurons.tolist() == [[2, -1], [0, 1]]
+    found = lowest(bounded, ROWS)
+    points = 2 * torch.rand(2000, 4, dtype=FLOAT) - 1
+    seen = (bounded.graph.outputs(points) @ ROWS[0].T).amin(0)
+    assert (found <= seen).all()
+    assert (found > seen - 0.5).all()
+
+
+class Forgotten(nn.Module):
+    """A nonlinearity whose values go nowhere, and one that counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(1, 2, 5, 5, dtype=FLOAT))
+        self.first, self.last = nn.Conv2d(1, 2, 2), nn.Linear(36, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept.copy_(self.first(x).relu())  # type: ignore[operator]
+        return self.last(x.flatten(1))
+
+
+@torch.no_grad()
+def test_nonlinearities_that_go_nowhere_do_not_count() -> None:
+    x = torch.rand(1, 1, 6, 6, dtype=FLOAT)
+    graph = read(sp.Model(Forgotten().double(), bounds=None), x)
+    assert Patches.of(Bounded.of(graph, x - 0.1, x + 0.1)) is None
+    assert all(node.rule is None for node in graph.nodes)
+    safe = Cases(Box(x - 0.1, x + 0.1), torch.tensor([0]), ROWS[:, :1], torch.full((1, 1), 1e3, dtype=FLOAT))
+    assert prove(graph, safe, lambda point, case: True, seconds=5).verdict == "robust"
 
 
 @torch.no_grad()

@@ -139,7 +139,9 @@ class _Reader:
         output = str(program.graph_signature.user_outputs[0])  # before it come the buffers that the network changes
         if output not in self.zeros:
             raise ModelError("the network's output does not depend on its input")
-        return Graph(tuple(self.nodes), entry, output, self.source.shape, lambda dtype: self.source.graph(dtype=dtype))
+        whole = Graph(tuple(self.nodes), entry, output, self.source.shape, lambda dtype: self.source.graph(dtype=dtype))
+        used = whole.before(output)  # not what goes into buffers alone
+        return replace(whole, nodes=tuple(node for node in whole.nodes if node.name in used))
 
     def _value(self, name: str, meta: Tensor, what: str) -> torch.Size:
         """Notes a value that depends on the input; its shape without the batch. what: for messages, what gives it.

@@ -26,8 +26,8 @@ class Patches:
     """The neurons of a first layer in G patches, each of up to M neurons that see the same up to S inputs.
 
     Neurons that see none are in no patch. node: their nonlinearity s. inputs (G, S), neurons (G, M): flat places, -1 for none.
-    weights (G, M, S), bias (G, M): what goes into s is weights times inputs + bias; 0 where there is none. size (G, M): how
-    large the sums that these come from are, for inputs of size 1. cells: into how many parts each input is cut.
+    weights (G, M, S), bias (G, M): what goes into s is weights times inputs + bias; where there is no neuron, a neighbour's.
+    size (G, M): how large the sums that these come from are, for inputs of size 1. cells: parts that each input is cut into.
     """
 
     node: Node
@@ -45,26 +45,32 @@ class Patches:
         None for other networks, and where the memory isn't enough.
         """
         graph, box = bounded.graph, bounded.boxes[bounded.graph.input]
-        moved: set[str] = {graph.input}
+        plain = {graph.input}  # affine in the input
         affine: list[Node] = []
         first: list[Node] = []
         for node in graph.nodes:
-            if moved.issuperset(node.inputs):
+            if plain.issuperset(node.inputs):
                 (affine if node.rule is None else first).append(node)
-                moved.update([node.name] if node.rule is None else [])
+                plain.update([node.name] if node.rule is None else [])
         if len(first) != 1 or not isinstance(first[0].rule, Elementwise) or len(first[0].inputs) != 1 or type(box) is not Box:
             return None
         (node,), (name,) = first, first[0].inputs
         width, count = math.prod(node.shape), graph.shape.numel()
         one = box.lower.new_zeros(1, 1, width).index_fill_(2, torch.tensor([width // 2], device=box.lower.device), 1)
-        few = int(bounded.linear(name, one.view(1, 1, *node.like[0].shape[1:])).coefficients.count_nonzero())
-        held = 2 * count * (width + sum(math.prod(node.shape) for node in affine)) * box.lower.element_size()
-        if 2**few > _CELLS or held > bounded.memory:
+        sample = int(bounded.linear(name, one.view(1, 1, *node.like[0].shape[1:])).coefficients.count_nonzero())
+        held = 2 * count * (width + sum(math.prod(node.shape) for node in affine)) * torch.float64.itemsize
+        if 2**sample > _CELLS or held > bounded.memory:
             return None
 
-        terms = {graph.input: torch.eye(count).to(box.lower).view(count, *graph.shape)}
-        middles, sizes = {graph.input: torch.zeros_like(box.lower[:1])}, {graph.input: torch.ones_like(box.lower[:1])}
-        for step in affine:
+        # In float64, as the linear part is a difference from which small weights beside large constants vanish.
+        exact = graph.double if graph.convert is not None else graph
+        named, zero = {node.name: node for node in exact.nodes}, torch.zeros_like(exact.nodes[0].like[0])
+        terms = {graph.input: torch.eye(count).to(zero).view(count, *graph.shape)}
+        middles, sizes = (
+            {graph.input: torch.zeros(1, *graph.shape).to(zero)},
+            {graph.input: torch.ones(1, *graph.shape).to(zero)},
+        )
+        for step in (named[node.name] for node in affine):
             terms[step.name] = linear_part(step, [terms[one] for one in step.inputs])
             middles[step.name] = batched(step, step.apply, *(middles[one] for one in step.inputs))
             size = spread(step, [sizes[one] for one in step.inputs])
@@ -79,12 +85,16 @@ class Patches:
         inputs, patch = torch.unique(table[seeing], dim=0, return_inverse=True)
         patch, order = patch.sort(stable=True)
         neurons = _table(patch, seeing[order], len(inputs))
-        most = min(_CELLS, bounded.memory // (_COPIES * inputs.numel() * box.lower.element_size()))
-        if (cells := int(most ** (1 / few) + 1e-9)) < 2:
+        room = bounded.memory // (_COPIES * torch.float64.itemsize)
+        cells = int(min(_CELLS, room // max(inputs.numel(), neurons.shape[1])) ** (1 / few) + 1e-9)
+        if cells < 2 or neurons.numel() * few > room:
             return None
-        weights = seen[neurons.clamp(min=0)[:, :, None], inputs.clamp(min=0)[:, None]]
-        weights = weights * (neurons >= 0)[:, :, None] * (inputs >= 0)[:, None]
-        bias, size = (known[name].flatten()[neurons.clamp(min=0)] * (neurons >= 0) for known in (middles, sizes))
+        filled = torch.where(
+            neurons >= 0, neurons, neurons[:, :1]
+        )  # by a neighbour, for whose values the nonlinearity is defined
+        weights = seen[filled[:, :, None], inputs.clamp(min=0)[:, None]] * (inputs >= 0)[:, None]
+        bias, size = (known[name].flatten()[filled] for known in (middles, sizes))
+        weights, bias, size = (value.to(box.lower) for value in (weights, bias, size))
         return Patches(node, inputs, neurons, weights, bias, size, cells)
 
     def lowest(
@@ -103,7 +113,8 @@ class Patches:
 
         The minimum over a patch is that over the cells of a grid of planes below the function there. Prices ascend by Adam from
         those with which all patches lie on CROWN's one plane. What is lost is what planes lose in cells, which shrinks with the
-        square of their width, and the difference that agreeing on shared inputs makes.
+        square of their width, and the difference that agreeing on shared inputs makes. A cell's plane can be below that of the
+        whole box, so what CROWN gives can be better and counts too.
 
         steps: of the ascent. It ends where a bound is above enough (R,), and when late() says so.
         """
@@ -123,7 +134,8 @@ class Patches:
         grid = _grid(self.cells, inputs.shape[1]).to(middle)
         points, width = middle[:, None] + radius[:, None] * grid, radius / self.cells + slack * reach
         patches, parts = torch.arange(len(inputs), device=inputs.device), []
-        for some in torch.split(patches, max(1, _AT_ONCE // (self.neurons.shape[1] * len(grid)))):
+        room = min(_AT_ONCE, bounded.memory // (2 * _COPIES * torch.float64.itemsize))
+        for some in torch.split(patches, max(1, room // (self.neurons.shape[1] * len(grid)))):
             if late():
                 return c.new_full((len(c),), -torch.inf)
             part = replace(self, weights=self.weights[some], bias=self.bias[some])
@@ -146,9 +158,10 @@ class Patches:
         best = bound(-whole)
         if not bool(best.isfinite().all()):
             return best
+        scale = float(whole.abs().mean()) or float((d.abs()[..., None, :] @ self.weights.abs()).mean())
         with torch.enable_grad():
             prices = (-whole).requires_grad_()
-            optimizer = torch.optim.Adam([prices], lr=_RATE * float(whole.abs().mean()))
+            optimizer = torch.optim.Adam([prices], lr=_RATE * scale)
             for _ in range(steps):
                 if late() or bool((best > enough).any()):
                     break
@@ -177,7 +190,9 @@ class Patches:
             slopes = up * found.low[0] + down * found.high[0]
             constant = (slopes * self.bias[:, None] - 2 * slopes.abs() * rounding[:, None]).sum(-1)
             for part, end in ((up, found.low_offset), (down, found.high_offset)):
-                constant = constant if end is None else constant + (part * end - slack * (part * end).abs()).sum(-1)
+                if end is not None:
+                    moved = torch.where(part == 0, 0, part * end)
+                    constant = constant + (moved - slack * moved.abs()).sum(-1)
             coefficients.append(slopes @ self.weights)
             constants.append(constant)
         return torch.stack(coefficients), torch.stack(constants)

@@ -136,7 +136,8 @@ class Relu(Elementwise):
         """The triangle (Zhang et al. 2018, arXiv:1811.00866)."""
         lower, upper, floor = boxes[0].lower, boxes[0].upper, self.floor
         between = (lower < 0) & (upper > 0)
-        low = torch.where(torch.where(between, upper > -lower, lower >= 0), 1.0, floor).to(lower)
+        steep = torch.where(between, upper > -lower, lower >= 0)
+        low = torch.where(steep, 1.0, lower.new_tensor(floor))  # two Python numbers would make it float32
         high = torch.where(between, (upper - floor * lower) / torch.where(between, upper - lower, 1), low)
         exact = torch.maximum((floor - high) * lower, upper * (1 - high))  # both ends are below, whatever the slope rounds to
         high_offset = torch.where(between, exact * (1 + 4 * torch.finfo(lower.dtype).eps), 0)

@@ -21,6 +21,7 @@ from saddlepoint.verify.tighten import tighten
 
 FEW_INPUTS = 16
 _STEPS = 20
+_SHARE = 0.2  # of the time: the most that patches may take
 _PRICES = 100  # steps of ascent on the prices of inputs that patches share
 _DESCENT = 40  # steps from each corner
 _SCATTERED, _SETTLING = 256, 60  # points, and steps from them, where several conditions must hold together
@@ -63,7 +64,7 @@ def prove(
     corners       the minimisers of linear bounds, and descent from them; from other points too for conditions that must hold
                   together
     ibp, crown-ibp, crown, alpha-crown: see `bounds`
-    patches       the first layer's neurons in groups that see the same few inputs, for networks that have such, see `Patches`
+    patches       before alpha-crown, for more than 16 inputs of which each neuron of the first layer sees few, see `Patches`
     inputs        halving boxes, for networks of at most 16 inputs; what has ReLUs leaves time for the search
     search        branch and bound on ReLUs, in turns with tightening the bounds inside by searches of their own as long as
                   that pays
@@ -202,12 +203,16 @@ class _Prover:
     def _patches(self) -> str:
         if (patches := Patches.of(self.root)) is None:
             return ""
+        until = min(self.deadline, self.clock() + _SHARE * self.seconds)
         for case in self.left.tolist():
-            part = self.cases.take(torch.tensor([case], device=self.left.device))
-            low = patches.lowest(self.root.take(part.of), part.rows, _PRICES, -part.constants[0], self._late)
-            self._improve(self.left.new_tensor([case]), (low + part.constants[0]).amax()[None])
-            if self._late():
-                break
+            index = self.left.new_tensor([case])
+            part = self.cases.take(index)
+            root = self.root.take(part.of)
+            for row, constant in zip(part.rows.unbind(1), part.constants.unbind(1), strict=True):
+                low = patches.lowest(root, row[:, None], _PRICES, -constant, lambda: self.clock() >= until)
+                self._improve(index, low + constant)
+                if bool(self.bound[case] > 0) or self.clock() >= until:
+                    break
         return ""
 
     @torch.no_grad()
