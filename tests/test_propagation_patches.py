@@ -85,10 +85,8 @@ def test_patches_that_share_nothing_have_exact_minima() -> None:
     """Windows of one pixel: each neuron's function is of one number, and its least value is that on a fine grid."""
     torch.manual_seed(2)
     conv, last = nn.Conv2d(1, 8, 1).double(), nn.Linear(8 * 9, 3).double()
-    graph = read(
-        sp.Model(nn.Sequential(conv, nn.ReLU(), nn.Flatten(), last), bounds=None), torch.zeros(1, 1, 3, 3, dtype=FLOAT)
-    )
     x = torch.rand(1, 1, 3, 3, dtype=FLOAT)
+    graph = read(sp.Model(nn.Sequential(conv, nn.ReLU(), nn.Flatten(), last), bounds=None), x)
     bounded = Bounded.of(graph, x - 1, x + 1)
     ticks = torch.linspace(-1, 1, 4001, dtype=FLOAT)
     hidden = conv((x.flatten() + ticks[:, None]).view(-1, 1, 3, 3)).relu()  # (4001, 8, 3, 3)

@@ -64,12 +64,9 @@ class Patches:
 
         # In float64, as the linear part is a difference from which small weights beside large constants vanish.
         exact = graph.double if graph.convert is not None else graph
-        named, zero = {node.name: node for node in exact.nodes}, torch.zeros_like(exact.nodes[0].like[0])
+        named, zero = {node.name: node for node in exact.nodes}, torch.zeros(1, *graph.shape).to(exact.nodes[0].like[0])
         terms = {graph.input: torch.eye(count).to(zero).view(count, *graph.shape)}
-        middles, sizes = (
-            {graph.input: torch.zeros(1, *graph.shape).to(zero)},
-            {graph.input: torch.ones(1, *graph.shape).to(zero)},
-        )
+        middles, sizes = {graph.input: zero}, {graph.input: torch.ones_like(zero)}
         for step in (named[node.name] for node in affine):
             terms[step.name] = linear_part(step, [terms[one] for one in step.inputs])
             middles[step.name] = batched(step, step.apply, *(middles[one] for one in step.inputs))
@@ -89,9 +86,7 @@ class Patches:
         cells = int(min(_CELLS, room // max(inputs.numel(), neurons.shape[1])) ** (1 / few) + 1e-9)
         if cells < 2 or neurons.numel() * few > room:
             return None
-        filled = torch.where(
-            neurons >= 0, neurons, neurons[:, :1]
-        )  # by a neighbour, for whose values the nonlinearity is defined
+        filled = torch.where(neurons >= 0, neurons, neurons[:, :1])  # by a neighbour, where the nonlinearity is defined
         weights = seen[filled[:, :, None], inputs.clamp(min=0)[:, None]] * (inputs >= 0)[:, None]
         bias, size = (known[name].flatten()[filled] for known in (middles, sizes))
         weights, bias, size = (value.to(box.lower) for value in (weights, bias, size))
