@@ -486,8 +486,8 @@ def dual_bounds(graph: Graph, lower: Tensor, upper: Tensor, rows: Tensor) -> Ten
             shape = box.lower.shape[1:]
             eye = torch.eye(shape.numel(), dtype=lower.dtype, device=lower.device)
             each = eye.view(1, -1, *shape).expand(len(lower), -1, *shape)
-            least, less = (bounded.backward(name, sign * each, slopes).view_as(box.lower) for sign in (1, -1))
-            box = bounded.boxes[name] = Box(least, -less)
+            ends = bounded.ends(name, each, slopes=slopes)
+            box = bounded.boxes[name] = Box(ends.lower.view_as(box.lower), ends.upper.view_as(box.upper))
         crossing = (box.lower < 0) & (box.upper > 0)
         slopes[node.name] = torch.where(crossing, box.upper / torch.where(crossing, box.upper - box.lower, 1), 0)[:, None]
     return bounded.backward(graph.output, rows, slopes or None)

@@ -21,7 +21,7 @@ Slopes = dict[str, Tensor]
 """Lower slopes of nonlinearities by node, (N, R, ...): one for each of R functions that are bounded."""
 
 MEMORY = 2**30
-_RATE, _DECAY = 0.25, 0.95  # of the ascent on slopes; tighter than 0.1 and 0.98 after as many steps
+_RATE, _DECAY = 0.2, 0.95  # of the ascent on slopes: of rates from 0.1 to 0.5 the one with the fewest loose bounds
 _MEETINGS = 3  # points between 0 and the best multiplier of a cut
 _COPIES = 6  # tensors as large as the coefficients that are alive at once; with slopes more
 _CACHE = 2**19  # elements of coefficients that are carried at once, so that they stay near the processor
@@ -34,7 +34,8 @@ class Bounded:
     boxes: by value; that of the input may be a `Ball`. memory: bytes that the coefficients may take; functions are bounded in
     as many parts as that needs. outward: take off what rounding can add, see `error`. cut: linear functions of the input,
     (N, 1, ...), that are at most 0 wherever the bounds that are computed from then on shall hold; with outward by more than
-    their own rounding.
+    their own rounding. linear_only: by value, what linear bounds alone say of it, before they are cut with intervals: free
+    lower slopes go by that, since what they meet is linear bounds.
     """
 
     graph: Graph
@@ -42,6 +43,7 @@ class Bounded:
     memory: int = MEMORY
     outward: bool = False
     cut: Linear | None = None
+    linear_only: dict[str, Box] = field(default_factory=dict)
     _planes: dict[str, Planes] = field(default_factory=dict)
 
     @staticmethod
@@ -71,8 +73,8 @@ class Bounded:
     def take(self, index: Tensor) -> Bounded:
         """The bounds of some of the N sets, each as often as it is named."""
         cut = None if self.cut is None else self.cut.rows(index)
-        boxes = {name: ends.rows(index) for name, ends in self.boxes.items()}
-        return Bounded(self.graph, boxes, self.memory, self.outward, cut)
+        boxes, alone = ({name: ends.rows(index) for name, ends in table.items()} for table in (self.boxes, self.linear_only))
+        return Bounded(self.graph, boxes, self.memory, self.outward, cut, alone)
 
     def interval(self, node: Node) -> Box:
         """The box of a node's output that the boxes of its inputs give."""
@@ -99,7 +101,9 @@ class Bounded:
         """Those of a nonlinearity over its boxes; kept until they are tightened."""
         if node.name not in self._planes:
             assert node.rule is not None
-            self._planes[node.name] = node.rule.planes(*(self.boxes[name] for name in node.inputs))
+            boxes = [self.boxes[name] for name in node.inputs]
+            boxes += [self.linear_only[name] for name in node.inputs if node.rule.free and name in self.linear_only]
+            self._planes[node.name] = node.rule.planes(*boxes)
         return self._planes[node.name]
 
     def refine(self, steps: int = 0) -> None:
@@ -147,10 +151,10 @@ class Bounded:
             part = self if len(samples) == len(lower) else self.take(samples)
             start = lower.new_zeros(len(samples), rows.shape[1], width).scatter_(2, rows[..., None], 1)
             start = start.view(*rows.shape, *shape)
-            where = (samples[:, None], rows)
-            lower[where] = torch.maximum(lower[where], part.lowest(name, start, steps))
-            upper[where] = torch.minimum(upper[where], -part.lowest(name, -start, steps))
-        return Box(lower.view_as(box.lower), upper.view_as(box.upper))
+            found, where = part.ends(name, start, steps), (samples[:, None], rows)
+            lower[where], upper[where] = found.lower, found.upper
+        self.linear_only[name] = Box(lower.view_as(box.lower), upper.view_as(box.upper))
+        return box.within(self.linear_only[name])
 
     def exact(self, name: str) -> bool:
         """Whether linear bounds can't be better than the intervals.
@@ -193,8 +197,9 @@ class Bounded:
 
         Those are joined with the rows first: a difference of two outputs is narrower than the outputs' intervals say.
         """
-        bound, left = self.frontier(rows)
-        for name, a in left.items():
+        terms = self.frontier(self.graph.output, rows)
+        bound = terms.constant
+        for name, a in terms.coefficients.items():
             bound = bound + self.boxes[name].least(a)
         if self.outward:
             cut = Bounded(self.graph, self.boxes, self.memory, outward=True, _planes=self._constant_planes())
@@ -211,13 +216,11 @@ class Bounded:
                 found[node.name] = Planes(flat, ends.lower, flat, ends.upper)
         return found
 
-    def frontier(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rows (N, R, C) times the outputs in terms of what goes into the last affine operators.
-
-        That is a constant (N, R), and coefficients of the outputs of nonlinearities or of the input by name.
-        """
-        coefficients, left = {self.graph.output: rows}, {}
-        constant = rows.new_zeros(rows.shape[:2])
+    def frontier(self, name: str, start: Tensor) -> Terms:
+        """R linear functions, coefficients start (N, R, ...), of the value `name`, in terms of what affine operators take."""
+        coefficients: dict[str, Tensor] = {name: start}
+        left: dict[str, Tensor] = {}
+        constant = start.new_zeros(start.shape[:2])
         for node in reversed(self.graph.nodes):
             a = coefficients.pop(node.name, None)
             if a is None:
@@ -227,7 +230,7 @@ class Bounded:
                 continue
             constant = constant if node.constant is None else constant + times(a, node.constant)
             _add(coefficients, node, pulled(node, a))
-        return constant, left | coefficients
+        return Terms(constant, left | coefficients)
 
     def lowest(self, name: str, start: Tensor, steps: int) -> Tensor:
         """Lower bounds (N, R) of R linear functions of the value `name`, with the best lower slopes that `steps` of Adam find.
@@ -235,15 +238,35 @@ class Bounded:
         Every slope in [0, 1] gives a sound bound, so the best one seen of each function counts (Xu et al. 2021,
         arXiv:2011.13824).
         """
+        return self._ascended(self._terms(name, start), steps)
+
+    def ends(self, name: str, start: Tensor, steps: int = 0, slopes: Slopes | None = None) -> Box:
+        """Lower and upper bounds (N, R) as by `lowest`, or with given slopes as by `backward`."""
+        terms = self._terms(name, start)
+        lower, less = (self._ascended(one, steps) if slopes is None else self._backward(one, slopes) for one in (terms, -terms))
+        return Box(lower, -less)
+
+    def backward(self, name: str, start: Tensor, slopes: Slopes | None = None) -> Tensor:
+        """Lower bounds (N, R) of R linear functions, coefficients start (N, R, ...), of the value `name`.
+
+        slopes: of nonlinearities where they are free; an empty one is filled with CROWN's.
+        """
+        return self._backward(self._terms(name, start), slopes)
+
+    def _terms(self, name: str, start: Tensor) -> Terms:
+        terms = self.frontier(name, start)
+        return replace(terms, error=self.error(name, start)) if self.outward else terms
+
+    def _ascended(self, terms: Terms, steps: int) -> Tensor:
         slopes: Slopes = {}
-        best = self.backward(name, start, slopes)
+        best = self._backward(terms, slopes)
         if not steps or not slopes:
             return best
         with torch.enable_grad():
             free = {key: value.detach().clone().requires_grad_() for key, value in slopes.items()}
             optimizer = torch.optim.Adam(free.values(), lr=_RATE)
             for step in range(steps):
-                bound = self.backward(name, start, free)
+                bound = self._backward(terms, free)
                 best = torch.maximum(best, bound.detach())
                 if step + 1 == steps:
                     break
@@ -257,14 +280,10 @@ class Bounded:
                     group["lr"] *= _DECAY
         return best
 
-    def backward(self, name: str, start: Tensor, slopes: Slopes | None = None) -> Tensor:
-        """Lower bounds (N, R) of R linear functions, coefficients start (N, R, ...), of the value `name`.
-
-        slopes: of nonlinearities where they are free; an empty one is filled with CROWN's.
-        """
-        line, box = self.linear(name, start, slopes), self.boxes[self.graph.input]
-        if self.outward:
-            line = replace(line, constant=line.constant - self.error(name, start))
+    def _backward(self, terms: Terms, slopes: Slopes | None) -> Tensor:
+        line, box = self._linear(terms, slopes), self.boxes[self.graph.input]
+        if terms.error is not None:
+            line = replace(line, constant=line.constant - terms.error)
         return (line if self.cut is None else line.under(self.cut, box)).lowest(box)
 
     def unit(self) -> float:
@@ -309,8 +328,10 @@ class Bounded:
 
         The bounds of inner values are taken as they are, so make them with `outward`, or in float64 from the start.
         """
-        boxes = {name: box.to(torch.float64) for name, box in self.boxes.items()}
-        return Bounded(self.graph.double, boxes, self.memory, outward=True)
+        boxes, alone = (
+            {name: box.to(torch.float64) for name, box in table.items()} for table in (self.boxes, self.linear_only)
+        )
+        return Bounded(self.graph.double, boxes, self.memory, outward=True, linear_only=alone)
 
     def recheck(self, rows: Tensor, slopes: Slopes | None = None, multipliers: Mapping[str, Tensor] | None = None) -> Tensor:
         """Lower bounds (N, R) in float64 of rows (N, R, C) times the outputs, with given slopes, less what rounding can add."""
@@ -328,10 +349,12 @@ class Bounded:
 
         multipliers: by nonlinearity, what is taken off the coefficients (N, R, ...) of its input: those of constraints.
         """
+        return self._linear(self.frontier(name, start), slopes, multipliers)
+
+    def _linear(self, terms: Terms, slopes: Slopes | None = None, multipliers: Mapping[str, Tensor] | None = None) -> Linear:
         begin = not slopes
-        coefficients: dict[str, Tensor] = {name: start}
+        coefficients, constant = dict(terms.coefficients), terms.constant
         inner: dict[str, Tensor] = {}
-        constant = start.new_zeros(start.shape[:2])
         for node in reversed(self.graph.nodes):
             a = coefficients.pop(node.name, None)
             if a is None:
@@ -359,7 +382,7 @@ class Bounded:
         left = coefficients.get(self.graph.input)
         if left is None:  # constant planes all along
             box = self.boxes[self.graph.input]
-            left = start.new_zeros(*start.shape[:2], *box.lower.shape[1:])
+            left = constant.new_zeros(*constant.shape, *box.lower.shape[1:])
         return Linear(left, constant, inner)
 
 
@@ -371,6 +394,21 @@ def _add(coefficients: dict[str, Tensor], node: Node, parts: list[Tensor]) -> No
 def sound(bound: Tensor) -> Tensor:
     """Where infinite ends met zeros nothing is known."""
     return bound.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """R linear functions of inner values: a constant (N, R), and coefficients (N, R, ...) by value.
+
+    error: how far rounding can move bounds of them, (N, R), if it counts.
+    """
+
+    constant: Tensor
+    coefficients: Mapping[str, Tensor]
+    error: Tensor | None = None
+
+    def __neg__(self) -> Terms:
+        return Terms(-self.constant, {name: -a for name, a in self.coefficients.items()}, self.error)
 
 
 @dataclass(frozen=True)

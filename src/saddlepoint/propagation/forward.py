@@ -66,9 +66,9 @@ def forwards(bounded: Bounded, rows: Tensor) -> Tensor:
             below, above = (end if more is None else end + more
                             for end, more in ((below[:, 0], planes.low_offset), (above[:, 0], planes.high_offset)))  # fmt: skip
             known[node.name] = _Lines(low, below, high, above)
-    bound, left = bounded.frontier(rows)
-    total: Tensor | None = None
-    for name, a in left.items():
+    last, total = bounded.frontier(bounded.graph.output, rows), None
+    bound = last.constant
+    for name, a in last.coefficients.items():
         lines, up, down = known[name], a.clamp(min=0).flatten(2), a.clamp(max=0).flatten(2)
         terms = up @ lines.low.flatten(2).transpose(1, 2) + down @ lines.high.flatten(2).transpose(1, 2)
         total = terms if total is None else total + terms
@@ -159,8 +159,8 @@ def zonotopes(bounded: Bounded, rows: Tensor) -> Tensor:
         count += len(active)
         generators = torch.cat([moved, new], 1).view(len(gap), count, *node.shape)
         known[node.name] = _Zonotope(centre + (low + high) / 2, generators)
-    bound, left = bounded.frontier(rows)
-    return bound + _combined(left, known)
+    last = bounded.frontier(bounded.graph.output, rows)
+    return last.constant + _combined(last.coefficients, known)
 
 
 def _padded(given: Sequence[_Zonotope]) -> list[_Zonotope]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -86,7 +88,7 @@ class Joint:
 
     def _bounds(self, rows: Tensor, begin: bool = False) -> Tensor:
         """One pass through all layers with the slopes as they are. begin: with CROWN's, which are kept."""
-        now = Bounded(self.graph, dict(self.bounded.boxes), self.bounded.memory, self.bounded.outward)
+        now = replace(self.bounded, boxes=dict(self.bounded.boxes), _planes={})
         for node in self.graph.nodes:
             for name in node.inputs if node.rule is not None else ():
                 if name in self.rows:

@@ -83,8 +83,9 @@ class Elementwise(Rule):
 
     def pull(self, planes: Planes, a: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
         """Coefficients (N, R, ...) of the inputs."""
+        up, down = a.clamp(min=0), a.clamp(max=0)
         return [
-            _summed(a.clamp(min=0) * (low if low.dim() == a.dim() else low[:, None]) + a.clamp(max=0) * high[:, None], shape)
+            _summed(torch.addcmul(up * (low if low.dim() == a.dim() else low[:, None]), down, high[:, None]), shape)
             for low, high, shape in zip(planes.low, planes.high, shapes, strict=True)
         ]
 
@@ -133,14 +134,14 @@ class Relu(Elementwise):
                      for end in (boxes[0].lower, boxes[0].upper)))  # fmt: skip
 
     def planes(self, *boxes: Box) -> Planes:
-        """The triangle (Zhang et al. 2018, arXiv:1811.00866)."""
+        """The triangle (Zhang et al. 2018, arXiv:1811.00866). A second box is that whose area the lower slope goes by."""
         lower, upper, floor = boxes[0].lower, boxes[0].upper, self.floor
         between = (lower < 0) & (upper > 0)
-        steep = torch.where(between, upper > -lower, lower >= 0)
+        steep = torch.where(between, boxes[-1].upper > -boxes[-1].lower, lower >= 0)
         low = torch.where(steep, 1.0, lower.new_tensor(floor))  # two Python numbers would make it float32
         high = torch.where(between, (upper - floor * lower) / torch.where(between, upper - lower, 1), low)
         exact = torch.maximum((floor - high) * lower, upper * (1 - high))  # both ends are below, whatever the slope rounds to
-        high_offset = torch.where(between, exact * (1 + 4 * torch.finfo(lower.dtype).eps), 0)
+        high_offset = torch.where(between, exact * (1 + 2 * torch.finfo(lower.dtype).eps), 0)
         return Planes((low,), None, (high,), high_offset)
 
     def parallel(self, *boxes: Box) -> Planes:
