@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import saddlepoint as sp
 from saddlepoint.errors import InputError, ModelError, SoundnessError
+from saddlepoint.propagation.affine import _ByPhases
 from saddlepoint.propagation.bounds import Bounded
 from saddlepoint.propagation.graph import read
 from saddlepoint.propagation.methods import Method, bounds
@@ -179,6 +181,25 @@ def test_margins_are_those_of_auto_lirpa() -> None:
             assert margin == pytest.approx(peer, rel=1e-4)
         checked += 1
     assert checked == 24
+
+
+@pytest.mark.parametrize("stride", [2, 3, 4])
+def test_coefficients_go_back_through_strided_convolutions(stride: int) -> None:
+    """As by the convolution's own derivative, and so do the gradients; every kernel, padding and place that is left over."""
+    torch.manual_seed(0)
+    for size, kernel, padding in product(((5, 5), (7, 4), (9, 11)), ((1, 1), (2, 3), (5, 4)), ((0, 0), (1, 0), (1, 3))):
+        x = torch.randn(2, 2, *size, dtype=torch.float64, requires_grad=True)
+        if any(length + 2 * more < taps for length, more, taps in zip(size, padding, kernel, strict=True)):
+            continue
+        weight = torch.randn(3, 2, *kernel, dtype=torch.float64, requires_grad=True)
+        out = nn.functional.conv2d(x, weight, None, stride, padding)
+        a = torch.randn_like(out, requires_grad=True)
+        (wanted,) = torch.autograd.grad(out, x, a, create_graph=True)
+        found = _ByPhases.apply(a, weight, stride, padding, size)
+        torch.testing.assert_close(found, wanted)
+        along = torch.randn_like(found)
+        ours, theirs = (torch.autograd.grad((one * along).sum(), (a, weight)) for one in (found, wanted))
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_bad_input() -> None:
