@@ -20,14 +20,14 @@ _MULTIPLIERS = (569420461, -741133929)  # odd constants with good avalanche, as 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical right shift of int32 (torch's is arithmetic)."""
-    return (x >> bits) & ((1 << (32 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
 
 
-def _mix(x: Tensor, second: Tensor | int = 0) -> Tensor:
-    """A permutation of the 32-bit integers, keyed in the middle by `second`."""
-    x = (x ^ _shift(x, 16)) * _MULTIPLIERS[0]
-    x = (x ^ _shift(x, 15) ^ second) * _MULTIPLIERS[1]
-    return x ^ _shift(x, 15)
+def _mix(x: Tensor, second: Tensor) -> Tensor:
+    """A permutation of the 32-bit integers, keyed in the middle by `second`. In place: large copies cost more than the sums."""
+    x.bitwise_xor_(_shift(x, 16)).mul_(_MULTIPLIERS[0])
+    x.bitwise_xor_(_shift(x, 15)).bitwise_xor_(second).mul_(_MULTIPLIERS[1])
+    return x.bitwise_xor_(_shift(x, 15))
 
 
 def _as_int32(value: int) -> int:
@@ -65,13 +65,13 @@ class Keys:
 
     def uniform(self, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Tensor:
         """(Q, *shape) numbers in (0, 1), ends excluded: odd multiples of 2^-24, rounded in half precision, never to 1."""
-        numbers = (self._bits(shape).to(torch.promote_types(dtype, torch.float32)) + 0.5) * 2.0**-23
+        numbers = self._bits(shape).to(torch.promote_types(dtype, torch.float32)).add_(0.5).mul_(2.0**-23)
         return numbers if numbers.dtype == dtype else numbers.clamp(max=1 - torch.finfo(dtype).eps / 2).to(dtype)
 
     def normal(self, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Tensor:
         """(Q, *shape) standard normal numbers."""
-        uniform = (self._bits(shape).to(torch.promote_types(dtype, torch.float32)) + 0.5) * 2.0**-22 - 1.0
-        return (torch.erfinv(uniform) * math.sqrt(2.0)).to(dtype)
+        uniform = self._bits(shape).to(torch.promote_types(dtype, torch.float32)).add_(0.5).mul_(2.0**-22).sub_(1.0)
+        return uniform.erfinv_().mul_(math.sqrt(2.0)).to(dtype)
 
     def sign(self, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Tensor:
         """(Q, *shape) of -1 and +1 with equal chance."""
