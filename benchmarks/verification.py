@@ -158,6 +158,7 @@ def tasks(folder: Path, names: set[str], done: set[tuple[str, str, str]]) -> Ite
     table = rows(folder / "peer_bounds.csv")
     for name in sorted({row["benchmark"] for row in table}):
         instances = Instances(folder, name)
+        graphs: dict[str, Graph] = {}
         for row in table if not names or name in names else ():
             if row["benchmark"] != name or row["method"] not in METHODS or _which(row) in done:
                 continue
@@ -165,7 +166,8 @@ def tasks(folder: Path, names: set[str], done: set[tuple[str, str, str]]) -> Ite
             (net,) = model.networks()
             shape = getattr(net, "shape", None) or (property_.inputs,)
             cases = property_.to_cases(shape, torch.zeros(1))
-            yield Task(row, net, read(model, cases.inputs.lower[:1]), cases)
+            graph = graphs.get(row["onnx"]) or graphs.setdefault(row["onnx"], read(model, cases.inputs.lower[:1]))
+            yield Task(row, net, graph, cases)
 
 
 def _which(row: dict[str, Any]) -> tuple[str, str, str]:

@@ -21,7 +21,7 @@ Slopes = dict[str, Tensor]
 """Lower slopes of nonlinearities by node, (N, R, ...): one for each of R functions that are bounded."""
 
 MEMORY = 2**30
-_RATE, _DECAY = 0.2, 0.95  # of the ascent on slopes: of rates from 0.1 to 0.5 the one with the fewest loose bounds
+_RATE, _DECAY, _MOMENTA = 0.3, 0.93, (0.5, 0.9)  # of the ascent on slopes; the usual momenta are slow to turn within 20 steps
 _MEETINGS = 3  # points between 0 and the best multiplier of a cut
 _COPIES = 6  # tensors as large as the coefficients that are alive at once; with slopes more
 _CACHE = 2**19  # elements of coefficients that are carried at once, so that they stay near the processor
@@ -264,7 +264,7 @@ class Bounded:
             return best
         with torch.enable_grad():
             free = {key: value.detach().clone().requires_grad_() for key, value in slopes.items()}
-            optimizer = torch.optim.Adam(free.values(), lr=_RATE)
+            optimizer = torch.optim.Adam(free.values(), lr=_RATE, betas=_MOMENTA)
             for step in range(steps):
                 bound = self._backward(terms, free)
                 best = torch.maximum(best, bound.detach())
