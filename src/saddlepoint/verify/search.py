@@ -157,12 +157,12 @@ class Search:
         """The cases themselves, with CROWN's slopes."""
         rows, of = self.cases.rows, self.cases.of
         zero = rows.new_zeros(len(rows), rows.shape[1], sum(self.sizes))
-        boxes = {name: box.rows(of) for name, box in self.root.boxes.items()}
+        whole = self.root.take(of)
         signs, case = zero[:, 0].to(torch.int8), torch.arange(len(rows), device=rows.device)
         slopes: dict[str, Tensor] = {}
-        Bounded(self.graph, boxes).linear(self.name, rows, slopes)
+        whole.linear(self.name, rows, slopes)
         bound = rows.new_full((len(rows),), -torch.inf)
-        return _Domains(case, signs, *self._ends(boxes), self._compact(slopes, zero), zero, bound)
+        return _Domains(case, signs, *self._ends(whole.boxes), self._compact(slopes, zero), zero, bound)
 
     def _step(self, worst: _Domains, rest: _Domains) -> _Domains:
         """What is open when some parts have been split, or decided where nothing is left to split."""
