@@ -9,7 +9,8 @@ search: every instance of a benchmark of `verification/` within so many processo
 files. A verdict against a checked counterexample of ground_truth.csv, or a claimed counterexample that isn't one, ends the run
 with an error. Beside ours: the published verdicts (counts.csv).
 bounds: the least margin of each instance in peer_bounds.csv by our methods, with processor seconds; theirs were measured when
-the folder was made, or with --peer are by auto_LiRPA here, both taking turns (--turns, of which the fastest counts).
+the folder was made, or with --peer are by auto_LiRPA here, both taking turns after one that isn't
+timed (--turns, of which the fastest counts).
 --out keeps each instance as it comes; the same call goes on there.
 accuracy: the interval [certified, attacked] of the networks in `models/`.
 """
@@ -25,7 +26,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -156,10 +157,11 @@ class Task:
 def tasks(folder: Path, names: set[str], done: set[tuple[str, str, str]]) -> Iterator[Task]:
     """Those of some benchmarks, all if none is named, that are not done and that we have a method for."""
     table = rows(folder / "peer_bounds.csv")
-    for name in sorted({row["benchmark"] for row in table}):
+    listed = {row["benchmark"] for row in table}
+    for name in sorted(listed & names if names else listed):
         instances = Instances(folder, name)
         graphs: dict[str, Graph] = {}
-        for row in table if not names or name in names else ():
+        for row in table:
             if row["benchmark"] != name or row["method"] not in METHODS or _which(row) in done:
                 continue
             model, property_ = instances.load(row["onnx"], row["vnnlib"])
@@ -211,19 +213,27 @@ def spent(work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
 def beside(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Our margins and seconds beside those of peer_bounds.csv, or of the peer here and now."""
     found = kept(options.out)
-    todo = list(tasks(folder, set(options.names), {_which(row) for row in found}))
-    peer = Peer() if options.peer else None
+    if any(row["peer"] != options.peer for row in found):
+        sys.exit(f"{options.out} was begun {'without' if options.peer else 'with'} --peer: take another file")
+    todo: Iterable[Task] = tasks(folder, set(options.names), {_which(row) for row in found})
+    peer = None
+    if options.peer:
+        todo = list(todo)  # reads all graphs
+        peer = Peer()
     for task in todo:
-        ours = partial(bounds, task.graph, task.cases.inputs, None, task.specification, METHODS[task.row["method"]])
-        theirs = peer.prepared(task) if peer else None
-        turns = [(spent(ours), spent(theirs) if theirs else None) for _ in range(options.turns)]
-        first = turns[0][1]
+        row = task.row
+        work = partial(bounds, task.graph, task.cases.inputs, None, task.specification, METHODS[row["method"]])
+        other = peer.prepared(task) if peer else None
+        if other:  # the first turn of each isn't timed
+            work(), other()
+        turns = [(spent(work), spent(other) if other else (None, float(row["cpu_seconds"]))) for _ in range(options.turns)]
+        (ours, _), (theirs, _) = turns[-1]
         found.append({
-            "benchmark": task.row["benchmark"], **dict(zip(("onnx", "vnnlib", "method"), _which(task.row), strict=True)),
-            "ours": task.margin(turns[0][0][0]),
-            "theirs": task.margin(first[0]) if first else float(task.row["margin"]),
-            "our_seconds": min(own[1] for own, _ in turns),
-            "their_seconds": min((other[1] for _, other in turns if other), default=float(task.row["cpu_seconds"])),
+            "benchmark": row["benchmark"], "onnx": row["onnx"], "vnnlib": row["vnnlib"], "method": row["method"],
+            "peer": options.peer, "ours": task.margin(ours),
+            "theirs": float(row["margin"]) if theirs is None else task.margin(theirs),
+            "our_seconds": min(seconds for (_, seconds), _ in turns),
+            "their_seconds": min(seconds for _, (_, seconds) in turns),
         })  # fmt: skip
         keep(options.out, found[-1])
     for name, method in dict.fromkeys((row["benchmark"], row["method"]) for row in found):
@@ -275,6 +285,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     data = Path(os.environ["SADDLEPOINT_DATA"])
+    if options.turns < 1:
+        parser.error("--turns must be at least 1")
     if options.what == "search" and len(options.names) != 1:
         parser.error("search takes the name of one benchmark")
     folder = data / "verification"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import os
+from collections import Counter
+from fractions import Fraction
 from itertools import product
 from pathlib import Path
 
@@ -13,10 +15,11 @@ from torch import Tensor, nn
 
 import saddlepoint as sp
 from saddlepoint.errors import InputError, ModelError, SoundnessError
-from saddlepoint.propagation.affine import _ByPhases
+from saddlepoint.propagation.affine import _ByPhases, _transposed, pulled
 from saddlepoint.propagation.bounds import Bounded
 from saddlepoint.propagation.graph import read
 from saddlepoint.propagation.methods import Method, bounds
+from saddlepoint.propagation.nodes import Node
 from saddlepoint.propagation.relax import _CURVES, Curve, Relu
 from saddlepoint.propagation.sets import Box
 from saddlepoint.verify.vnnlib import read_vnnlib
@@ -90,7 +93,7 @@ def test_a_box_that_rounding_inverted_is_no_fault_of_the_next_operator(monkeypat
         bounded.interval(last)
 
 
-def alone(net: nn.Sequential, middle: Tensor, eps: float) -> Tensor:
+def crown_alone(net: nn.Sequential, middle: Tensor, eps: float) -> Tensor:
     """CROWN of a network of linear layers and ReLUs, with nothing but CROWN inside: lower bounds of the outputs."""
     layers = [layer for layer in net if isinstance(layer, nn.Linear)]
     ends: list[tuple[Tensor, Tensor]] = []
@@ -115,7 +118,7 @@ def alone(net: nn.Sequential, middle: Tensor, eps: float) -> Tensor:
 
 
 def test_intervals_inside_make_crown_no_looser() -> None:
-    """Boxes cut with intervals would have other lower slopes than those of CROWN alone, which can be worse."""
+    """On these networks. Boxes cut with intervals would have other lower slopes than those of CROWN alone, often worse ones."""
     tighter = 0
     for seed in range(6):
         torch.manual_seed(seed)
@@ -125,7 +128,7 @@ def test_intervals_inside_make_crown_no_looser() -> None:
         x, eps = torch.rand(64, 4, dtype=torch.float64), 0.05 + 0.1 * (torch.arange(64)[:, None] % 3)
         ours = bounds(read(sp.Model(net, bounds=None), x), x - eps, x + eps).lower
         with torch.no_grad():
-            peer = torch.stack([alone(net, one, float(radius)) for one, radius in zip(x, eps, strict=True)])
+            peer = torch.stack([crown_alone(net, one, float(radius)) for one, radius in zip(x, eps, strict=True)])
         assert bool((ours >= peer - 1e-9).all()), (ours - peer).min()
         tighter += int((ours > peer + 1e-3).sum())
     assert tighter > 50
@@ -183,6 +186,58 @@ def test_margins_are_those_of_auto_lirpa() -> None:
     assert checked == 24
 
 
+class Trunk(nn.Module):
+    """Residual with the nonlinearity first: the trunk is affine and goes into it too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.branch, self.last = nn.Linear(3, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        h = h + self.branch(h.relu())
+        return self.last(h + self.branch(h.relu()))
+
+
+def test_both_ends_share_the_last_affine_operators_and_no_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(2, 3, dtype=torch.float64)
+    bounded = Bounded.of(read(sp.Model(Trunk().double().eval(), bounds=None), x), x - 0.3, x + 0.3, outward=True)
+    start, output = torch.eye(2, dtype=torch.float64).expand(2, 2, 2), bounded.graph.output
+    wanted = bounded.backward(output, start), -bounded.backward(output, -start)
+    swept: Counter[str] = Counter()
+
+    def counted(node: Node, a: Tensor) -> list[Tensor]:
+        swept[node.name] += node.op != "magnitude"
+        return pulled(node, a)
+
+    monkeypatch.setattr("saddlepoint.propagation.bounds.pulled", counted)
+    bounded.outward = False
+    found = bounded.ends(output, start)
+    assert swept[output] == 1
+    assert max(swept.values()) == 2
+    assert bool((found.lower >= wanted[0]).all() and (found.upper <= wanted[1]).all())
+    bounded.outward = True
+    found = bounded.ends(output, start)
+    torch.testing.assert_close((found.lower, found.upper), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_planes_hold_where_their_offsets_underflow(dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).smallest_normal
+    generator = torch.Generator().manual_seed(0)
+    lower, upper = (tiny * 2.0**-20 * torch.randint(1, 2**20, (500,), generator=generator).to(dtype) for _ in range(2))
+    box = Box(-lower, upper)
+    planes = Relu(0.1).planes(box)
+    assert planes.high_offset is not None
+    for low, high, slope, offset in zip(
+        *(one.tolist() for one in (-lower, upper, planes.high[0], planes.high_offset)), strict=True
+    ):
+        at_low, at_high = (Fraction(slope) * Fraction(end) + Fraction(offset) for end in (low, high))
+        assert at_low >= Fraction(torch.tensor(0.1, dtype=dtype).item()) * Fraction(low)
+        assert at_high >= Fraction(high)
+
+
 @pytest.mark.parametrize("stride", [2, 3, 4])
 def test_coefficients_go_back_through_strided_convolutions(stride: int) -> None:
     """As by the convolution's own derivative, and so do the gradients; every kernel, padding and place that is left over."""
@@ -197,6 +252,7 @@ def test_coefficients_go_back_through_strided_convolutions(stride: int) -> None:
         (wanted,) = torch.autograd.grad(out, x, a, create_graph=True)
         found = _ByPhases.apply(a, weight, stride, padding, size)
         torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(_transposed(a, weight, [stride] * 2, padding, (1, 1), size, 1), wanted)  # as on a GPU
         along = torch.randn_like(found)
         ours, theirs = (torch.autograd.grad((one * along).sum(), (a, weight)) for one in (found, wanted))
         torch.testing.assert_close(ours, theirs)

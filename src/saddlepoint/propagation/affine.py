@@ -124,13 +124,22 @@ def _convolved_back(node: Node, a: Tensor) -> Tensor:
     if transposed:
         found: Tensor = torch.ops.aten.convolution(a, weight, None, stride, padding, dilation, False, [0] * len(size), groups)
         return found[(slice(None), slice(None), *(slice(0, one) for one in size))]
-    kernel, axes = weight.shape[2:], range(len(size))
+    axes = range(len(size))
     stride, padding, dilation = ([one[0] if len(one) == 1 else one[i] for i in axes] for one in (stride, padding, dilation))
-    square = len(size) == 2 and max(stride) > 1 and stride[0] == stride[1] and max(dilation) == 1 and groups == 1
-    if square and a.device.type == "cpu":
+    even = len(size) == 2 and max(stride) > 1 and stride[0] == stride[1] and max(dilation) == 1 and groups == 1
+    if even and a.device.type == "cpu":
         found = _ByPhases.apply(a, weight, stride[0], padding, size)  # type: ignore[no-untyped-call]
         return found
-    rest = [size[i] - ((a.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (kernel[i] - 1) + 1) for i in axes]
+    return _transposed(a, weight, stride, padding, dilation, size, groups)
+
+
+def _transposed(
+    a: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], size: Sequence[int],
+    groups: int,
+) -> Tensor:  # fmt: skip
+    reach = [(a.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.shape[2 + i] - 1) + 1
+             for i in range(len(size))]  # fmt: skip
+    rest = [one - other for one, other in zip(size, reach, strict=True)]
     out: Tensor = torch.ops.aten.convolution(a, weight, None, stride, padding, dilation, True, rest, groups)
     return out
 
@@ -147,7 +156,7 @@ class _ByPhases(torch.autograd.Function):
         context: Any, a: Tensor, weight: Tensor, stride: int, padding: Sequence[int], size: Sequence[int]
     ) -> Tensor:  # fmt: skip
         """Coefficients (M, C, *size) of those a (M, ...) of the convolution's output."""
-        context.save_for_backward(a, weight)
+        context.save_for_backward(a if context.needs_input_grad[1] else None, weight)
         context.settings = (stride, tuple(padding))
         taps, channels = [-(-length // stride) for length in weight.shape[2:]], weight.shape[1]
         full = [0 if axis else stride * taps[place] - weight.shape[2 + place] for place in (1, 0) for axis in (1, 0)]

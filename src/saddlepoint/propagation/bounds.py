@@ -23,7 +23,7 @@ Slopes = dict[str, Tensor]
 MEMORY = 2**30
 _RATE, _DECAY, _MOMENTA = 0.3, 0.93, (0.5, 0.9)  # of the ascent on slopes; the usual momenta are slow to turn within 20 steps
 _MEETINGS = 3  # points between 0 and the best multiplier of a cut
-_COPIES = 6  # tensors as large as the coefficients that are alive at once; with slopes more
+_COPIES = 8  # tensors as large as the coefficients that are alive at once; with slopes more
 _CACHE = 2**19  # elements of coefficients that are carried at once, so that they stay near the processor
 
 
@@ -35,7 +35,7 @@ class Bounded:
     as many parts as that needs. outward: take off what rounding can add, see `error`. cut: linear functions of the input,
     (N, 1, ...), that are at most 0 wherever the bounds that are computed from then on shall hold; with outward by more than
     their own rounding. linear_only: by value, what linear bounds alone say of it, before they are cut with intervals: free
-    lower slopes go by that, since what they meet is linear bounds.
+    lower slopes go by that, since what they meet is linear bounds. It is the box itself where no linear bounds were made.
     """
 
     graph: Graph
@@ -73,8 +73,9 @@ class Bounded:
     def take(self, index: Tensor) -> Bounded:
         """The bounds of some of the N sets, each as often as it is named."""
         cut = None if self.cut is None else self.cut.rows(index)
-        boxes, alone = ({name: ends.rows(index) for name, ends in table.items()} for table in (self.boxes, self.linear_only))
-        return Bounded(self.graph, boxes, self.memory, self.outward, cut, alone)
+        boxes = {name: ends.rows(index) for name, ends in self.boxes.items()}
+        linear_only = {name: ends.rows(index) for name, ends in self.linear_only.items()}
+        return Bounded(self.graph, boxes, self.memory, self.outward, cut, linear_only)
 
     def interval(self, node: Node) -> Box:
         """The box of a node's output that the boxes of its inputs give."""
@@ -216,17 +217,22 @@ class Bounded:
                 found[node.name] = Planes(flat, ends.lower, flat, ends.upper)
         return found
 
-    def frontier(self, name: str, start: Tensor) -> Terms:
-        """R linear functions, coefficients start (N, R, ...), of the value `name`, in terms of what affine operators take."""
+    def frontier(self, name: str, start: Tensor, *, early: bool = False) -> Terms:
+        """R linear functions, coefficients start (N, R, ...), of the value `name`, of nonlinearities' outputs and the input.
+
+        early: and of affine values that nonlinearities among these depend on, whose coefficients aren't complete yet.
+        """
         coefficients: dict[str, Tensor] = {name: start}
         left: dict[str, Tensor] = {}
+        behind: set[str] = set()
         constant = start.new_zeros(start.shape[:2])
         for node in reversed(self.graph.nodes):
             a = coefficients.pop(node.name, None)
             if a is None:
                 continue
-            if node.rule is not None:
+            if node.rule is not None or node.name in behind:
                 left[node.name] = a
+                behind |= self.graph.before(node.name) if early else set()
                 continue
             constant = constant if node.constant is None else constant + times(a, node.constant)
             _add(coefficients, node, pulled(node, a))
@@ -241,10 +247,14 @@ class Bounded:
         return self._ascended(self._terms(name, start), steps)
 
     def ends(self, name: str, start: Tensor, steps: int = 0, slopes: Slopes | None = None) -> Box:
-        """Lower and upper bounds (N, R) as by `lowest`, or with given slopes as by `backward`."""
+        """Lower and upper bounds (N, R) as by `lowest`, or with given slopes as by `backward`, without steps.
+
+        Both begin with the same sweep through the last affine operators.
+        """
         terms = self._terms(name, start)
-        lower, less = (self._ascended(one, steps) if slopes is None else self._backward(one, slopes) for one in (terms, -terms))
-        return Box(lower, -less)
+        if slopes is not None:
+            return Box(self._backward(terms, slopes), -self._backward(-terms, slopes))
+        return Box(self._ascended(terms, steps), -self._ascended(-terms, steps))
 
     def backward(self, name: str, start: Tensor, slopes: Slopes | None = None) -> Tensor:
         """Lower bounds (N, R) of R linear functions, coefficients start (N, R, ...), of the value `name`.
@@ -254,7 +264,7 @@ class Bounded:
         return self._backward(self._terms(name, start), slopes)
 
     def _terms(self, name: str, start: Tensor) -> Terms:
-        terms = self.frontier(name, start)
+        terms = self.frontier(name, start, early=True)
         return replace(terms, error=self.error(name, start)) if self.outward else terms
 
     def _ascended(self, terms: Terms, steps: int) -> Tensor:
@@ -328,10 +338,9 @@ class Bounded:
 
         The bounds of inner values are taken as they are, so make them with `outward`, or in float64 from the start.
         """
-        boxes, alone = (
-            {name: box.to(torch.float64) for name, box in table.items()} for table in (self.boxes, self.linear_only)
-        )
-        return Bounded(self.graph.double, boxes, self.memory, outward=True, linear_only=alone)
+        boxes = {name: box.to(torch.float64) for name, box in self.boxes.items()}
+        linear_only = {name: box.to(torch.float64) for name, box in self.linear_only.items()}
+        return Bounded(self.graph.double, boxes, self.memory, outward=True, linear_only=linear_only)
 
     def recheck(self, rows: Tensor, slopes: Slopes | None = None, multipliers: Mapping[str, Tensor] | None = None) -> Tensor:
         """Lower bounds (N, R) in float64 of rows (N, R, C) times the outputs, with given slopes, less what rounding can add."""
@@ -349,7 +358,7 @@ class Bounded:
 
         multipliers: by nonlinearity, what is taken off the coefficients (N, R, ...) of its input: those of constraints.
         """
-        return self._linear(self.frontier(name, start), slopes, multipliers)
+        return self._linear(self.frontier(name, start, early=True), slopes, multipliers)
 
     def _linear(self, terms: Terms, slopes: Slopes | None = None, multipliers: Mapping[str, Tensor] | None = None) -> Linear:
         begin = not slopes

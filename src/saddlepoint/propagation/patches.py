@@ -117,7 +117,7 @@ class Patches:
         ends, zero = bounded.boxes[name], torch.zeros_like(self.node.like[0])
         inside = zero.bool().flatten().index_fill_(0, self.neurons[self.neurons >= 0], True).view_as(zero)
         flat = Planes((zero,), torch.where(inside, 0, ends.lower), (zero,), torch.where(inside, 0, ends.upper))
-        line = Bounded(graph, bounded.boxes, bounded.memory, _planes={name: flat}).linear(graph.output, rows)
+        line = replace(bounded, _planes={name: flat}).linear(graph.output, rows)
         d = line.inner[name].flatten(2)[0][:, self.neurons.clamp(min=0)] * (self.neurons >= 0)  # (R, G, M)
         c = line.coefficients.flatten(2)[0]  # (R, n)
         present, inputs = self.inputs >= 0, self.inputs.clamp(min=0)

@@ -141,7 +141,8 @@ class Relu(Elementwise):
         low = torch.where(steep, 1.0, lower.new_tensor(floor))  # two Python numbers would make it float32
         high = torch.where(between, (upper - floor * lower) / torch.where(between, upper - lower, 1), low)
         exact = torch.maximum((floor - high) * lower, upper * (1 - high))  # both ends are below, whatever the slope rounds to
-        high_offset = torch.where(between, exact * (1 + 2 * torch.finfo(lower.dtype).eps), 0)
+        about = torch.finfo(lower.dtype)
+        high_offset = torch.where(between, exact * (1 + 2 * about.eps) + about.tiny, 0)
         return Planes((low,), None, (high,), high_offset)
 
     def parallel(self, *boxes: Box) -> Planes:
