@@ -20,7 +20,7 @@ demo: .venv/.runtime ## attack and harden a small network on handwritten digits,
 	@$(BIN)/saddlepoint demo $(DEMO_ARGS)
 
 test: .venv/.dev ## run the tests (PYTEST_ARGS="-k pgd" to choose)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: .venv/.dev ## style, types, layering, and the checklist in docs/coverage.md
 	@$(BIN)/ruff check
