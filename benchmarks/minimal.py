@@ -147,12 +147,13 @@ def ours(spec: str, norm: str) -> Minimal:
 def measure(case: Case, attack: Minimal, passes: int, seed: int, limit: float) -> Row:
     """One run. An exception is a result too."""
     counting = Counting(case.net).eval()
-    attack.prepare()
     predict(case.net, case.x)  # warm up
     torch.set_grad_enabled(True)  # a run that was stopped can leave it off
     wall, cpu = time.perf_counter(), time.process_time()
     row: Row = {}
     try:
+        attack.prepare()
+        wall, cpu = time.perf_counter(), time.process_time()
         with limited(limit):
             points = attack.attack(counting, case.x, case.y, passes, seed).detach().to(case.x.dtype)
         row["distance"] = distances(case, points, attack.norm)

@@ -273,6 +273,29 @@ def test_masked_gradients_are_handed_over() -> None:
     assert (both.distance <= alone.distance).all()
 
 
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_many_passes_are_spent_on_new_beginnings(norm: str) -> None:
+    """The class can be reached through five groups of features; the gradient at the input points to the most expensive one."""
+    thresholds = torch.tensor([0.7, 0.6, 0.5, 0.45, 0.4], dtype=torch.float64)[:, None]
+    hints = torch.tensor([0.05, 0.04, 0.03, 0.02, 0.01], dtype=torch.float64)[:, None]
+
+    class Doors(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            groups = x.view(len(x), 5, 4)
+            margin = (8 * torch.relu(groups - thresholds) + hints * groups).sum(2).amax(1, keepdim=True) - 1
+            return torch.cat([torch.zeros_like(margin), margin], 1)
+
+    model = sp.Model(Doors())
+    x = 0.1 + 0.1 * torch.rand(3, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = torch.zeros(3, dtype=torch.int64)
+    budget = sp.Budget(passes=620)
+    walks = sp.attack(model, x, y, A.DualAveraging(steps=310), sp.Minimize(norm), budget=budget)
+    whole = sp.attack(model, x, y, "minimal", sp.Minimize(norm), budget=budget)
+    assert walks.success.all()
+    assert (whole.distance <= walks.distance).all()
+    assert whole.distance.mean() < 0.7 * walks.distance.mean()
+
+
 def test_curved_margins_are_told_from_masked_ones() -> None:
     """One network's margin saturates soon behind the input and goes on far away, another's is flat at first."""
     slope = torch.tensor([[1.0, 0.6, 0.3, 0.1]], dtype=torch.float64)

@@ -7,10 +7,11 @@ from dataclasses import replace
 from saddlepoint.attacks.brendel_bethge import BrendelBethge
 from saddlepoint.attacks.dual import DualAveraging
 from saddlepoint.attacks.fmn import FMN, SigmaZero
+from saddlepoint.attacks.lagrangian import PDPGD
 from saddlepoint.attacks.normals import CGBA
 from saddlepoint.attacks.rays import RayS
 from saddlepoint.attacks.registry import as_attack
-from saddlepoint.attacks.wrappers import Fork, Sequence
+from saddlepoint.attacks.wrappers import Fork, Restarts, Sequence
 from saddlepoint.engine import Attack, Budget
 from saddlepoint.errors import CapabilityError, InputError, UnknownNameError
 from saddlepoint.taxonomy import Access, Norm
@@ -19,8 +20,10 @@ MINIMAL = "minimal"  # the name that stands for it
 PASSES = 1000  # where no budget says
 # what is recommended for models of scores or labels
 WITHOUT_GRADIENTS: dict[Norm, Attack] = {Norm.LINF: RayS(), Norm.L2: CGBA()}
+_MANY = 300  # steps, from which on more classes are tried, and searches begin more than once
 # by which factor the gradient at the input may be wrong before another attack goes on
 _MISLED = {Norm.L0: 2.0, Norm.L1: 2.0, Norm.L2: 3.0}
+_MISLED_LONG = 1.5  # the same with many steps, which are enough for both
 
 
 def minimal(norm: Norm | str, passes: int = PASSES) -> Attack:
@@ -42,24 +45,42 @@ def minimal(norm: Norm | str, passes: int = PASSES) -> Attack:
     norm = Norm(norm)
     classes = max(1, min(9, passes // 20))
     steps = max(1, (passes - 2 - classes) // 2 + 1)  # the first ranks the classes, each other one costs two, the last look one
-    many = steps >= 300
+    many = steps >= _MANY
     walks = DualAveraging(
         steps=steps,
         classes=classes,
         targets=5 if many else 3,
         explore=40 if many else 35 if norm is Norm.L1 else 25,
-        again=70 if many else 35,
+        again=70 if many else 25 if norm is Norm.L2 else 35,
         pushes=(2.0, 1.0, 1.5, 3.0) if many or norm is Norm.L2 else (1.0, 2.0, 1.5, 3.0),
         hold=3 if norm is Norm.LINF else None,
     )
-    if steps < 40 or norm is Norm.LINF or (many and norm is Norm.L2):
+    if steps < 40 or norm is Norm.LINF:
         return walks
-    first, rest = replace(walks, hand_over=_MISLED[norm]), steps - walks.patience
+    first, rest = replace(walks, hand_over=_MISLED_LONG if many else _MISLED[norm]), steps - walks.patience
+    masked = _from_afar(norm, walks, rest, many)
+    match norm:
+        case Norm.L0:
+            return Fork(first, masked, FMN(steps=rest))
+        case Norm.L1:
+            return Fork(first, masked, FMN(steps=rest, alpha_init=0.3))
+    return Fork(first, masked, replace(walks, classes=1, again=70 if many else 40, pushes=(1.0, 2.0)))
+
+
+def _from_afar(norm: Norm, walks: DualAveraging, steps: int, many: bool) -> Attack:
+    """Where the gradient at the input misleads: searches that begin far from it, then walks on from the best point.
+
+    Such networks have many local minima; with many steps it pays to search anew from noise, and to push walks by many lengths.
+    """
+    on = replace(walks, steps=steps, classes=1, pushes=(1.0, 2.0, 0.5, 4.0, 1.5, 3.0))  # no class is to be ranked any more
     if norm is Norm.L0:
-        return Fork(first, SigmaZero(steps=rest), FMN(steps=rest))
-    far = BrendelBethge(steps=min(100, rest * 3 // 7), fresh=True)
-    on = replace(walks, classes=1, again=70 if many else 40, pushes=(1.0, 2.0))  # from the best point: no class to rank
-    return Fork(first, Sequence(far, on), FMN(steps=rest, alpha_init=0.3) if norm is Norm.L1 else on)
+        return Sequence(SigmaZero(steps=60), PDPGD(steps=steps // 2), replace(on, again=25)) if many else SigmaZero(steps=steps)
+    if not many:
+        return Sequence(BrendelBethge(steps=min(100, steps * 3 // 7), fresh=True), replace(on, again=40))
+    from_noise = BrendelBethge(steps=40, start="noise", fresh=True)
+    if norm is Norm.L1:
+        return Sequence(Restarts(from_noise, steps // 60), replace(on, again=70))
+    return Sequence(Restarts(from_noise, steps // 80), replace(on, again=40))
 
 
 def for_budget(norm: Norm, budget: Budget | None) -> Attack:
