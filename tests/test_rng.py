@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from saddlepoint import rng
 from saddlepoint.rng import Keys
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -162,6 +163,24 @@ def test_global_random_states_are_untouched() -> None:
     assert before[2] == random.getstate()
     torch.manual_seed(4)
     assert torch.equal(first, keys(3).absorb(2).normal((4,)))
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_few_numbers_are_those_of_many(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy mixes few of them, torch many."""
+    ids, step = torch.arange(count) * 2**31 + 7, torch.arange(2 * count).flip(0)[::2]
+
+    def drawn() -> list[Tensor]:
+        derived = Keys.of(-3, ids).absorb(step).absorb(-1).absorb(2**33 + 5)
+        return [derived.first, derived.second, *(derived._bits(shape) for shape in ((), (0,), (3, 4)))]
+
+    found = []
+    for few in (-1, 2**14):
+        monkeypatch.setattr(rng, "_FEW", few)
+        found.append(drawn())
+    for many, few in zip(*found, strict=True):
+        assert many.dtype == few.dtype
+        assert torch.equal(many, few)
 
 
 def test_numbers_stay_the_same_between_versions() -> None:

@@ -10,12 +10,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _GOLDEN = -1640531527  # 2**32 / golden ratio, odd, as int32
 _STARTS = (0x243F6A88, 0x85A308D3)  # digits of pi: from (0, 0), words of 0 would lead nowhere
 _MULTIPLIERS = (569420461, -741133929)  # odd constants with good avalanche, as int32
+_FEW = 2**14  # numbers at most that NumPy mixes: it begins several times faster than torch, which has more threads for many
+_GOLDEN_FEW, *_MULTIPLIERS_FEW = (np.uint32(constant % 2**32) for constant in (_GOLDEN, *_MULTIPLIERS))
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
@@ -28,6 +32,27 @@ def _mix(x: Tensor, second: Tensor) -> Tensor:
     x.bitwise_xor_(_shift(x, 16)).mul_(_MULTIPLIERS[0])
     x.bitwise_xor_(_shift(x, 15)).bitwise_xor_(second).mul_(_MULTIPLIERS[1])
     return x.bitwise_xor_(_shift(x, 15))
+
+
+def _mix_few(x: NDArray[np.uint32], second: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """`_mix` of a few numbers."""
+    x ^= x >> 16
+    x *= _MULTIPLIERS_FEW[0]
+    x ^= x >> 15
+    x ^= second
+    x *= _MULTIPLIERS_FEW[1]
+    x ^= x >> 15
+    return x
+
+
+def _array(x: Tensor) -> NDArray[np.uint32]:
+    """The bits of an int32 tensor on the CPU, which are shared."""
+    array: NDArray[np.uint32] = x.numpy().view(np.uint32)
+    return array
+
+
+def _tensor(x: NDArray[np.uint32]) -> Tensor:
+    return torch.from_numpy(x.view(np.int32))
 
 
 def _as_int32(value: int) -> int:
@@ -53,12 +78,25 @@ class Keys:
     def absorb(self, value: Tensor | int) -> Keys:
         """Keys that depend on `value` ((Q,) integers, or one for all rows) too."""
         word = value.to(self.first.device, torch.int32) if isinstance(value, Tensor) else _as_int32(value)
+        if self._few(len(self.first)):
+            old = _array(self.second)
+            added = _array(word) if isinstance(word, Tensor) else np.uint32(word % 2**32)
+            low = _mix_few(_array(self.first) * _GOLDEN_FEW + added, old)
+            return Keys(_tensor(low), _tensor(_mix_few(old + added, low)))
         first = _mix(self.first * _GOLDEN + word, self.second)
         return Keys(first, _mix(self.second + word, first))
+
+    def _few(self, numbers: int) -> bool:
+        return numbers <= _FEW and self.first.device.type == "cpu"
 
     def _bits(self, shape: tuple[int, ...]) -> Tensor:
         """23 random bits for each of (Q, *shape) positions: as many as leave float32 room for a half."""
         count = math.prod(shape)
+        if self._few(len(self.first) * count):
+            places = np.arange(count, dtype=np.uint32) * _GOLDEN_FEW
+            few = _mix_few(places + _array(self.first)[:, None], _array(self.second)[:, None])
+            few >>= 9
+            return _tensor(few).view(len(self.first), *shape)
         position = torch.arange(count, dtype=torch.int32, device=self.first.device) * _GOLDEN
         bits = _mix(position + self.first[:, None], self.second[:, None])
         return _shift(bits, 9).view(len(self.first), *shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -309,7 +310,11 @@ class Problem:
 
     def random(self, stream: int = 0) -> Keys:
         """Random numbers of this (sample, restart, iteration, stream)."""
-        return self.keys.absorb(self.k).absorb(stream)
+        return self._here.absorb(stream)
+
+    @cached_property
+    def _here(self) -> Keys:
+        return self.keys.absorb(self.k)
 
     def allow(self, owner: Tensor, *, backward: bool = False) -> Tensor:
         """Which of the rows `owner` (Q,) their samples can still pay for, first come first served: (Q,) bool."""
