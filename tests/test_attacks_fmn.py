@@ -296,6 +296,13 @@ def test_many_passes_are_spent_on_new_beginnings(norm: str) -> None:
     assert whole.distance.mean() < 0.7 * walks.distance.mean()
 
 
+def test_masked_gradients_in_l0() -> None:
+    """Few passes are sigma-zero's alone; many bring another sparse attack, and walks from the best point of both."""
+    few, many = (A.minimal("l0", passes=passes).attacks[1] for passes in (200, 1000))
+    assert isinstance(few, A.SigmaZero)
+    assert [type(part) for part in many.attacks] == [A.SigmaZero, A.PDPGD, A.DualAveraging]
+
+
 def test_curved_margins_are_told_from_masked_ones() -> None:
     """One network's margin saturates soon behind the input and goes on far away, another's is flat at first."""
     slope = torch.tensor([[1.0, 0.6, 0.3, 0.1]], dtype=torch.float64)
