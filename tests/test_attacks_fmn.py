@@ -297,10 +297,10 @@ def test_many_passes_are_spent_on_new_beginnings(norm: str) -> None:
 
 
 def test_masked_gradients_in_l0() -> None:
-    """Few passes are sigma-zero's alone; many bring another sparse attack, and walks from the best point of both."""
-    few, many = (A.minimal("l0", passes=passes).attacks[1] for passes in (200, 1000))
-    assert isinstance(few, A.SigmaZero)
-    assert [type(part) for part in many.attacks] == [A.SigmaZero, A.PDPGD, A.DualAveraging]
+    """Sigma-zero, with many passes another sparse attack, and walks from the best point, once it is trimmed."""
+    few, many = (A.minimal("l0", passes=passes).attacks[0].attacks[1] for passes in (200, 1000))
+    assert [type(part) for part in few.attacks] == [A.SigmaZero, A.Trim, A.DualAveraging]
+    assert [type(part) for part in many.attacks] == [A.SigmaZero, A.PDPGD, A.Trim, A.DualAveraging]
 
 
 def test_curved_margins_are_told_from_masked_ones() -> None:

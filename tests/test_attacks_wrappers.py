@@ -38,6 +38,9 @@ ROUNDS = (  # wrapped attacks, and what they are asked for
     (A.Fork(A.DualAveraging(steps=12, hand_over=1.0), A.DDN(steps=4), A.FMN(steps=6)), sp.Minimize("l2"), None),
     (A.Fork(A.DualAveraging(steps=12, hand_over=1.1), Sequence(A.FMN(steps=2), A.FMN(steps=4))), sp.Minimize("l1"), None),
     (Sequence(A.FMN(steps=3), A.DualAveraging(steps=12, again=5)), sp.Minimize("linf"), None),
+    (A.Finally(A.FMN(steps=5), A.Trim(steps=4)), sp.Minimize("l1"), None),
+    (A.Finally(Sequence(A.FMN(steps=4), A.Trim(steps=3), A.FMN(steps=3)), A.Trim(steps=3)), sp.Minimize("l0"), None),
+    (A.Finally(A.Fork(A.DualAveraging(steps=9, hand_over=1.1), A.DDN(steps=4)), A.FMN(steps=2)), sp.Minimize("l2"), None),
 )
 each_round = pytest.mark.parametrize(("attack", "threat", "goal"), ROUNDS, ids=lambda part: str(part)[:60])
 
@@ -118,7 +121,7 @@ def test_repr_and_settings(attack: Attack, threat: sp.threats.Threat, goal: sp.T
     settings = attack.settings()
     assert settings["name"] == type(attack).__name__
     inner = settings["attacks"] if "attacks" in settings else [settings["attack"]]
-    parts = attack.attacks if isinstance(attack, (Sequence, A.Fork)) else (attack.attack,)
+    parts = attack.attacks if isinstance(attack, (Sequence, A.Fork, A.Finally)) else (attack.attack,)
     assert inner == [part.settings() for part in parts]
 
 
@@ -414,6 +417,38 @@ def test_a_fork_sends_each_sample_to_its_branch(mlp: nn.Module, samples: Samples
         A.Fork("dualaveraging")
     with pytest.raises(InputError, match="no verdict"):
         A.Fork(A.PGD(), A.FGM())
+
+
+@pytest.mark.parametrize("limit", [20, 33])
+def test_finally_keeps_back_what_the_last_attack_costs(limit: int, mlp: nn.Module, samples: Samples) -> None:
+    model, threat = sp.Model(mlp), sp.Minimize("l2")
+    whole = A.Finally(A.DualAveraging(steps=100), A.Trim(steps=3))
+    for budget in (sp.Budget(passes=limit), sp.Budget(queries=limit)):
+        result = sp.attack(model, *samples, whole, threat, budget=budget)
+        attacked = result.having("fooled")
+        assert attacked.any()
+        backward = int(result.queries.backward[attacked].amax())
+        opening = 9  # the first step looks at nine classes
+        # three passes go to Trim, and one to a look at where the attack ended
+        steps = 1 + (limit - 4 - 1 - opening) // 2 if budget.passes else limit - 4
+        assert backward == opening + steps - 1
+        spent = result.queries.total if budget.passes else result.queries.forward
+        assert (spent[attacked] >= limit - 1).all()
+    free = sp.attack(model, *samples, A.Finally(A.FMN(steps=5), A.Trim(steps=3)), threat)
+    alone = sp.attack(model, *samples, A.FMN(steps=5), threat)
+    assert int(free.iterations.max()) == 8
+    both = free.having("fooled") & alone.having("fooled")
+    assert (free.distance <= alone.distance)[both].all()
+    assert (free.distance < 0.999 * alone.distance)[both].any()
+
+
+def test_stages_spend_the_budget(mlp: nn.Module, samples: Samples) -> None:
+    """What a stage's step costs is known while a sample is in it: the dearest stage doesn't end all of them."""
+    dear = A.LinearClosedForm(steps=1)  # a forward and nine backward passes
+    result = sp.attack(sp.Model(mlp), *samples, Sequence(A.DDN(steps=50), dear), sp.Minimize("l2"), budget=sp.Budget(passes=31))
+    attacked = result.having("fooled")
+    assert attacked.any()
+    assert (result.queries.total[attacked] >= 30).all()
 
 
 def test_declaration_of_a_sequence() -> None:

@@ -135,7 +135,7 @@ def test_the_recommended_sequence_keeps_its_budget(norm: sp.Norm, passes: int, m
         assert result.having("survived").sum() == 0
     if passes == 200:
         attacked = result.having("fooled")
-        assert (result.queries.total[attacked] >= 190).all(), "and spends it"
+        assert (result.queries.total[attacked] >= (180 if norm is sp.Norm.L0 else 195)).all(), "and spends it"
 
 
 def test_more_passes_find_smaller_perturbations(model: sp.Model, samples: Samples) -> None:

@@ -32,8 +32,9 @@ from saddlepoint.attacks.saliency import JSMA
 from saddlepoint.attacks.square import Square
 from saddlepoint.attacks.starts import starting_points
 from saddlepoint.attacks.transfer import DIFGSM, SINIFGSM, TIFGSM, VMIFGSM, VNIFGSM
+from saddlepoint.attacks.trim import Trim
 from saddlepoint.attacks.walks import BoundaryAttack, SurFree
-from saddlepoint.attacks.wrappers import Bisect, Fork, Restarts, Sequence
+from saddlepoint.attacks.wrappers import Bisect, Finally, Fork, Restarts, Sequence
 
 __all__ = [
     "ALMA",
@@ -81,6 +82,7 @@ __all__ = [
     "External",
     "FastGradientValue",
     "FewPixel",
+    "Finally",
     "Fork",
     "GaussianNoise",
     "GenAttack",
@@ -104,6 +106,7 @@ __all__ = [
     "Square",
     "SuperDeepFool",
     "SurFree",
+    "Trim",
     "UniformNoise",
     "evolve_rubbish",
     "find",

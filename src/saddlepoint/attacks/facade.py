@@ -204,12 +204,12 @@ class _Plain(Evaluator):
     def allow(self, owner: Tensor, wanted_backward: bool, kept_back: int = 0) -> Tensor:
         return torch.ones_like(owner, dtype=torch.bool)
 
-    def remaining(self) -> Tensor:
-        return torch.full((len(self.y),), torch.iinfo(torch.int64).max)
+    def affords(self, owner: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
+        return torch.ones_like(owner, dtype=torch.bool)
 
     def best(self) -> Found:
         nothing = torch.full((len(self.origin),), torch.inf, dtype=torch.float64, device=self.origin.device)
-        return Found(self.origin, nothing, torch.zeros_like(nothing, dtype=torch.bool))
+        return Found(self.origin, nothing, torch.zeros_like(nothing, dtype=torch.bool), -nothing)
 
 
 def perturb(

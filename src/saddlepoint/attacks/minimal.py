@@ -11,7 +11,8 @@ from saddlepoint.attacks.lagrangian import PDPGD
 from saddlepoint.attacks.normals import CGBA
 from saddlepoint.attacks.rays import RayS
 from saddlepoint.attacks.registry import as_attack
-from saddlepoint.attacks.wrappers import Fork, Restarts, Sequence
+from saddlepoint.attacks.trim import Trim
+from saddlepoint.attacks.wrappers import Finally, Fork, Restarts, Sequence
 from saddlepoint.engine import Attack, Budget
 from saddlepoint.errors import CapabilityError, InputError, UnknownNameError
 from saddlepoint.taxonomy import Access, Norm
@@ -22,7 +23,8 @@ PASSES = 1000  # where no budget says
 WITHOUT_GRADIENTS: dict[Norm, Attack] = {Norm.LINF: RayS(), Norm.L2: CGBA()}
 _MANY = 300  # steps, from which on more classes are tried, and searches begin more than once
 # by which factor the gradient at the input may be wrong before another attack goes on
-_MISLED = {Norm.L0: 2.0, Norm.L1: 2.0, Norm.L2: 3.0}
+_MISLED = {Norm.L0: 2.0, Norm.L1: 2.0, Norm.L2: 4.0}
+_PATIENCE = {Norm.L0: 3, Norm.L1: 5, Norm.L2: 4}  # steps until this is asked
 _MISLED_LONG = 1.5  # the same with many steps, which are enough for both
 
 
@@ -36,14 +38,14 @@ def minimal(norm: Norm | str, passes: int = PASSES) -> Attack:
 
     >>> import saddlepoint as sp
     >>> [type(part).__name__ for part in sp.attacks.minimal("l0", passes=200).attacks]
-    ['DualAveraging', 'SigmaZero', 'FMN']
+    ['Fork', 'Trim']
     """
     if norm not in set(Norm):
         raise UnknownNameError("norm", str(norm), [each.value for each in Norm])
     if passes < 1:
         raise InputError(f"passes must be at least 1; got {passes}")
     norm = Norm(norm)
-    classes = max(1, min(9, passes // 20))
+    classes = max(1, min(4 if norm is Norm.L0 else 5, passes // 20), min(9, passes // 100))
     steps = max(1, (passes - 2 - classes) // 2 + 1)  # the first ranks the classes, each other one costs two, the last look one
     many = steps >= _MANY
     walks = DualAveraging(
@@ -55,16 +57,20 @@ def minimal(norm: Norm | str, passes: int = PASSES) -> Attack:
         pushes=(2.0, 1.0, 1.5, 3.0) if many or norm is Norm.L2 else (1.0, 2.0, 1.5, 3.0),
         hold=3 if norm is Norm.LINF else None,
     )
-    if steps < 40 or norm is Norm.LINF:
+    if steps < 40:
         return walks
-    first, rest = replace(walks, hand_over=_MISLED_LONG if many else _MISLED[norm]), steps - walks.patience
-    masked = _from_afar(norm, walks, rest, many)
+    if norm is Norm.LINF:
+        return Finally(walks if many else replace(walks, averaging=0.1), Trim(steps=3))
+    asked = walks if many else replace(walks, patience=_PATIENCE[norm])
+    asked = replace(asked, hand_over=_MISLED_LONG if many else _MISLED[norm])
+    masked = _from_afar(norm, walks, steps - asked.patience, many)
     match norm:
         case Norm.L0:
-            return Fork(first, masked, FMN(steps=rest))
+            return Finally(Fork(asked, masked, FMN(steps=steps)), Trim(steps=16 if many else 12))
         case Norm.L1:
-            return Fork(first, masked, FMN(steps=rest, alpha_init=0.3))
-    return Fork(first, masked, replace(walks, classes=1, again=70 if many else 40, pushes=(1.0, 2.0)))
+            return Finally(Fork(asked, masked, FMN(steps=steps, alpha_init=0.3)), Trim(steps=5, cut=0.03))
+    curved = replace(walks, classes=1, again=70 if many else 40, pushes=(1.0, 2.0))
+    return Finally(Fork(asked, masked, curved), Trim(steps=3))
 
 
 def _from_afar(norm: Norm, walks: DualAveraging, steps: int, many: bool) -> Attack:
@@ -74,7 +80,9 @@ def _from_afar(norm: Norm, walks: DualAveraging, steps: int, many: bool) -> Atta
     """
     on = replace(walks, steps=steps, classes=1, pushes=(1.0, 2.0, 0.5, 4.0, 1.5, 3.0))  # no class is to be ranked any more
     if norm is Norm.L0:
-        return Sequence(SigmaZero(steps=60), PDPGD(steps=steps // 2), replace(on, again=25)) if many else SigmaZero(steps=steps)
+        if many:
+            return Sequence(SigmaZero(steps=60), PDPGD(steps=steps // 2), Trim(steps=16), replace(on, again=25))
+        return Sequence(SigmaZero(steps=steps * 3 // 5), Trim(steps=8), replace(on, again=20))
     if not many:
         return Sequence(BrendelBethge(steps=min(100, steps * 3 // 7), fresh=True), replace(on, again=40))
     from_noise = BrendelBethge(steps=40, start="noise", fresh=True)

@@ -197,6 +197,10 @@ class _Staged(Attack):
     def _next(self, number: int, inner: State) -> Tensor | int:
         """The stage after stage `number`, one for all or (B,)."""
 
+    def _must_end(self, problem: Problem, number: int, inner: State, k: Tensor) -> Tensor:
+        """Whether stage `number` has to end before it is over, after k (B,) steps, (B,) on the CPU."""
+        return torch.zeros_like(k, dtype=torch.bool)
+
     def cost(self, classes: int) -> tuple[int, int]:
         costs = [attack.cost(classes) for attack in self.attacks] + [attack.opening(classes) for attack in self.attacks[1:]]
         return max(forward for forward, _ in costs) + 1, max(backward for _, backward in costs)
@@ -204,6 +208,18 @@ class _Staged(Attack):
     def opening(self, classes: int) -> tuple[int, int]:
         forward, backward = self.attacks[0].opening(classes)
         return forward + 1, backward  # the first step may be the stage's last
+
+    def next_cost(self, state: Sequential, k: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+        forward, backward = torch.zeros_like(k), torch.zeros_like(k)
+        for number, attack in enumerate(self.attacks):
+            here, inner, mine = state.stage == number, state.inner[number], state.k
+            if not bool(here.any()):
+                continue
+            costs = attack.next_cost(inner, mine, classes)
+            ends = (mine + 1 >= _length(attack)) | (attack.done(inner) is not None)
+            looks = ends & attack.looks_last if number + 1 < len(self.attacks) else torch.zeros_like(ends)
+            forward, backward = torch.where(here, costs[0] + looks, forward), torch.where(here, costs[1], backward)
+        return forward, backward
 
     @property
     def starts_at_origin(self) -> bool:
@@ -246,6 +262,7 @@ class _Staged(Attack):
             if number and bool(entering.any()):  # now there are points to begin from
                 mine = select(entering, attack.init(part.restarted(run, k[here])), mine)
             mine, over = _advance(attack, part, mine, k[here], run)
+            over |= self._must_end(part, number, mine, k[here] + 1)
             k[here] = torch.where(over, torch.zeros_like(over, dtype=torch.int64), k[here] + 1)
             stage[here] = torch.where(over, torch.as_tensor(self._next(number, mine)).cpu(), stage[here])
             if attack.judge:
@@ -288,6 +305,37 @@ class Sequence(_Staged):
 
     def _next(self, number: int, inner: State) -> int:
         return number + 1
+
+
+@final
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Finally(_Staged):
+    """`attack` until it is over or the budget has left just what `last` costs, and then `last`.
+
+    >>> import saddlepoint as sp
+    >>> sp.attacks.Finally(sp.attacks.SigmaZero(steps=90), sp.attacks.Trim(steps=10)).iterations
+    100
+    """
+
+    def __init__(self, attack: Attack | str, last: Attack | str) -> None:
+        super().__init__(attack, last)
+
+    @property
+    def iterations(self) -> int:
+        return sum(_length(attack) for attack in self.attacks)
+
+    def _next(self, number: int, inner: State) -> int:
+        return number + 1
+
+    def _must_end(self, problem: Problem, number: int, inner: State, k: Tensor) -> Tensor:
+        attack, last = self.attacks
+        if number:
+            return super()._must_end(problem, number, inner, k)
+        classes = problem.aim.wanted.shape[1]
+        forward, backward = attack.next_cost(inner, k, classes)
+        (first, first_back), (later, later_back), more = last.opening(classes), last.cost(classes), _length(last) - 1
+        forward = forward + first + more * later + attack.looks_last + last.looks_last
+        return ~problem.affords(forward, backward + first_back + more * later_back)
 
 
 class Triage(Protocol):

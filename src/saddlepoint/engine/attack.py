@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from saddlepoint.engine.problem import Problem
@@ -88,6 +89,11 @@ class Attack(ABC):
     def opening(self, classes: int) -> tuple[int, int]:
         """What the first step costs at most, where that is something else."""
         return self.cost(classes)
+
+    def next_cost(self, state: State, k: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+        """Forward and backward passes that each sample's next step makes at most, after k (B,) steps: (B,) each, on the CPU."""
+        forward, backward = (torch.where(k == 0, *each) for each in zip(self.opening(classes), self.cost(classes), strict=True))
+        return forward, backward
 
     def done(self, state: State) -> Tensor | None:
         """Which samples (B,) need no further step, before `iterations`; None where that never happens."""

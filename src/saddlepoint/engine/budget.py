@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from saddlepoint.errors import InputError
 
 
@@ -25,3 +28,17 @@ class Budget:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"Budget({name}=...) must be positive; got {value}")
+
+    @property
+    def counts_passes(self) -> bool:
+        """Whether it matters how many passes a sample makes."""
+        return self.passes is not None or self.queries is not None
+
+    def covers(self, forward: Tensor, backward: Tensor) -> Tensor:
+        """Where so many passes (Q,) of a sample are within the limits, (Q,) bool."""
+        covered = torch.ones_like(forward, dtype=torch.bool)
+        if self.passes is not None:
+            covered &= forward + backward <= self.passes
+        if self.queries is not None:
+            covered &= forward <= self.queries
+        return covered

@@ -143,7 +143,8 @@ class Judge(Evaluator):
     def best(self) -> Found:
         best = self.slots.best
         distance = self.slots.region.distance(best.points)
-        return Found(best.points, torch.where(best.success, distance, torch.full_like(distance, torch.inf)), best.success)
+        away = torch.where(best.success, distance, torch.full_like(distance, torch.inf))
+        return Found(best.points, away, best.success, best.margin - self.recorder.tau)
 
     def _in_chunks(
         self, points: Tensor, owner: Tensor | None, run: Callable[[Tensor, Tensor | None, slice, bool], Gradient]
@@ -229,24 +230,17 @@ class Judge(Evaluator):
         owner = which.nonzero()[:, 0] if rows is None else rows[which]
         counter += torch.bincount(owner.cpu(), minlength=len(counter))
 
-    def remaining(self) -> Tensor:
-        if self.budget.passes is None:
-            return torch.full_like(self.slots.forward, torch.iinfo(torch.int64).max)
-        return self.budget.passes - self.slots.forward - self.slots.backward
+    def affords(self, owner: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
+        more = self.draws * forward, self.draws * backward
+        return self.budget.covers(self.slots.forward[owner] + more[0], self.slots.backward[owner] + more[1])
 
     def allow(self, owner: Tensor, wanted_backward: bool, kept_back: int = 0) -> Tensor:
-        if self.budget.passes is None and self.budget.queries is None:
+        if not self.budget.counts_passes:
             return torch.ones_like(owner, dtype=torch.bool)
         cpu = owner.cpu()
         order = cpu.argsort(stable=True)
         counts = torch.bincount(cpu, minlength=len(self.slots))
         first = counts.cumsum(0) - counts
         earlier = torch.empty_like(cpu).scatter_(0, order, torch.arange(len(cpu)) - first[cpu[order]])
-        ask = self.draws * (earlier + 1 + kept_back)
-        forward, backward = self.slots.forward[cpu] + ask, self.slots.backward[cpu] + ask * wanted_backward
-        granted = torch.ones_like(cpu, dtype=torch.bool)
-        if self.budget.passes is not None:
-            granted &= forward + backward <= self.budget.passes
-        if self.budget.queries is not None:
-            granted &= forward <= self.budget.queries
-        return granted.to(owner.device)
+        asked = earlier + 1 + kept_back
+        return self.affords(cpu, asked, asked * wanted_backward).to(owner.device)

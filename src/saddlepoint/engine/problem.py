@@ -40,6 +40,12 @@ class Found(NamedTuple):
     points: Tensor
     distance: Tensor  # float64, infinite where there is no success
     success: Tensor  # bool
+    surplus: Tensor  # float64, the goal's margin less what success needs
+
+
+def _verdict(surplus: Tensor) -> Tensor:
+    """What labels tell of a surplus: 1 for a success, else -1."""
+    return torch.where(surplus >= 0, 1.0, -1.0).to(surplus.dtype)
 
 
 class Answers(NamedTuple):
@@ -104,8 +110,8 @@ class Evaluator(ABC):
         """Which of the rows `owner` (Q,) fit into their samples' budgets less what is kept back, (Q,) bool."""
 
     @abstractmethod
-    def remaining(self) -> Tensor:
-        """Passes that each sample may still make, (B,) int64."""
+    def affords(self, owner: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
+        """Which of the rows `owner` (Q,) can make so many passes more; all on the CPU, (Q,) each."""
 
     @abstractmethod
     def best(self) -> Found:
@@ -146,9 +152,8 @@ class _Part(Evaluator):
     def allow(self, owner: Tensor, wanted_backward: bool, kept_back: int = 0) -> Tensor:
         return self.whole.allow(self.index[owner], wanted_backward, kept_back)
 
-    def remaining(self) -> Tensor:
-        remaining = self.whole.remaining()
-        return remaining[self.index.to(remaining.device)]
+    def affords(self, owner: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
+        return self.whole.affords(self.index.cpu()[owner], forward, backward)
 
     def best(self) -> Found:
         return Found(*(column[self.index] for column in self.whole.best()))
@@ -219,7 +224,7 @@ class Problem:
         answered = torch.zeros_like(asked).flatten().index_fill(0, place, True)
         surplus = self.surplus(logits, owner)
         if self.access <= Access.LABELS:
-            surplus = torch.where(surplus >= 0, 1.0, -1.0).to(surplus.dtype)
+            surplus = _verdict(surplus)
         scattered = surplus.new_full((len(answered),), -torch.inf).index_copy(0, place, surplus)
         shown = None
         if self.access > Access.LABELS:
@@ -320,15 +325,15 @@ class Problem:
         """Which of the rows `owner` (Q,) their samples can still pay for, first come first served: (Q,) bool."""
         return self.evaluator.allow(owner, backward)
 
-    @property
-    def remaining(self) -> Tensor:
-        """Passes that each sample may still make, (B,) int64."""
-        return self.evaluator.remaining()
+    def affords(self, forward: Tensor, backward: Tensor) -> Tensor:
+        """Which samples' budgets pay for so many passes more, (B,) each, on the CPU. No pass."""
+        return self.evaluator.affords(torch.arange(len(forward)), forward, backward)
 
     @property
     def best(self) -> Found:
         """What the run would return for each sample now; with keep="smallest" the smallest success so far."""
-        return self.evaluator.best()
+        found = self.evaluator.best()
+        return found if self.access > Access.LABELS else found._replace(surplus=_verdict(found.surplus))
 
     def within(self, eps: Tensor) -> Problem:
         """The same problem in balls of radius eps (B,), where those are smaller. Points outside still count as found."""

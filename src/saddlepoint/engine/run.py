@@ -229,16 +229,12 @@ class Run:
         over = self._ended(slots)
         if time.perf_counter() > self._deadline:
             return torch.ones_like(slots.settled)
-        if self.budget.passes is None and self.budget.queries is None:  # as usual: what a step costs doesn't matter
+        if not self.budget.counts_passes:  # as usual: what a step costs doesn't matter
             return over.to(slots.settled.device)
-        classes = self._probe.num_classes
-        costs = zip(self.attack.opening(classes), self.attack.cost(classes), strict=True)
-        forward, backward = (self._draws * torch.where(slots.k == 0, first, later) for first, later in costs)
+        costs = self.attack.next_cost(slots.state, slots.k, self._probe.num_classes)
+        forward, backward = (self._draws * each for each in costs)
         last = self._draws * self._must_look(slots.k + 1)
-        if self.budget.passes is not None:
-            over |= slots.forward + slots.backward + forward + backward + last > self.budget.passes
-        if self.budget.queries is not None:
-            over |= slots.forward + forward + last > self.budget.queries
+        over |= ~self.budget.covers(slots.forward + forward + last, slots.backward + backward)
         return over.to(slots.settled.device)
 
     def _must_look(self, k: Tensor) -> Tensor:
