@@ -286,8 +286,8 @@ def test_many_passes_are_spent_on_new_beginnings(norm: str) -> None:
             return torch.cat([torch.zeros_like(margin), margin], 1)
 
     model = sp.Model(Doors())
-    x = 0.1 + 0.1 * torch.rand(3, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    y = torch.zeros(3, dtype=torch.int64)
+    x = 0.1 + 0.1 * torch.rand(20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = torch.zeros(20, dtype=torch.int64)
     budget = sp.Budget(passes=620)
     walks = sp.attack(model, x, y, A.DualAveraging(steps=310), sp.Minimize(norm), budget=budget)
     whole = sp.attack(model, x, y, "minimal", sp.Minimize(norm), budget=budget)
