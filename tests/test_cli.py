@@ -256,7 +256,7 @@ def test_minimal_is_fitted_to_the_norm_and_the_passes(here, capsys):
     words = ["attack", "Minimal", "--model", "net.py:model", "--norm", "l2", "--eps", "1", "--passes", "100", "--samples", "30"]
     assert call(capsys, *words, "--out", "out")[0] == 0
     saved = sp.AttackResult.load(here / "out" / "result")
-    assert saved.config["attack"]["name"] == "Fork"
+    assert saved.config["attack"]["name"] == "Finally"
     assert inputs.attack("minimal", sp.Norm.L2, 100) == sp.attacks.minimal("l2", 100)
     assert bool((saved.queries.total <= 100).all())
     assert bool((saved.distance[saved.success] <= 1).all())

@@ -19,7 +19,7 @@ from saddlepoint.taxonomy import Norm
 from saddlepoint.threats import L2
 from saddlepoint.trees import put, rows, select, take
 
-MASKED, CURVED = 0, 1  # what the gradient at the input may turn out to be, as numbers of a `Fork`'s branches
+CURVED, MASKED = 0, 1  # what the gradient at the input may turn out to be, as numbers of a `Fork`'s branches
 _OPEN = -1
 _STREAK = 2  # so many iterations in a row on one side of the boundary are no reason to hurry
 
@@ -132,7 +132,8 @@ class DualAveraging(Stepping):
         return state.verdict != _OPEN
 
     def opening(self, classes: int) -> tuple[int, int]:
-        return 1, max(1, min(self.classes, classes - 1))
+        asks = 1 if self.hand_over is None else 2  # gradients of a later walk
+        return asks, max(asks, min(self.classes, classes - 1))
 
     def current(self, state: Search) -> Tensor:
         return state.walk.x
@@ -188,10 +189,15 @@ class DualAveraging(Stepping):
 
     def _go_on(self, problem: Problem, state: Search) -> Search:
         """Set out from beyond the best point that an earlier attack has found."""
-        gradient = problem.loss_and_grad(state.top.x, "margin").gradient
-        top = replace(state.top, gradient=gradient)
+        top, verdict = state.top, state.verdict
+        if self.hand_over is not None:
+            found = problem.loss_and_grad(problem.origin, "margin")
+            move = problem.region.reach(found.gradient, -problem.surplus(found.logits), problem.origin)
+            promised = problem.region.threat.distance(move, torch.zeros_like(move))
+            verdict = torch.where(top.best > self.hand_over * promised, CURVED, verdict)
+        top = replace(top, gradient=problem.loss_and_grad(top.x, "margin").gradient)
         push = torch.full_like(top.best, self.pushes[0])
-        return replace(state, walk=self._beyond(problem, top, push), top=top)
+        return replace(state, walk=self._beyond(problem, top, push), top=top, verdict=verdict)
 
     def _set_out(self, problem: Problem, gradient: Tensor, gap: Tensor) -> Walk:
         """To the extreme point where the margin, linearised at the input, vanishes."""

@@ -26,6 +26,8 @@ _MANY = 300  # steps, from which on more classes are tried, and searches begin m
 _MISLED = {Norm.L0: 2.0, Norm.L1: 2.0, Norm.L2: 4.0}
 _PATIENCE = {Norm.L0: 3, Norm.L1: 5, Norm.L2: 4}  # steps until this is asked
 _MISLED_LONG = 1.5  # the same with many steps, which are enough for both
+_ASTRAY = 1.2  # how many times as far as the linearised boundary may be what a search from afar finds
+_TO_BEGIN = 6  # steps: what such a search needs for its way to the boundary
 
 
 def minimal(norm: Norm | str, passes: int = PASSES) -> Attack:
@@ -63,32 +65,46 @@ def minimal(norm: Norm | str, passes: int = PASSES) -> Attack:
         return Finally(walks if many else replace(walks, averaging=0.1), Trim(steps=3))
     asked = walks if many else replace(walks, patience=_PATIENCE[norm])
     asked = replace(asked, hand_over=_MISLED_LONG if many else _MISLED[norm])
-    masked = _from_afar(norm, walks, steps - asked.patience, many)
+    curved = _where_curved(norm, walks, steps, many)
+    masked = _where_masked(norm, walks, steps - asked.patience, many)
+    last = {Norm.L0: Trim(steps=16 if many else 12), Norm.L1: Trim(steps=5, cut=0.03), Norm.L2: Trim(steps=3)}[norm]
+    return Finally(Fork(asked, curved, masked), last)
+
+
+def _where_curved(norm: Norm, walks: DualAveraging, steps: int, many: bool) -> Attack:
+    """Where the margin gains far less than its gradient at the input promises: smaller steps."""
     match norm:
         case Norm.L0:
-            return Finally(Fork(asked, masked, FMN(steps=steps)), Trim(steps=16 if many else 12))
+            return FMN(steps=steps)
         case Norm.L1:
-            return Finally(Fork(asked, masked, FMN(steps=steps, alpha_init=0.3)), Trim(steps=5, cut=0.03))
-    curved = replace(walks, classes=1, again=70 if many else 40, pushes=(1.0, 2.0))
-    return Finally(Fork(asked, masked, curved), Trim(steps=3))
+            return FMN(steps=steps, alpha_init=0.3)
+    return replace(walks, classes=1, again=70 if many else 40, pushes=(1.0, 2.0))
 
 
-def _from_afar(norm: Norm, walks: DualAveraging, steps: int, many: bool) -> Attack:
+def _where_masked(norm: Norm, walks: DualAveraging, steps: int, many: bool) -> Attack:
     """Where the gradient at the input misleads: searches that begin far from it, then walks on from the best point.
 
     Such networks have many local minima; with many steps it pays to search anew from noise, and to push walks by many lengths.
     """
-    on = replace(walks, steps=steps, classes=1, pushes=(1.0, 2.0, 0.5, 4.0, 1.5, 3.0))  # no class is to be ranked any more
+    search: tuple[Attack, ...]
     if norm is Norm.L0:
         if many:
-            return Sequence(SigmaZero(steps=60), PDPGD(steps=steps // 2), Trim(steps=16), replace(on, again=25))
-        return Sequence(SigmaZero(steps=steps * 3 // 5), Trim(steps=8), replace(on, again=20))
-    if not many:
-        return Sequence(BrendelBethge(steps=min(100, steps * 3 // 7), fresh=True), replace(on, again=40))
-    from_noise = BrendelBethge(steps=40, start="noise", fresh=True)
-    if norm is Norm.L1:
-        return Sequence(Restarts(from_noise, steps // 60), replace(on, again=70))
-    return Sequence(Restarts(from_noise, steps // 80), replace(on, again=40))
+            search, spent = (SigmaZero(steps=60), PDPGD(steps=steps // 2), Trim(steps=16)), 60 + steps // 2 + 8
+        else:
+            search, spent = (SigmaZero(steps=steps * 3 // 5), Trim(steps=8)), steps * 3 // 5 + 4
+    elif many:
+        times = steps // (60 if norm is Norm.L1 else 80)
+        search, spent = (Restarts(BrendelBethge(steps=40, start="noise", fresh=True), times),), times * (40 + _TO_BEGIN)
+    else:
+        following = min(100, steps * 3 // 7)
+        search, spent = (BrendelBethge(steps=following, fresh=True),), following + _TO_BEGIN
+    left = max(1, steps - spent)
+    again = {Norm.L0: 25 if many else 20, Norm.L1: 70 if many else 40, Norm.L2: 40}[norm]
+    # no class is to be ranked any more
+    on = replace(walks, steps=left, classes=1, again=again, pushes=(1.0, 2.0, 0.5, 4.0, 1.5, 3.0))
+    if norm is not Norm.L1:
+        return Sequence(*search, on)
+    return Sequence(*search, Fork(replace(on, hand_over=_ASTRAY), _where_curved(norm, walks, left, many)))
 
 
 def for_budget(norm: Norm, budget: Budget | None) -> Attack:

@@ -68,7 +68,7 @@ class Trim(Attack):
 
     >>> import saddlepoint as sp
     >>> sp.attacks.Finally("fmn", sp.attacks.Trim(steps=8)).attacks[1]
-    Trim(steps=8)
+    Trim(steps=8, cut=0.01)
     """
 
     declaration = Declaration(

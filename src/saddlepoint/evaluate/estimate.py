@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saddlepoint.attacks import Fork, Restarts
+from saddlepoint.attacks import Finally, Fork, Restarts
 from saddlepoint.attacks import Sequence as Chain
 from saddlepoint.attacks.facade import attack as run_attack
 from saddlepoint.engine import Attack, Record
@@ -167,7 +167,7 @@ def _most(attack: Attack, classes: int) -> tuple[int, int]:
         case Restarts():
             forward, backward = _most(attack.attack, classes)
             return attack.times * forward, attack.times * backward
-        case Chain():
+        case Chain() | Finally():
             return _sum(_most(one, classes) for one in attack.attacks)
         case Fork():
             first, *branches = (_most(one, classes) for one in attack.attacks)
