@@ -267,7 +267,7 @@ def test_masked_gradients_are_handed_over() -> None:
     walks = A.DualAveraging(steps=60, hand_over=1.5)
     alone = sp.attack(model, x, y, walks, sp.Minimize("l2"))
     assert (alone.iterations < 60).all()
-    elsewhere = A.Fork(walks, A.BrendelBethge(steps=40, fresh=True), A.DDN())
+    elsewhere = A.Fork(walks, A.DDN(), A.BrendelBethge(steps=40, fresh=True))
     both = sp.attack(model, x, y, elsewhere, sp.Minimize("l2"))
     assert both.success.all()
     assert (both.distance <= alone.distance).all()
@@ -298,7 +298,7 @@ def test_many_passes_are_spent_on_new_beginnings(norm: str) -> None:
 
 def test_masked_gradients_in_l0() -> None:
     """Sigma-zero, with many passes another sparse attack, and walks from the best point, once it is trimmed."""
-    few, many = (A.minimal("l0", passes=passes).attacks[0].attacks[1] for passes in (200, 1000))
+    few, many = (A.minimal("l0", passes=passes).attacks[0].attacks[2] for passes in (200, 1000))
     assert [type(part) for part in few.attacks] == [A.SigmaZero, A.Trim, A.DualAveraging]
     assert [type(part) for part in many.attacks] == [A.SigmaZero, A.PDPGD, A.Trim, A.DualAveraging]
 
@@ -321,7 +321,7 @@ def test_curved_margins_are_told_from_masked_ones() -> None:
                 return torch.cat([torch.zeros_like(z), z], 1)
 
         walks = A.DualAveraging(steps=30, hand_over=1.5)
-        fork = A.Fork(walks, A.DDN(steps=100), A.DDN(steps=200))
+        fork = A.Fork(walks, A.DDN(steps=200), A.DDN(steps=100))
         found[name] = int(sp.attack(sp.Model(Bent()), x, y, fork, sp.Minimize("l2")).iterations)
     assert found["linear"] == 30
     assert 100 < found["masked"] < 130

@@ -146,11 +146,54 @@ def test_a_step_is_a_forward_pass(mlp: nn.Module, samples: Samples) -> None:
 
 def test_without_a_success_there_is_nothing_to_do(mlp: nn.Module, samples: Samples) -> None:
     x, y = samples
-    for start in (None, x + 1e-4):
-        result = sp.attack(sp.Model(mlp), x, y, A.Trim(), sp.Minimize("l2"), start=start)
-        assert not result.having("fooled").any()
-        survived = result.having("survived")
-        assert (result.iterations[survived] == (0 if start is None else 1)).all()
+    result = sp.attack(sp.Model(mlp), x, y, A.Trim(), sp.Minimize("l2"), start=x + 1e-4)
+    assert not result.having("fooled").any()
+    assert (result.iterations[result.having("survived")] == 1).all()
+    for attack in (A.Trim(), A.Sequence(A.Trim(), A.FMN(steps=3))):
+        with pytest.raises(InputError, match="start"):
+            sp.attack(sp.Model(mlp), x, y, attack, sp.Minimize("l2"))
+    both = sp.attack(sp.Model(mlp), x, y, A.Sequence(A.Trim(), A.FMN(steps=20)), sp.Minimize("l2"), start=x + 1e-4)
+    assert both.having("fooled").any()
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
+def test_the_boundary_may_be_far_below(norm: str) -> None:
+    """What a cut leaves is 29 % after four successes."""
+    x, far = inputs()
+    near = smallest_shares(x, far, norm)
+    model = sp.Model(linear(torch.cat([torch.zeros_like(WEIGHT), WEIGHT]), torch.tensor([0.0, -1.0])), bounds=(-100, 100))
+    result = sp.attack(model, x, Y, A.Trim(steps=80), sp.Minimize(norm), start=x + 40 * (far - x))
+    change = 40 * change_at(x, far, near / 40, norm) if norm == "l2" else None
+    assert result.success.all()
+    margin = (result.adversarial @ WEIGHT[0] - 1).double()
+    assert (margin.abs() < 1e-4).all()
+    if change is not None:
+        length = torch.linalg.vector_norm(change.double(), dim=1)
+        torch.testing.assert_close(result.distance, length, rtol=2e-4, atol=1e-6)
+
+
+def test_training_loops_trim_too(mlp: nn.Module, samples: Samples) -> None:
+    """`perturb` keeps the nearest success for attacks that go on from it."""
+    x, y = samples
+    model, threat = sp.Model(mlp), sp.L2(2.0)
+    attack = A.Finally(A.FMN(steps=20), A.Trim(steps=5))
+    point = sp.perturb(mlp, x, y, attack, threat)
+    whole = sp.attack(model, x, y, attack, threat, keep="smallest")
+    fooled = whole.having("fooled")
+    assert fooled.sum() > 10
+    moved = torch.linalg.vector_norm((point - x).flatten(1).double(), dim=1)
+    torch.testing.assert_close(moved[fooled], whole.distance[fooled], rtol=1e-4, atol=1e-6)
+    for norm in (sp.Linf(0.3), sp.L2(2.0), sp.L1(10.0), sp.L0(10)):
+        point = sp.perturb(mlp, x, y, A.minimal(norm.norm, 100), norm)
+        fooled = sp.attack(model, x, y, A.minimal(norm.norm, 100), norm, keep="smallest").having("fooled")
+        assert fooled.sum() > 5
+        logits = model.logits(point)[fooled]
+        others = logits.scatter(1, y[fooled, None], -torch.inf).amax(1)
+        assert (others - logits.gather(1, y[fooled, None])[:, 0] > -1e-4).all(), "at the boundary, where rounding decides"
+    with pytest.raises(sp.CapabilityError, match="loss"):
+        sp.perturb(mlp, x, y, attack, threat, lambda logits, y: logits[:, 0])
+    with pytest.raises(InputError, match="Sequence"):
+        sp.perturb(mlp, x, y, A.Trim(), threat)
 
 
 def test_labels_tell_no_margins(mlp: nn.Module, samples: Samples) -> None:

@@ -442,6 +442,38 @@ def test_finally_keeps_back_what_the_last_attack_costs(limit: int, mlp: nn.Modul
     assert (free.distance < 0.999 * alone.distance)[both].any()
 
 
+def test_finally_goes_on_where_nothing_is_found(mlp: nn.Module, samples: Samples) -> None:
+    """A budget as small as what is kept back is the attack's where there is no point to go on from."""
+    model, threat = sp.Model(mlp), sp.Minimize("l2")
+    for limit in (7, 9, 13, 30):
+        budget = sp.Budget(passes=limit)
+        alone = sp.attack(model, *samples, A.FMN(steps=100), threat, budget=budget)
+        whole = sp.attack(model, *samples, A.Finally(A.FMN(steps=100), A.Trim(steps=8)), threat, budget=budget)
+        assert torch.equal(whole.having("fooled"), alone.having("fooled"))
+        assert int(whole.queries.total.max()) <= limit
+
+
+def test_what_is_kept_back_is_for_the_last(mlp: nn.Module, samples: Samples) -> None:
+    """All of its steps are made: with gradients of its own, in nests, after attacks that ask, and with draws."""
+    made: list[int] = []
+
+    class Count(A.DDN):  # type: ignore[misc]
+        def step(self, problem: Problem, state: object) -> object:
+            made.append(len(problem.labels))
+            return super().step(problem, state)
+
+    for attack, budget in (
+        (A.Finally(A.FMN(steps=99), Count(steps=4)), sp.Budget(passes=41)),
+        (A.Finally(A.Finally(A.FMN(steps=99), Count(steps=4)), A.Trim(steps=5)), sp.Budget(passes=60)),
+        (A.Finally(A.CGBA(), Count(steps=4)), sp.Budget(passes=200)),
+        (A.Finally(A.FMN(steps=99), Count(steps=4)), sp.Budget(queries=24)),
+    ):
+        made.clear()
+        result = sp.attack(sp.Model(mlp), *samples, attack, sp.Minimize("l2"), budget=budget)
+        assert result.having("fooled").sum() > 10
+        assert sum(made) == 4 * int(result.having("fooled").sum())
+
+
 def test_stages_spend_the_budget(mlp: nn.Module, samples: Samples) -> None:
     """What a stage's step costs is known while a sample is in it: the dearest stage doesn't end all of them."""
     dear = A.LinearClosedForm(steps=1)  # a forward and nine backward passes

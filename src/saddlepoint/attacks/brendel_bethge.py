@@ -330,6 +330,10 @@ class BrendelBethge(Attack):
     def randomized(self) -> bool:
         return self.start == "noise"
 
+    @property
+    def recalls(self) -> bool:
+        return True
+
     def init(self, problem: Problem) -> Follower:
         if problem.region.threat.norm is Norm.L0 and not bool(
             torch.isfinite(problem.region.upper - problem.region.lower).all()

@@ -93,7 +93,8 @@ class DualAveraging(Stepping):
     hand_over: after `patience` steps, or with its first walk, a sample gets a `verdict`: what did the margin gain on the way
     from the input, and what did its gradient there promise? If they differ by more than this factor, the sample leaves, and
     in a `Fork` another attack goes on with it. Far too little gained, on a way that promised enough: the margin is CURVED.
-    Otherwise the gradient is MASKED: what moves the margin does not show at the input.
+    Otherwise the gradient is MASKED: what moves the margin does not show at the input. Of a point that an earlier attack has
+    found it is asked with the first step whether it is further than the linearised boundary, by more than this factor: CURVED.
 
     Ours. The linear step on a ball is that of Frank & Wolfe (1956), averages of gradients are those of Nesterov (2009).
     """
@@ -134,6 +135,10 @@ class DualAveraging(Stepping):
     def opening(self, classes: int) -> tuple[int, int]:
         asks = 1 if self.hand_over is None else 2  # gradients of a later walk
         return asks, max(asks, min(self.classes, classes - 1))
+
+    @property
+    def recalls(self) -> bool:
+        return True
 
     def current(self, state: Search) -> Tensor:
         return state.walk.x

@@ -30,8 +30,8 @@ from saddlepoint.models.base import Classifier
 from saddlepoint.models.freeze import frozen
 from saddlepoint.rng import Keys
 from saddlepoint.taxonomy import Access, Norm
-from saddlepoint.threats import Bounds, Threat
-from saddlepoint.trees import take
+from saddlepoint.threats import Bounds, Region, Threat
+from saddlepoint.trees import select, take
 
 __all__ = ["Interrupted", "attack", "check_combination", "perturb"]
 
@@ -118,13 +118,18 @@ def attack(
     data = fingerprint(x, y) if isinstance(x, Tensor) else None
     if start is not None:
         _check_start(chosen, x, start)
+    elif chosen.needs_start:
+        raise InputError(f"{chosen} goes on from a point: give start, or put it last in a Sequence or in Finally")
     run = Run(model, chosen, threat, goal, keep, seed, budget, batch_size, progress, callback, data, start)
     return run(source, resume)
 
 
 def _check_start(attack: Attack, x: Tensor | Batches, start: Tensor) -> None:
     if not attack.takes_start:
-        raise CapabilityError(f"{attack} chooses where it begins by itself: leave start out, or take PGD, APGD or Square")
+        raise CapabilityError(
+            f"{attack} chooses where it begins by itself: leave start out, or take PGD, APGD, Square or Trim, alone or as the "
+            "first of a Sequence"
+        )
     if not isinstance(x, Tensor):
         raise InputError("start needs the inputs as one tensor, not a stream of batches")
     if not isinstance(start, Tensor) or start.shape != x.shape or start.dtype != x.dtype:
@@ -140,15 +145,17 @@ PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Plain(Evaluator):
-    """Evaluates for training loops: no bookkeeping."""
+    """Evaluates for training loops: no bookkeeping, but for the nearest success, if the attack looks at it."""
 
     def __init__(
-        self, net: Callable[[Tensor], Tensor], origin: Tensor, y: Tensor, goal: Goal, keys: Keys, loss: PerSampleLoss | None,
-        rejects: bool,
+        self, net: Callable[[Tensor], Tensor], region: Region, y: Tensor, goal: Goal, keys: Keys, loss: PerSampleLoss | None,
+        rejects: bool, recalls: bool,
     ) -> None:  # fmt: skip
-        self.net, self.origin, self.y, self.goal, self.keys, self.loss = net, origin, y, goal, keys, loss
-        self.rejects = rejects
+        self.net, self.region, self.y, self.goal, self.keys, self.loss = net, region, y, goal, keys, loss
+        self.rejects, self.recalls = rejects, recalls
         self._aim: Aim | None = None
+        nothing = torch.full_like(region.eps, torch.inf)
+        self._best = Found(region.origin, nothing, torch.zeros_like(nothing, dtype=torch.bool), -nothing)
 
     @property
     def aim(self) -> Aim:
@@ -174,7 +181,22 @@ class _Plain(Evaluator):
             logits = self.net(points)
         if self.loss is None:
             self._bind(logits)
+        self._remember(points, owner, logits)
         return logits
+
+    def _remember(self, points: Tensor, owner: Tensor | None, logits: Tensor) -> None:
+        """Keep each sample's nearest success, if the attack looks at it."""
+        if not self.recalls:
+            return
+        row = torch.arange(len(points), device=points.device) if owner is None else owner
+        points, region = points.detach(), take(self.region, row)
+        surplus, distance = take(self.aim, row).margin(logits.detach()).double(), region.distance(points)
+        distance = torch.where((surplus >= 0) & region.contains(points), distance, torch.inf)
+        nearest = self._best.distance.scatter_reduce(0, row, distance, "amin")
+        mine = (distance == nearest[row]).nonzero()[:, 0]  # of a sample's points
+        at = torch.zeros_like(self.y, dtype=torch.int64).index_copy(0, row[mine], mine)
+        new = take((points, distance, torch.isfinite(distance), surplus), at)
+        self._best = Found(*select(nearest < self._best.distance, new, tuple(self._best)))
 
     def gradient(self, points: Tensor, owner: Tensor | None, loss: str | Loss, aim: Aim | None) -> Gradient:
         with torch.enable_grad():
@@ -185,6 +207,7 @@ class _Plain(Evaluator):
             else:
                 bound = self._bind(logits)
                 values = loss_named(loss)(logits, self._of(aim if aim is not None else bound, owner))
+        self._remember(points, owner, logits)
         return Gradient(values.detach(), input_gradient(values, leaf), logits.detach())
 
     def jacobian(self, points: Tensor, owner: Tensor | None, weights: Weights) -> Jacobian:
@@ -194,6 +217,7 @@ class _Plain(Evaluator):
             aim = self._of(self._bind(logits), owner)
             chosen = weights if isinstance(weights, Tensor) else weights(logits.detach(), aim)
         each = chosen.to(logits.dtype).unbind(1)
+        self._remember(points, owner, logits)
         columns = [input_gradient(logits, leaf, one, again=index + 1 < len(each)) for index, one in enumerate(each)]
         return Jacobian(logits.detach(), torch.stack(columns, 1))
 
@@ -201,15 +225,14 @@ class _Plain(Evaluator):
     def _of(batch: T, owner: Tensor | None) -> T:
         return batch if owner is None else take(batch, owner)
 
-    def allow(self, owner: Tensor, wanted_backward: bool, kept_back: int = 0) -> Tensor:
+    def allow(self, owner: Tensor, wanted_backward: bool, kept_back: tuple[Tensor, Tensor] | None = None) -> Tensor:
         return torch.ones_like(owner, dtype=torch.bool)
 
     def affords(self, owner: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
         return torch.ones_like(owner, dtype=torch.bool)
 
     def best(self) -> Found:
-        nothing = torch.full((len(self.origin),), torch.inf, dtype=torch.float64, device=self.origin.device)
-        return Found(self.origin, nothing, torch.zeros_like(nothing, dtype=torch.bool), -nothing)
+        return self._best
 
 
 def perturb(
@@ -239,10 +262,14 @@ def perturb(
     """
     attack = as_attack(attack)
     goal = goal if goal is not None else attack.default_goal()
+    if attack.needs_start:
+        raise InputError(f"{attack} goes on from another attack's point: put it last in a Sequence")
     if loss is None:
         if y.is_floating_point() or y.dim() != 1:
             raise InputError("soft labels need a loss: perturb(..., loss=lambda logits, y: ...)")
         check_combination(attack, threat, goal)
+    elif attack.recalls:
+        raise CapabilityError(f"{attack} looks for the nearest success, which a loss of your own does not define")
     if mode not in ("eval", "train"):
         raise InputError(f'mode must be "eval" or "train"; got {mode!r}')
     modules: tuple[nn.Module, ...] = (net,) if isinstance(net, nn.Module) else ()
@@ -257,7 +284,8 @@ def perturb(
         if mode == "train":
             for module in modules:
                 module.train()
-        evaluator = _Plain(forward, region.origin, y, goal, keys, loss, isinstance(net, Classifier) and net.rejects)
+        rejects = isinstance(net, Classifier) and net.rejects
+        evaluator = _Plain(forward, region, y, goal, keys, loss, rejects, attack.recalls)
         k = torch.zeros(len(x), dtype=torch.int64)
         state = attack.init(Problem(region, y, k, keys, evaluator))
         for step in range(attack.iterations):

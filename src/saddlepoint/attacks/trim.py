@@ -15,7 +15,8 @@ from saddlepoint.taxonomy import Access, Norm
 from saddlepoint.threats import L0
 from saddlepoint.trees import select
 
-_CLOSE = 1e-6  # share of the way of which nothing more is to be gained
+_CLOSE = 1e-6  # what is left between a failure and the best point, as a share of the way: not worth a pass
+_MOST = 0.75  # the largest cut: the input itself is no success
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,11 @@ class Trim(Attack):
     In l1, l2 and l-infinity the point moves towards the input as the norm asks for: the largest change is cut by `cut` of
     itself, and by four times as much after each success. That is a cut of all changes alike in l2, of each by the same amount
     in l1, and of the largest ones in l-infinity. As soon as a cut fails, secants lead to the boundary; where nothing but
-    labels is to be seen, as by this attack alone, it is a bisection. In l0 one feature (or pixel) after another gets the
-    input's value again, the least changed first, and keeps it where the point stays adversarial.
+    labels is to be seen, as by this attack alone, it is a bisection. In l0 one feature (or pixel) after another is given
+    back the input's value, the least changed first. If the point stays adversarial, that is kept, else undone.
 
-    An attack spends its passes on a better direction. What is left on the way, or features that are not needed any more,
-    it finds with steps of two passes; here they cost one. The last of a `Sequence`, or `Finally`, is the place for it.
+    It is for the end of a search: other attacks make a forward and a backward pass to see whether a nearer point will do, and
+    here it is one. In `Finally` its passes are kept back; in a `Sequence` with a budget there may be none left for it.
 
     Ours. Bisection to the boundary is as old as decision-based attacks (Brendel et al. 2018, arXiv:1712.04248); dropping
     features one by one is the backward elimination of feature selection.
@@ -95,6 +96,14 @@ class Trim(Attack):
 
     @property
     def takes_start(self) -> bool:
+        return True
+
+    @property
+    def needs_start(self) -> bool:
+        return True
+
+    @property
+    def recalls(self) -> bool:
         return True
 
     @property
@@ -136,7 +145,7 @@ class Trim(Attack):
             failed = replace(state, needed=state.needed | is_unit, over=state.over | (state.unit < 0))
             return _drop(problem, select(success, replace(state, best=state.x), failed))
         more = torch.isfinite(state.worth) & torch.isinf(state.below)
-        cut = torch.where(more, (4 * state.cut).clamp(max=1.0), state.cut)
+        cut = torch.where(more, (4 * state.cut).clamp(max=_MOST), state.cut)
         nearer = replace(state, best=state.x, worth=surplus, low=state.low / state.at, cut=cut)
         stays = replace(state, low=state.at, below=surplus, over=state.over | torch.isinf(state.worth))
         return _shrink(problem, select(success, nearer, stays))

@@ -33,9 +33,16 @@ def _advance(attack: Attack, problem: Problem, inner: State, k: Tensor, run: Ten
 
 def _look(attack: Attack, problem: Problem, inner: State, which: Tensor) -> None:
     """Evaluate the last iterates of the runs that are over, unless their steps did."""
-    if attack.looks_last and not attack.judge and bool(which.any()):
+    which = which & attack.unseen(inner)
+    if bool(which.any()):
         owner = which.nonzero()[:, 0].to(problem.origin.device)
         problem.predictions(attack.current(inner)[owner], owner)
+
+
+def _with_look(attack: Attack, cost: tuple[int, int]) -> tuple[int, int]:
+    """The cost of a step that may be the attack's last, after which it is looked at where it ended."""
+    counted = isinstance(attack, _OfOne | _Staged)  # whose own steps may end with a look
+    return cost[0] + (attack.looks_last and not counted), cost[1]
 
 
 class _OfOne(Attack):
@@ -52,6 +59,10 @@ class _OfOne(Attack):
     @final
     def looks_last(self) -> bool:
         return self.attack.looks_last
+
+    @final
+    def unseen(self, state: State) -> Tensor | bool:
+        return self.attack.unseen(state.inner)
 
     @property
     @final
@@ -127,8 +138,15 @@ class Restarts(_OfOne):
         return self.attack.takes_start
 
     @property
+    def recalls(self) -> bool:
+        return self.attack.recalls
+
+    @property
     def randomized(self) -> bool:
         return True
+
+    def next_cost(self, state: Restarting, k: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+        return self.attack.next_cost(state.inner, state.k, classes)
 
     def init(self, problem: Problem) -> Restarting:
         zero = torch.zeros_like(problem.k)
@@ -153,11 +171,12 @@ class Restarts(_OfOne):
 
 @dataclass(frozen=True)
 class Sequential:
-    """Every stage's state, the stage that each sample is in and its iteration there, (B,) each."""
+    """Every stage's state, the stage that each sample is in, its iteration there, and whether that was its last, (B,) each."""
 
     inner: tuple[State, ...]
     stage: Tensor
     k: Tensor
+    over: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,13 +220,17 @@ class _Staged(Attack):
         """Whether stage `number` has to end before it is over, after k (B,) steps, (B,) on the CPU."""
         return torch.zeros_like(k, dtype=torch.bool)
 
+    def _leaves(self, problem: Problem, number: int) -> tuple[Tensor, Tensor] | None:
+        """Forward and backward passes that stage `number` has to leave to later ones, (B,) each on the CPU; None for none."""
+        return None
+
     def cost(self, classes: int) -> tuple[int, int]:
-        costs = [attack.cost(classes) for attack in self.attacks] + [attack.opening(classes) for attack in self.attacks[1:]]
-        return max(forward for forward, _ in costs) + 1, max(backward for _, backward in costs)
+        costs = [_with_look(attack, attack.cost(classes)) for attack in self.attacks]
+        costs += [_with_look(attack, attack.opening(classes)) for attack in self.attacks[1:]]
+        return max(forward for forward, _ in costs), max(backward for _, backward in costs)
 
     def opening(self, classes: int) -> tuple[int, int]:
-        forward, backward = self.attacks[0].opening(classes)
-        return forward + 1, backward  # the first step may be the stage's last
+        return _with_look(self.attacks[0], self.attacks[0].opening(classes))
 
     def next_cost(self, state: Sequential, k: Tensor, classes: int) -> tuple[Tensor, Tensor]:
         forward, backward = torch.zeros_like(k), torch.zeros_like(k)
@@ -216,9 +239,7 @@ class _Staged(Attack):
             if not bool(here.any()):
                 continue
             costs = attack.next_cost(inner, mine, classes)
-            ends = (mine + 1 >= _length(attack)) | (attack.done(inner) is not None)
-            looks = ends & attack.looks_last if number + 1 < len(self.attacks) else torch.zeros_like(ends)
-            forward, backward = torch.where(here, costs[0] + looks, forward), torch.where(here, costs[1], backward)
+            forward, backward = torch.where(here, costs[0], forward), torch.where(here, costs[1], backward)
         return forward, backward
 
     @property
@@ -230,8 +251,26 @@ class _Staged(Attack):
         return any(attack.randomized for attack in self.attacks)
 
     @property
+    def takes_start(self) -> bool:
+        return self.attacks[0].takes_start
+
+    @property
+    def needs_start(self) -> bool:
+        return self.attacks[0].needs_start
+
+    @property
+    def recalls(self) -> bool:
+        return any(attack.recalls for attack in self.attacks)
+
+    @property
     def looks_last(self) -> bool:
         return any(attack.looks_last for attack in self.attacks)
+
+    def unseen(self, state: Sequential) -> Tensor:
+        unseen = torch.zeros_like(state.over)
+        for number, attack in enumerate(self.attacks):
+            unseen |= (state.stage == number) & attack.unseen(state.inner[number])
+        return unseen
 
     @property
     def width(self) -> int:
@@ -247,12 +286,12 @@ class _Staged(Attack):
     def init(self, problem: Problem) -> Sequential:
         zero = torch.zeros_like(problem.k)
         inner = tuple(attack.init(problem.restarted(zero + stage, zero)) for stage, attack in enumerate(self.attacks))
-        return Sequential(inner, zero, zero)
+        return Sequential(inner, zero, zero, zero > 0)
 
     def step(self, problem: Problem, state: Sequential) -> Sequential:
-        inner, stage, k = list(state.inner), state.stage.clone(), state.k.clone()
+        inner, stage, k, ended = list(state.inner), state.stage.clone(), state.k.clone(), state.over.clone()
         for number, attack in enumerate(self.attacks):
-            here = (state.stage == number).nonzero()[:, 0]
+            here = ((state.stage == number) & ~state.over).nonzero()[:, 0]
             if not len(here):
                 continue
             rows = here.to(problem.origin.device)
@@ -261,19 +300,21 @@ class _Staged(Attack):
             entering = k[here] == 0
             if number and bool(entering.any()):  # now there are points to begin from
                 mine = select(entering, attack.init(part.restarted(run, k[here])), mine)
-            mine, over = _advance(attack, part, mine, k[here], run)
+            mine, over = _advance(attack, part.keeping_back(self._leaves(part, number)), mine, k[here], run)
             over |= self._must_end(part, number, mine, k[here] + 1)
             k[here] = torch.where(over, torch.zeros_like(over, dtype=torch.int64), k[here] + 1)
-            stage[here] = torch.where(over, torch.as_tensor(self._next(number, mine)).cpu(), stage[here])
+            following = torch.as_tensor(self._next(number, mine)).cpu()
+            ended[here] = over & (following >= len(self.attacks))
+            stage[here] = torch.where(over & ~ended[here], following, number)
             if attack.judge:
                 part.predictions(attack.current(mine))
-            elif number + 1 < len(self.attacks):
-                _look(attack, part, mine, over)
+            else:
+                _look(attack, part, mine, over & ~ended[here])
             inner[number] = put(inner[number], rows, mine)
-        return Sequential(tuple(inner), stage, k)
+        return Sequential(tuple(inner), stage, k, ended)
 
     def done(self, state: Sequential) -> Tensor:
-        return state.stage >= len(self.attacks)
+        return state.over
 
     def current(self, state: Sequential) -> Tensor:
         x = self.attacks[-1].current(state.inner[-1])
@@ -310,7 +351,10 @@ class Sequence(_Staged):
 @final
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Finally(_Staged):
-    """`attack` until it is over or the budget has left just what `last` costs, and then `last`.
+    """`attack` until it is over, or until it has found something and the budget has left just what `last` costs; then `last`.
+
+    So `last` is paid for where it has a point to go on from; elsewhere `attack` goes on to the budget's end. A limit of
+    seconds keeps nothing back.
 
     >>> import saddlepoint as sp
     >>> sp.attacks.Finally(sp.attacks.SigmaZero(steps=90), sp.attacks.Trim(steps=10)).iterations
@@ -327,15 +371,19 @@ class Finally(_Staged):
     def _next(self, number: int, inner: State) -> int:
         return number + 1
 
+    def _leaves(self, problem: Problem, number: int) -> tuple[Tensor, Tensor] | None:
+        last, found = self.attacks[1], problem.best.success.long().cpu()
+        if number or not bool(found.any()):
+            return None
+        classes = problem.aim.wanted.shape[1]
+        (forward, backward), (later, later_back), more = last.opening(classes), last.cost(classes), _length(last) - 1
+        return found * (forward + more * later + last.looks_last), found * (backward + more * later_back)
+
     def _must_end(self, problem: Problem, number: int, inner: State, k: Tensor) -> Tensor:
-        attack, last = self.attacks
         if number:
             return super()._must_end(problem, number, inner, k)
-        classes = problem.aim.wanted.shape[1]
-        forward, backward = attack.next_cost(inner, k, classes)
-        (first, first_back), (later, later_back), more = last.opening(classes), last.cost(classes), _length(last) - 1
-        forward = forward + first + more * later + attack.looks_last + last.looks_last
-        return ~problem.affords(forward, backward + first_back + more * later_back)
+        costs = self.attacks[0].next_cost(inner, k, problem.aim.wanted.shape[1])
+        return problem.best.success.cpu() & ~problem.keeping_back(self._leaves(problem, number)).affords(*costs)
 
 
 class Triage(Protocol):

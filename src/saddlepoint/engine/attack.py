@@ -91,7 +91,10 @@ class Attack(ABC):
         return self.cost(classes)
 
     def next_cost(self, state: State, k: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-        """Forward and backward passes that each sample's next step makes at most, after k (B,) steps: (B,) each, on the CPU."""
+        """Forward and backward passes of each sample's next step at most, after k (B,) steps: (B,) int64 each, on the CPU.
+
+        Of an attack that uses `Problem.ask`: at least, as with `cost`. A look at the last iterate is apart.
+        """
         forward, backward = (torch.where(k == 0, *each) for each in zip(self.opening(classes), self.cost(classes), strict=True))
         return forward, backward
 
@@ -110,6 +113,16 @@ class Attack(ABC):
         return False
 
     @property
+    def needs_start(self) -> bool:
+        """Whether it does nothing without a point to go on from: the caller's, or that of an earlier attack."""
+        return False
+
+    @property
+    def recalls(self) -> bool:
+        """Whether it looks at `problem.best`, so that training loops must keep it too."""
+        return False
+
+    @property
     def randomized(self) -> bool:
         """Whether another restart takes another way."""
         return not self.starts_at_origin
@@ -123,6 +136,10 @@ class Attack(ABC):
     def looks_last(self) -> bool:
         """Whether the engine shall evaluate the last iterate: not where every step has evaluated its own."""
         return True
+
+    def unseen(self, state: State) -> Tensor | bool:
+        """For which samples (B,), on the CPU, it shall do so now: attacks made of others say it for each sample."""
+        return self.looks_last and not self.judge
 
     @property
     def objective(self) -> str | Loss:

@@ -234,7 +234,7 @@ class Judge(Evaluator):
         more = self.draws * forward, self.draws * backward
         return self.budget.covers(self.slots.forward[owner] + more[0], self.slots.backward[owner] + more[1])
 
-    def allow(self, owner: Tensor, wanted_backward: bool, kept_back: int = 0) -> Tensor:
+    def allow(self, owner: Tensor, wanted_backward: bool, kept_back: tuple[Tensor, Tensor] | None = None) -> Tensor:
         if not self.budget.counts_passes:
             return torch.ones_like(owner, dtype=torch.bool)
         cpu = owner.cpu()
@@ -242,5 +242,6 @@ class Judge(Evaluator):
         counts = torch.bincount(cpu, minlength=len(self.slots))
         first = counts.cumsum(0) - counts
         earlier = torch.empty_like(cpu).scatter_(0, order, torch.arange(len(cpu)) - first[cpu[order]])
-        asked = earlier + 1 + kept_back
-        return self.affords(cpu, asked, asked * wanted_backward).to(owner.device)
+        asked = earlier + 1
+        forward, backward = (0, 0) if kept_back is None else kept_back
+        return self.affords(cpu, asked + forward, asked * wanted_backward + backward).to(owner.device)

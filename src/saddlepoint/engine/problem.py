@@ -106,8 +106,11 @@ class Evaluator(ABC):
         raise CapabilityError("attacks of other libraries run in sp.attack only, where passes are counted")
 
     @abstractmethod
-    def allow(self, owner: Tensor, wanted_backward: bool, kept_back: int = 0) -> Tensor:
-        """Which of the rows `owner` (Q,) fit into their samples' budgets less what is kept back, (Q,) bool."""
+    def allow(self, owner: Tensor, wanted_backward: bool, kept_back: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Which of the rows `owner` (Q,) fit into their samples' budgets, (Q,) bool.
+
+        kept_back: less so many forward and backward passes of the rows' samples, (Q,) each on the CPU.
+        """
 
     @abstractmethod
     def affords(self, owner: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
@@ -149,7 +152,7 @@ class _Part(Evaluator):
     def pullback(self, points: Tensor, owner: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         return self.whole.pullback(points, self._owner(owner))
 
-    def allow(self, owner: Tensor, wanted_backward: bool, kept_back: int = 0) -> Tensor:
+    def allow(self, owner: Tensor, wanted_backward: bool, kept_back: tuple[Tensor, Tensor] | None = None) -> Tensor:
         return self.whole.allow(self.index[owner], wanted_backward, kept_back)
 
     def affords(self, owner: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
@@ -169,7 +172,8 @@ class Problem:
     region: the feasible sets, with `origin` (B, ...) and `eps` (B,). k: each sample's iteration (B,) int64.
     needed: the margin that counts as success: the goal's confidence and the model's own numerical noise.
     start: where the caller wants the first run to begin (B, ...), in `init` only; None for the attack's own choice.
-    access: what the attack declared to need: it gets no more. kept_back: queries that `ask` leaves for the last look.
+    access: what the attack declared to need: it gets no more. kept_back: forward and backward passes of
+        each sample, (B,) each on the CPU, that are for others, such as the last look: `ask` leaves them, `affords` counts them.
     """
 
     region: Region
@@ -180,7 +184,7 @@ class Problem:
     needed: float = 0.0
     start: Tensor | None = None
     access: Access = Access.PARAMETERS
-    kept_back: int = 0
+    kept_back: tuple[Tensor, Tensor] | None = None
 
     @property
     def origin(self) -> Tensor:
@@ -217,7 +221,7 @@ class Problem:
         asked = torch.ones(points.shape[:2], dtype=torch.bool, device=points.device) if wanted is None else wanted
         place = asked.flatten().nonzero()[:, 0]
         owner = place // points.shape[1]
-        granted = self.evaluator.allow(owner, False, self.kept_back)
+        granted = self.evaluator.allow(owner, False, take(self.kept_back, owner))
         if not bool(granted.all()):
             place, owner = place[granted], owner[granted]
         logits = self.evaluator.forward(points.flatten(0, 1)[place], owner)
@@ -327,7 +331,16 @@ class Problem:
 
     def affords(self, forward: Tensor, backward: Tensor) -> Tensor:
         """Which samples' budgets pay for so many passes more, (B,) each, on the CPU. No pass."""
+        if self.kept_back is not None:
+            forward, backward = forward + self.kept_back[0], backward + self.kept_back[1]
         return self.evaluator.affords(torch.arange(len(forward)), forward, backward)
+
+    def keeping_back(self, more: tuple[Tensor, Tensor] | None) -> Problem:
+        """The same problem with so many forward and backward passes more, (B,) each on the CPU, that are for others."""
+        if more is None:
+            return self
+        forward, backward = (0, 0) if self.kept_back is None else self.kept_back
+        return replace(self, kept_back=(forward + more[0], backward + more[1]))
 
     @property
     def best(self) -> Found:
@@ -350,7 +363,8 @@ class Problem:
         part = _Part(self.evaluator, index)
         region, labels, keys = take((self.region, self.labels, self.keys), index)
         start = None if self.start is None else self.start[index]
-        return replace(self, region=region, labels=labels, k=self.k[index.cpu()], keys=keys, evaluator=part, start=start)
+        k, kept_back = take((self.k, self.kept_back), index)
+        return replace(self, region=region, labels=labels, k=k, keys=keys, evaluator=part, start=start, kept_back=kept_back)
 
     def restarted(self, restart: Tensor, k: Tensor) -> Problem:
         """The same problem with the random numbers of another restart (B,), at that restart's iteration k (B,)."""

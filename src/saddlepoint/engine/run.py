@@ -182,7 +182,8 @@ class Run:
     def _problem(self, slots: Slots, judge: Judge) -> Problem:
         needed = self.goal.confidence + self._recorder.tau
         access = self.attack.declaration.access
-        kept_back = int(self.attack.looks_last or self.attack.judge)
+        look = self._must_look(slots) + int(self.attack.judge)
+        kept_back = look, torch.zeros_like(look)
         return Problem(slots.region, slots.labels, slots.k, slots.keys, judge, needed, access=access, kept_back=kept_back)
 
     def _automatic(self, x: Tensor) -> int:
@@ -233,18 +234,18 @@ class Run:
             return over.to(slots.settled.device)
         costs = self.attack.next_cost(slots.state, slots.k, self._probe.num_classes)
         forward, backward = (self._draws * each for each in costs)
-        last = self._draws * self._must_look(slots.k + 1)
+        last = self._draws * self._must_look(slots)
         over |= ~self.budget.covers(slots.forward + forward + last, slots.backward + backward)
         return over.to(slots.settled.device)
 
-    def _must_look(self, k: Tensor) -> Tensor:
-        """Whether the iterate after k steps has not been evaluated yet, (B,)."""
-        return torch.full_like(k, int(self.attack.looks_last and not self.attack.judge))
+    def _must_look(self, slots: Slots) -> Tensor:
+        """1 where the present iterate has not been evaluated yet, (B,) int64 on the CPU, and 0 elsewhere."""
+        return torch.zeros_like(slots.k) + (0 if slots.state is None else self.attack.unseen(slots.state))
 
     def _look_at_last(self, judge: Judge) -> None:
         """Evaluate the last iterates where no step did and the budget allows it."""
         slots = judge.slots
-        look = ((self._must_look(slots.k) == 1) | (slots.k == 0)).to(slots.index.device)
+        look = ((self._must_look(slots) == 1) | (slots.k == 0)).to(slots.index.device)
         if time.perf_counter() > self._deadline:  # time is up, but everyone gets a clean prediction
             look &= slots.clean_prediction == UNRESOLVED
         owner = look.nonzero()[:, 0]
