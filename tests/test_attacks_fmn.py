@@ -328,6 +328,39 @@ def test_curved_margins_are_told_from_masked_ones() -> None:
     assert 200 < found["curved"] < 230
 
 
+@pytest.mark.parametrize("norm", ["l0", "l1", "l2", "linf"])
+def test_walks_without_a_success_settle(norm: str, mlp: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
+    """A class that has to lead by far: steps with the latest gradient alone go round in circles, and miss what others find."""
+    other = samples[1] != 3
+    x, y, goal = samples[0][other], samples[1][other], sp.Targeted(3, confidence=10.0)
+    budget = sp.Budget(passes=300)
+    whole, fmn = (
+        sp.attack(sp.Model(mlp), x, y, attack, sp.Minimize(norm), goal=goal, budget=budget)
+        for attack in ("minimal", A.FMN(steps=149))
+    )
+    assert fmn.having("fooled").all()
+    assert whole.having("fooled").double().mean() >= 0.9
+
+
+def test_what_an_earlier_attack_left_too_far_away_is_handed_over() -> None:
+    """Of a linear margin the boundary is where it is linearised: a point at twice that distance is not there."""
+    slope = torch.tensor([[0.6, -0.8]], dtype=torch.float64)
+
+    class Linear(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            z = x @ slope.T - 1
+            return torch.cat([torch.zeros_like(z), z], 1)
+
+    x, y = torch.zeros(4, 2, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+    start = torch.tensor([1.05, 2.0, 1.1, 5.0], dtype=torch.float64)[:, None] * slope
+    fork = A.Fork(A.DualAveraging(steps=5, hand_over=1.2), A.DDN(steps=50))
+    result = sp.attack(sp.Model(Linear(), bounds=None), x, y, A.Sequence(A.Trim(steps=1), fork), sp.Minimize("l2"), start=start)
+    assert result.iterations.tolist() == [6, 52, 6, 52]
+    assert (result.distance < 1.03).all()
+    # the walks' first step looks at the input and at the point
+    assert result.queries.backward.tolist() == [6, 52, 6, 52]
+
+
 def test_walks_begin_beyond_what_an_earlier_attack_found(model: sp.Model) -> None:
     """In a sequence no class is ranked again: the first step costs one gradient, and nothing is lost."""
     x, y = torch.from_numpy(X), torch.from_numpy(Y)

@@ -82,7 +82,8 @@ class DualAveraging(Stepping):
 
     As long as the walk stays on one side of the boundary for more than three iterations, the radius's speed doubles with each
     further one, up to `gamma_init`: in masked networks the first success can be ten times too far away. Before its first
-    success a walk does not grow older, and with `hold` it doesn't after so many successes in a row.
+    success a walk does not grow older, and with `hold` it doesn't after so many successes in a row. If a walk ends and no point
+    is found yet, the next ones average with w_k = `averaging` from the middle on: w_k = 1 may lead around in a circle.
 
     The first step ranks the `classes` likeliest classes by the linearised distance to them. The first `targets` walks, of
     `explore` steps, lead to the nearest ones; one that is more than `slack` times as far as the best after `patience` steps
@@ -231,7 +232,8 @@ class DualAveraging(Stepping):
 
         last = torch.where(exploring, self.explore, self.again) - 1
         progress = state.j.double() / last
-        w = self.averaging**progress
+        lost = (state.number > 0) & ~torch.isfinite(top.best)
+        w = self.averaging ** torch.where(lost, 2 * (state.j + state.waited).double() / last, progress).clamp(max=1.0)
         gamma = self.gamma_init * (self.gamma_final / self.gamma_init) ** progress
         streak = torch.where(success, state.streak.clamp(min=0) + 1, state.streak.clamp(max=0) - 1)
         speed = 2.0 ** (streak.abs() - 1 - _STREAK).clamp(min=0).double()

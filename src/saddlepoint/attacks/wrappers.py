@@ -482,6 +482,10 @@ class Bisect(_OfOne):
         return 1
 
     @property
+    def recalls(self) -> bool:
+        return True
+
+    @property
     def starts_at_origin(self) -> bool:
         return True
 
