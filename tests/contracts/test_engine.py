@@ -497,6 +497,40 @@ def test_ask_keeps_budgets_to_the_query(queries: int, mlp: nn.Module, samples: S
     assert torch.equal(result.queries.forward[survived], wanted.clamp(max=queries)[survived])
 
 
+@pytest.mark.parametrize("draws", [1, 3])
+def test_affords_knows_what_each_sample_has_left(draws: int, mlp: nn.Module, samples: Samples) -> None:
+    """Of some samples of a batch too, with draws of a stochastic model, and without what is kept back."""
+    checked: list[int] = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Afford(Asking):
+        declaration = Declaration(summary="", reference="", access=sp.Access.GRADIENTS, no_oracle="a test")
+
+        def step(self, problem: Problem, state: Asked) -> Asked:
+            spends = problem.labels % 2 == 0  # the others keep what they have
+            rows = spends.nonzero()[:, 0]
+            problem.loss_and_grad(problem.origin[rows], "margin", owner=rows)
+            spent = draws * (1 + (problem.k + 1) * spends.long()), draws * (problem.k + 1) * spends.long()
+            some = torch.arange(len(spends)).flip(0)[::2]
+            one = torch.ones_like(problem.k)
+            for kept in (0, 1):
+                ahead = problem.keeping_back((one, one)) if kept else problem
+                for forward, backward in ((0, 0), (1, 0), (0, 1), (2, 3), (5, 5)):
+                    more = one * forward, one * backward
+                    fits = spent[0] + spent[1] + draws * (forward + backward + 2 * kept) <= 8 * draws
+                    assert ahead.affords(*more).tolist() == fits.tolist()
+                    assert ahead.only(some).affords(more[0][some], more[1][some]).tolist() == fits[some].tolist()
+                    checked.append(int(fits.sum()))
+            return state
+
+    wrong = mlp(samples[0]).argmax(1) != samples[1]
+    x, y = samples[0][~wrong], samples[1][~wrong]
+    model = sp.Model(mlp) if draws == 1 else sp.Defended(sp.Model(mlp), [GaussianNoise(1e-3)], draws=draws)
+    sp.attack(model, x, y, Afford(steps=2), sp.Linf(1e-4), budget=sp.Budget(passes=8 * draws))
+    assert 0 in checked
+    assert len(y) in checked
+
+
 def test_labels_only_means_verdicts_only(mlp: nn.Module, samples: Samples) -> None:
     seen: list[Any] = []
 
