@@ -27,9 +27,10 @@ from saddlepoint.progress import bar
 from saddlepoint.rng import Keys
 from saddlepoint.taxonomy import Status
 from saddlepoint.threats import Threat
-from saddlepoint.trees import select
+from saddlepoint.trees import select, take
 
 _VOTES = 11  # fresh draws by which a success against a random model is confirmed
+_OFTEN = 9  # how many of them have to agree where one claim follows another: by majority the luckiest would be kept
 # Inputs under attack at once, unless the caller says how many; a step's gradients may take eight times that.
 _SLOT_BYTES = {"cpu": 2**25, "cuda": 2**30}
 
@@ -120,7 +121,8 @@ class Run:
             differing = [key for key in self._config if _known(resume.config.get(key)) != _known(self._config[key])]
             if differing:
                 raise InputError(f"this run differs from the one to resume in: {', '.join(differing)}")
-        self._recorder = Recorder(self.keep, tau, loss_named(self.attack.objective))
+        upheld = self._upheld if probe.stochastic and self.keep == "smallest" else None
+        self._recorder = Recorder(self.keep, tau, loss_named(self.attack.objective), upheld)
         self._draws = self.model.draws if probe.stochastic else 1
         for name in ("passes", "queries"):
             limit = getattr(self.budget, name)
@@ -273,23 +275,35 @@ class Run:
         best, rows = slots.best, torch.arange(len(slots), device=slots.index.device)
         if not bool(slots.region.contains(best.points).all()):
             raise SaddlepointError(f"{self.attack} returned points outside its threat set: please report this")
-        judge, rounds = self._judge(slots), _VOTES if self._probe.stochastic else 1
-        with full_precision(self.model.device.type):
-            logits = torch.stack([judge.bare(best.points, rows) for _ in range(rounds)])
-        votes = torch.stack([beyond_confidence(slots.aim, each) > 0 for each in logits]).sum(0)
-        self.model.queries.forward += rounds * len(slots)
-        slots.verify += rounds
+        if self._recorder.upheld is not None:
+            return torch.ones_like(best.success)  # they were when they came
+        rounds = _VOTES if self._probe.stochastic else 1
+        votes, seen = self._vote(slots, best.points, rows, rounds)
         refuted = votes * 2 <= rounds
         if not bool(refuted.any()):
             return ~refuted
         self._unconfirmed += int(refuted.sum())
-        seen = logits.mean(0)
         margin = beyond_confidence(slots.aim, seen).double()
         worthless = torch.full_like(best.value, -torch.inf)
         told = replace(best, margin=margin, value=worthless, prediction=seen.argmax(1), success=~refuted)
         slots.best = select(refuted, told, best)
         slots.settled = slots.settled & ~refuted
         return ~refuted | self._over(slots) | self._recorder.decided(slots)
+
+    def _upheld(self, slots: Slots, points: Tensor, owner: Tensor) -> Tensor:
+        """Which claims at points (Q, ...) are no luck, (Q,) bool, before what was found gives way to them."""
+        upheld = self._vote(slots, points, owner, _VOTES)[0] >= _OFTEN
+        self._unconfirmed += int((~upheld).sum())
+        return upheld
+
+    def _vote(self, slots: Slots, points: Tensor, owner: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+        """How many of the bare model's predictions reach the goal at points (Q, ...), (Q,), and the mean logits (Q, C)."""
+        judge, aim = self._judge(slots), take(slots.aim, owner)
+        with full_precision(self.model.device.type):
+            logits = torch.stack([judge.bare(points, owner) for _ in range(rounds)])
+        self.model.queries.forward += rounds * len(points)
+        slots.verify += rounds * torch.bincount(owner.cpu(), minlength=len(slots))
+        return torch.stack([beyond_confidence(aim, each) > 0 for each in logits]).sum(0), logits.mean(0)
 
     def _leave(self, slots: Slots) -> AttackResult:
         best = slots.best

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -122,11 +123,13 @@ class Recorder:
     attack; the "last" iterate. Where "first" and "smallest" find no success, the largest margin is kept.
     tau: the margin that a success needs, beyond the goal's own confidence.
     objective: the attack's loss.
+    upheld: says of points (Q, ...) with their samples (Q,) which successes are no luck, (Q,) bool; None to believe all.
     """
 
     keep: Keep
     tau: float
     objective: Loss
+    upheld: Callable[[Slots, Tensor, Tensor], Tensor] | None = None
 
     def decided(self, slots: Slots) -> Tensor:
         """Which samples need no further step, (B,) bool."""
@@ -158,6 +161,9 @@ class Recorder:
             sound = torch.ones_like(slots.broken).index_put((owner[~sound],), torch.zeros_like(owner[~sound], dtype=torch.bool))
             candidate = _best_of_each_owner(candidate, owner, slots.best, earliest=self.keep == "first")
         better = self._better(candidate, slots.best)
+        claims = (better & candidate.success).nonzero()[:, 0]
+        if self.upheld is not None and len(claims):
+            better = better.index_copy(0, claims, self.upheld(slots, candidate.points[claims], claims))
         if bool(better.all()):
             slots.best = candidate
         elif bool(better.any()):
