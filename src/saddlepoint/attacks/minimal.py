@@ -102,8 +102,9 @@ def _where_masked(norm: Norm, walks: DualAveraging, steps: int, many: bool) -> A
     again = {Norm.L0: 25 if many else 20, Norm.L1: 70 if many else 40, Norm.L2: 40}[norm]
     # no class is to be ranked any more
     on = replace(walks, steps=left, classes=1, again=again, pushes=(1.0, 2.0, 0.5, 4.0, 1.5, 3.0))
-    if norm is not Norm.L1:
+    if many or norm is not Norm.L1:
         return Sequence(*search, on)
+    # a single search from afar may end in a poor place
     return Sequence(*search, Fork(replace(on, hand_over=_ASTRAY), _where_curved(norm, walks, left, many)))
 
 
