@@ -301,6 +301,9 @@ def test_the_smallest_success_is_not_the_luckiest(attack: str | A.Attack, norm: 
     assert (errs[fooled] >= 25).all()
     assert (errs[fooled] >= 45).double().mean() >= 0.7
     assert (result.queries.verify[fooled] % 11 == 0).all()
+    wrong = result.having("already_wrong")
+    assert wrong.any()
+    assert (result.queries.verify[wrong] == 0).all()
 
 
 @pytest.mark.parametrize("keep", ["first", "smallest"])

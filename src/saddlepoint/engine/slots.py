@@ -161,7 +161,7 @@ class Recorder:
             sound = torch.ones_like(slots.broken).index_put((owner[~sound],), torch.zeros_like(owner[~sound], dtype=torch.bool))
             candidate = _best_of_each_owner(candidate, owner, slots.best, earliest=self.keep == "first")
         better = self._better(candidate, slots.best)
-        claims = (better & candidate.success).nonzero()[:, 0]
+        claims = (better & candidate.success & ~slots.wrong).nonzero()[:, 0]
         if self.upheld is not None and len(claims):
             better = better.index_copy(0, claims, self.upheld(slots, candidate.points[claims], claims))
         if bool(better.all()):
