@@ -243,6 +243,7 @@ def test_bad_settings_are_refused() -> None:
     for cls, settings in (
         (A.DDN, {"steps": 0}), (A.FMN, {"alpha_init": 0}), (A.SigmaZero, {"sigma": -1.0}), (A.DualAveraging, {"slack": 0.5}),
         (A.DualAveraging, {"pushes": ()}), (A.DualAveraging, {"averaging": 0.0}), (A.DualAveraging, {"hand_over": 0.5}),
+        (A.DualAveraging, {"astray": 0.0}),
     ):  # fmt: skip
         with pytest.raises(sp.InputError):
             cls(**settings)
@@ -303,6 +304,17 @@ def test_masked_gradients_in_l0() -> None:
     assert [type(part) for part in many.attacks] == [A.SigmaZero, A.PDPGD, A.Trim, A.DualAveraging]
 
 
+def test_many_passes_in_l2_are_shared_with_another_search() -> None:
+    """Unless gradients are masked: a third each for walks, ALMA from the input, and walks from the better point of the two."""
+    few, many = (A.minimal("l2", passes=passes).attacks[0] for passes in (400, 1202))
+    assert few.otherwise is None
+    walks, later = many.attacks[0], many.otherwise
+    assert later.attacks[0].astray < 1
+    alma, on = later.attacks[1].attacks
+    assert (type(alma), type(on)) == (A.ALMA, A.DualAveraging)
+    assert [walks.iterations, alma.iterations, on.iterations] == [198, 199, 199]
+
+
 def test_curved_margins_are_told_from_masked_ones() -> None:
     """One network's margin saturates soon behind the input and goes on far away, another's is flat at first."""
     slope = torch.tensor([[1.0, 0.6, 0.3, 0.1]], dtype=torch.float64)
@@ -353,7 +365,7 @@ def test_what_an_earlier_attack_left_too_far_away_is_handed_over() -> None:
 
     x, y = torch.zeros(4, 2, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
     start = torch.tensor([1.05, 2.0, 1.1, 5.0], dtype=torch.float64)[:, None] * slope
-    fork = A.Fork(A.DualAveraging(steps=5, hand_over=1.2), A.DDN(steps=50))
+    fork = A.Fork(A.DualAveraging(steps=5, astray=1.2), A.DDN(steps=50))
     result = sp.attack(sp.Model(Linear(), bounds=None), x, y, A.Sequence(A.Trim(steps=1), fork), sp.Minimize("l2"), start=start)
     assert result.iterations.tolist() == [6, 52, 6, 52]
     assert (result.distance < 1.03).all()

@@ -37,6 +37,7 @@ ROUNDS = (  # wrapped attacks, and what they are asked for
     (Sequence(A.UniformNoise(), A.Restarts(A.PGD(steps=2), 3), A.FGSM()), sp.Linf(0.05), None),
     (A.Fork(A.DualAveraging(steps=12, hand_over=1.0), A.DDN(steps=4), A.FMN(steps=6)), sp.Minimize("l2"), None),
     (A.Fork(A.DualAveraging(steps=12, hand_over=1.1), Sequence(A.FMN(steps=2), A.FMN(steps=4))), sp.Minimize("l1"), None),
+    (A.Fork(A.DualAveraging(steps=12, hand_over=1.1), A.DDN(steps=4), otherwise=A.FMN(steps=6)), sp.Minimize("l2"), None),
     (Sequence(A.FMN(steps=3), A.DualAveraging(steps=12, again=5)), sp.Minimize("linf"), None),
     (A.Finally(A.FMN(steps=5), A.Trim(steps=4)), sp.Minimize("l1"), None),
     (A.Finally(Sequence(A.FMN(steps=4), A.Trim(steps=3), A.FMN(steps=3)), A.Trim(steps=3)), sp.Minimize("l0"), None),
@@ -413,6 +414,10 @@ def test_a_fork_sends_each_sample_to_its_branch(mlp: nn.Module, samples: Samples
     steps = torch.tensor([1, 4, 8])[y % 3]
     assert len(set(steps[~wrong].tolist())) == 3
     assert torch.equal(result.iterations[~wrong], steps[~wrong])
+    others = A.Fork(Tell(), A.BIM(steps=3), A.BIM(steps=7), otherwise=A.BIM(steps=5))
+    assert others.iterations == 8
+    steps = torch.tensor([6, 4, 8])[y % 3]
+    assert torch.equal(sp.attack(model, x, y, others, none).iterations[~wrong], steps[~wrong])
     with pytest.raises(InputError, match="branch"):
         A.Fork("dualaveraging")
     with pytest.raises(InputError, match="no verdict"):

@@ -94,8 +94,9 @@ class DualAveraging(Stepping):
     hand_over: after `patience` steps, or with its first walk, a sample gets a `verdict`: what did the margin gain on the way
     from the input, and what did its gradient there promise? If they differ by more than this factor, the sample leaves, and
     in a `Fork` another attack goes on with it. Far too little gained, on a way that promised enough: the margin is CURVED.
-    Otherwise the gradient is MASKED: what moves the margin does not show at the input. Of a point that an earlier attack has
-    found it is asked with the first step whether it is further than the linearised boundary, by more than this factor: CURVED.
+    Otherwise the gradient is MASKED: what moves the margin does not show at the input.
+    astray: if an earlier attack has found a point, the first step asks whether it is further from the input than this times
+    the linearised boundary; then the sample leaves, with the verdict CURVED.
 
     Ours. The linear step on a ball is that of Frank & Wolfe (1956), averages of gradients are those of Nesterov (2009).
     """
@@ -113,6 +114,7 @@ class DualAveraging(Stepping):
     slack: float = 1.1
     hold: int | None = None
     hand_over: float | None = None
+    astray: float | None = None
 
     def __post_init__(self) -> None:
         self._check_whole(steps=1, classes=1, targets=1, explore=2, again=2, patience=1)
@@ -123,6 +125,8 @@ class DualAveraging(Stepping):
                 raise InputError(f"{name} must lie in (0, 1]; got {getattr(self, name)}")
         if not (self.slack >= 1 and (self.hand_over is None or self.hand_over >= 1)):
             raise InputError(f"slack and hand_over must be at least 1; got {self.slack} and {self.hand_over}")
+        if self.astray is not None:
+            self._check_positive("astray")
         if not self.pushes or not all(push > 0 and math.isfinite(push) for push in self.pushes):
             raise InputError(f"pushes must be positive numbers; got {self.pushes}")
 
@@ -134,7 +138,7 @@ class DualAveraging(Stepping):
         return state.verdict != _OPEN
 
     def opening(self, classes: int) -> tuple[int, int]:
-        asks = 1 if self.hand_over is None else 2  # gradients of a later walk
+        asks = 1 if self.astray is None else 2  # gradients of a later walk
         return asks, max(asks, min(self.classes, classes - 1))
 
     @property
@@ -196,11 +200,11 @@ class DualAveraging(Stepping):
     def _go_on(self, problem: Problem, state: Search) -> Search:
         """Set out from beyond the best point that an earlier attack has found."""
         top, verdict = state.top, state.verdict
-        if self.hand_over is not None:
+        if self.astray is not None:
             found = problem.loss_and_grad(problem.origin, "margin")
             move = problem.region.reach(found.gradient, -problem.surplus(found.logits), problem.origin)
             promised = problem.region.threat.distance(move, torch.zeros_like(move))
-            verdict = torch.where(top.best > self.hand_over * promised, CURVED, verdict)
+            verdict = torch.where(top.best > self.astray * promised, CURVED, verdict)
         top = replace(top, gradient=problem.loss_and_grad(top.x, "margin").gradient)
         push = torch.full_like(top.best, self.pushes[0])
         return replace(state, walk=self._beyond(problem, top, push), top=top, verdict=verdict)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from saddlepoint.attacks.brendel_bethge import BrendelBethge
 from saddlepoint.attacks.dual import DualAveraging
 from saddlepoint.attacks.fmn import FMN, SigmaZero
-from saddlepoint.attacks.lagrangian import PDPGD
+from saddlepoint.attacks.lagrangian import ALMA, PDPGD
 from saddlepoint.attacks.normals import CGBA
 from saddlepoint.attacks.rays import RayS
 from saddlepoint.attacks.registry import as_attack
@@ -27,6 +27,7 @@ _MISLED = {Norm.L0: 2.0, Norm.L1: 2.0, Norm.L2: 4.0}
 _PATIENCE = {Norm.L0: 3, Norm.L1: 5, Norm.L2: 4}  # steps until this is asked
 _MISLED_LONG = 1.5  # the same with many steps, which are enough for both
 _ASTRAY = 1.2  # how many times as far as the linearised boundary may be what a search from afar finds
+_AS_LINEAR = 0.6  # the same, beyond which the gradient at the input is none that masks
 _TO_BEGIN = 6  # steps: what such a search needs for its way to the boundary
 
 
@@ -65,20 +66,30 @@ def minimal(norm: Norm | str, passes: int = PASSES) -> Attack:
         return Finally(walks if many else replace(walks, averaging=0.1), Trim(steps=3))
     asked = walks if many else replace(walks, patience=_PATIENCE[norm])
     asked = replace(asked, hand_over=_MISLED_LONG if many else _MISLED[norm])
-    curved = _where_curved(norm, walks, steps, many)
     masked = _where_masked(norm, walks, steps - asked.patience, many)
     last = {Norm.L0: Trim(steps=16 if many else 12), Norm.L1: Trim(steps=5, cut=0.03), Norm.L2: Trim(steps=3)}[norm]
-    return Finally(Fork(asked, curved, masked), last)
+    if not (many and norm is Norm.L2):
+        return Finally(Fork(asked, _where_curved(norm, walks, steps), masked), last)
+    asked, on = replace(asked, steps=steps // 3), _and_elsewhere(replace(walks, steps=steps - steps // 3, classes=1))
+    curved = Sequence(_where_curved(norm, walks, asked.steps - asked.patience), on)
+    return Finally(Fork(asked, curved, masked, otherwise=on), last)
 
 
-def _where_curved(norm: Norm, walks: DualAveraging, steps: int, many: bool) -> Attack:
+def _and_elsewhere(walks: DualAveraging) -> Attack:
+    """Walks on from the best point, which do not leave its place; so half of the steps are first for a search from the input.
+
+    Where gradients are masked, the walks have them all: such a search is misled, and another boundary is found sooner from
+    far away. Masked is what has its boundary far nearer than where it is linearised.
+    """
+    search = ALMA(steps=walks.steps // 2)
+    return Fork(replace(walks, astray=_AS_LINEAR), Sequence(search, replace(walks, steps=walks.steps - search.steps)))
+
+
+def _where_curved(norm: Norm, walks: DualAveraging, steps: int) -> Attack:
     """Where the margin gains far less than its gradient at the input promises: smaller steps."""
-    match norm:
-        case Norm.L0:
-            return FMN(steps=steps)
-        case Norm.L1:
-            return FMN(steps=steps, alpha_init=0.3)
-    return replace(walks, classes=1, again=70 if many else 40, pushes=(1.0, 2.0))
+    if norm is not Norm.L2:
+        return FMN(steps=steps)
+    return replace(walks, steps=steps, classes=1, again=max(walks.again, 40), pushes=(1.0, 2.0))
 
 
 def _where_masked(norm: Norm, walks: DualAveraging, steps: int, many: bool) -> Attack:
@@ -102,10 +113,12 @@ def _where_masked(norm: Norm, walks: DualAveraging, steps: int, many: bool) -> A
     again = {Norm.L0: 25 if many else 20, Norm.L1: 70 if many else 40, Norm.L2: 40}[norm]
     # no class is to be ranked any more
     on = replace(walks, steps=left, classes=1, again=again, pushes=(1.0, 2.0, 0.5, 4.0, 1.5, 3.0))
+    if many and norm is Norm.L2:
+        return Sequence(*search, _and_elsewhere(on))
     if many or norm is not Norm.L1:
         return Sequence(*search, on)
     # a single search from afar may end in a poor place
-    return Sequence(*search, Fork(replace(on, hand_over=_ASTRAY), _where_curved(norm, walks, left, many)))
+    return Sequence(*search, Fork(replace(on, astray=_ASTRAY), FMN(steps=left, alpha_init=0.3)))
 
 
 def for_budget(norm: Norm, budget: Budget | None) -> Attack:

@@ -294,8 +294,8 @@ class _Staged(Attack):
             here = ((state.stage == number) & ~state.over).nonzero()[:, 0]
             if not len(here):
                 continue
-            rows = here.to(problem.origin.device)
-            part, mine = problem.only(rows), take(inner[number], rows)
+            rows, everyone = here.to(problem.origin.device), len(here) == len(k)
+            part, mine = (problem, inner[number]) if everyone else (problem.only(rows), take(inner[number], rows))
             run = torch.full_like(k[here], number)
             entering = k[here] == 0
             if number and bool(entering.any()):  # now there are points to begin from
@@ -310,7 +310,7 @@ class _Staged(Attack):
                 part.predictions(attack.current(mine))
             else:
                 _look(attack, part, mine, over & ~ended[here])
-            inner[number] = put(inner[number], rows, mine)
+            inner[number] = mine if everyone else put(inner[number], rows, mine)
         return Sequential(tuple(inner), stage, k, ended)
 
     def done(self, state: Sequential) -> Tensor:
@@ -395,7 +395,9 @@ class Triage(Protocol):
 @final
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Fork(_Staged):
-    """The first attack says for each sample, by its `verdict`, which of the `branches` goes on with it, if any.
+    """The first attack says for each sample, by its `verdict`, which of the `branches` goes on with it.
+
+    otherwise: what goes on, once the first attack is over, with those about which it had nothing to say; None: nothing.
 
     >>> import saddlepoint as sp
     >>> walks = sp.attacks.DualAveraging(steps=50, hand_over=2.0)
@@ -403,7 +405,9 @@ class Fork(_Staged):
     90
     """
 
-    def __init__(self, first: Attack | str, *branches: Attack | str) -> None:
+    otherwise: Attack | None
+
+    def __init__(self, first: Attack | str, *branches: Attack | str, otherwise: Attack | str | None = None) -> None:
         first = as_attack(first)
         if not branches:
             raise InputError("Fork needs at least one branch")
@@ -411,7 +415,14 @@ class Fork(_Staged):
             raise InputError(
                 f"{type(first).__name__} has no verdict(state): a Fork needs a first attack that tells samples apart"
             )
-        super().__init__(first, *branches)
+        last = None if otherwise is None else as_attack(otherwise)
+        object.__setattr__(self, "otherwise", last)
+        super().__init__(first, *branches, *([] if last is None else [last]))
+
+    def __repr__(self) -> str:
+        if self.otherwise is None:
+            return super().__repr__()
+        return f"Fork({', '.join(map(repr, self.attacks[:-1]))}, otherwise={self.otherwise!r})"
 
     @property
     def iterations(self) -> int:
@@ -422,7 +433,7 @@ class Fork(_Staged):
         if number:
             return len(self.attacks)
         verdict = cast(Triage, self.attacks[0]).verdict(inner)
-        return torch.where(verdict < 0, len(self.attacks), verdict + 1)
+        return torch.where(verdict < 0, len(self.attacks) - (self.otherwise is not None), verdict + 1)
 
 
 @dataclass(frozen=True)
