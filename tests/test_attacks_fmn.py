@@ -315,6 +315,17 @@ def test_many_passes_in_l2_are_shared_with_another_search() -> None:
     assert [walks.iterations, alma.iterations, on.iterations] == [198, 199, 199]
 
 
+@pytest.mark.parametrize("passes", [200, 1000])
+@pytest.mark.parametrize("norm", ["l0", "l1"])
+def test_the_schedule_of_a_second_attack_ends_with_the_budget(norm: str, passes: int) -> None:
+    """FMN shrinks its steps to the last: what it is told is what the walks before and Trim leave."""
+    fork, trim = A.minimal(norm, passes=passes).attacks
+    walks, fmn, _ = fork.attacks
+    before = sum(walks.opening(10)) + 2 * (walks.patience - 1)
+    assert isinstance(fmn, A.FMN)
+    assert passes - 6 <= before + 2 * fmn.steps + trim.steps <= passes
+
+
 def test_curved_margins_are_told_from_masked_ones() -> None:
     """One network's margin saturates soon behind the input and goes on far away, another's is flat at first."""
     slope = torch.tensor([[1.0, 0.6, 0.3, 0.1]], dtype=torch.float64)

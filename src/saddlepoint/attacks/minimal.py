@@ -69,7 +69,8 @@ def minimal(norm: Norm | str, passes: int = PASSES) -> Attack:
     masked = _where_masked(norm, walks, steps - asked.patience, many)
     last = {Norm.L0: Trim(steps=16 if many else 12), Norm.L1: Trim(steps=5, cut=0.03), Norm.L2: Trim(steps=3)}[norm]
     if not (many and norm is Norm.L2):
-        return Finally(Fork(asked, _where_curved(norm, walks, steps), masked), last)
+        # what shrinks its steps on a schedule must come to its end
+        return Finally(Fork(asked, _where_curved(norm, walks, steps - asked.patience - (last.steps + 1) // 2), masked), last)
     asked, on = replace(asked, steps=steps // 3), _and_elsewhere(replace(walks, steps=steps - steps // 3, classes=1))
     curved = Sequence(_where_curved(norm, walks, asked.steps - asked.patience), on)
     return Finally(Fork(asked, curved, masked, otherwise=on), last)
