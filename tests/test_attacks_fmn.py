@@ -243,7 +243,7 @@ def test_bad_settings_are_refused() -> None:
     for cls, settings in (
         (A.DDN, {"steps": 0}), (A.FMN, {"alpha_init": 0}), (A.SigmaZero, {"sigma": -1.0}), (A.DualAveraging, {"slack": 0.5}),
         (A.DualAveraging, {"pushes": ()}), (A.DualAveraging, {"averaging": 0.0}), (A.DualAveraging, {"hand_over": 0.5}),
-        (A.DualAveraging, {"astray": 0.0}),
+        (A.DualAveraging, {"far": 0.0}),
     ):  # fmt: skip
         with pytest.raises(sp.InputError):
             cls(**settings)
@@ -309,7 +309,7 @@ def test_many_passes_in_l2_are_shared_with_another_search() -> None:
     few, many = (A.minimal("l2", passes=passes).attacks[0] for passes in (400, 1202))
     assert few.otherwise is None
     walks, later = many.attacks[0], many.otherwise
-    assert later.attacks[0].astray < 1
+    assert later.attacks[0].far < 1
     alma, on = later.attacks[1].attacks
     assert (type(alma), type(on)) == (A.ALMA, A.DualAveraging)
     assert [walks.iterations, alma.iterations, on.iterations] == [198, 199, 199]
@@ -376,12 +376,27 @@ def test_what_an_earlier_attack_left_too_far_away_is_handed_over() -> None:
 
     x, y = torch.zeros(4, 2, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
     start = torch.tensor([1.05, 2.0, 1.1, 5.0], dtype=torch.float64)[:, None] * slope
-    fork = A.Fork(A.DualAveraging(steps=5, astray=1.2), A.DDN(steps=50))
+    fork = A.Fork(A.DualAveraging(steps=5, far=1.2), A.DDN(steps=50))
     result = sp.attack(sp.Model(Linear(), bounds=None), x, y, A.Sequence(A.Trim(steps=1), fork), sp.Minimize("l2"), start=start)
     assert result.iterations.tolist() == [6, 52, 6, 52]
     assert (result.distance < 1.03).all()
     # the walks' first step looks at the input and at the point
     assert result.queries.backward.tolist() == [6, 52, 6, 52]
+
+
+def test_no_gradient_at_the_input_is_no_boundary_near_it() -> None:
+    """It is masked: what an attack from the input would need is not there."""
+
+    class Flat(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            z = torch.relu(x.sum(1, keepdim=True) - 0.5) - 0.5
+            return torch.cat([torch.zeros_like(z), z], 1)
+
+    x, y = torch.zeros(2, 2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    fork = A.Fork(A.DualAveraging(steps=5, far=1.2), A.DDN(steps=50))
+    start = torch.tensor([[0.9, 0.9], [0.3, 0.9]], dtype=torch.float64)
+    result = sp.attack(sp.Model(Flat()), x, y, A.Sequence(A.Trim(steps=1), fork), sp.Minimize("l2"), start=start)
+    assert result.iterations.tolist() == [6, 6]
 
 
 def test_walks_begin_beyond_what_an_earlier_attack_found(model: sp.Model) -> None:

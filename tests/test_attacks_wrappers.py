@@ -418,6 +418,9 @@ def test_a_fork_sends_each_sample_to_its_branch(mlp: nn.Module, samples: Samples
     assert others.iterations == 8
     steps = torch.tensor([6, 4, 8])[y % 3]
     assert torch.equal(sp.attack(model, x, y, others, none).iterations[~wrong], steps[~wrong])
+    one = A.Fork(Tell(), A.BIM(steps=3), otherwise=A.BIM(steps=5))  # without a second branch
+    steps = torch.tensor([6, 4, 6])[y % 3]
+    assert torch.equal(sp.attack(model, x, y, one, none).iterations[~wrong], steps[~wrong])
     with pytest.raises(InputError, match="branch"):
         A.Fork("dualaveraging")
     with pytest.raises(InputError, match="no verdict"):

@@ -20,6 +20,7 @@ from saddlepoint.threats import L2
 from saddlepoint.trees import put, rows, select, take
 
 CURVED, MASKED = 0, 1  # what the gradient at the input may turn out to be, as numbers of a `Fork`'s branches
+FAR = 0  # what a point that an earlier attack has found may be
 _OPEN = -1
 _STREAK = 2  # so many iterations in a row on one side of the boundary are no reason to hurry
 
@@ -95,8 +96,8 @@ class DualAveraging(Stepping):
     from the input, and what did its gradient there promise? If they differ by more than this factor, the sample leaves, and
     in a `Fork` another attack goes on with it. Far too little gained, on a way that promised enough: the margin is CURVED.
     Otherwise the gradient is MASKED: what moves the margin does not show at the input.
-    astray: if an earlier attack has found a point, the first step asks whether it is further from the input than this times
-    the linearised boundary; then the sample leaves, with the verdict CURVED.
+    far: asked instead where an earlier attack has found a point. If it is further from the input than `far` times the boundary
+    of the margin linearised there, the sample leaves after its first step, with the verdict FAR.
 
     Ours. The linear step on a ball is that of Frank & Wolfe (1956), averages of gradients are those of Nesterov (2009).
     """
@@ -114,7 +115,7 @@ class DualAveraging(Stepping):
     slack: float = 1.1
     hold: int | None = None
     hand_over: float | None = None
-    astray: float | None = None
+    far: float | None = None
 
     def __post_init__(self) -> None:
         self._check_whole(steps=1, classes=1, targets=1, explore=2, again=2, patience=1)
@@ -125,20 +126,20 @@ class DualAveraging(Stepping):
                 raise InputError(f"{name} must lie in (0, 1]; got {getattr(self, name)}")
         if not (self.slack >= 1 and (self.hand_over is None or self.hand_over >= 1)):
             raise InputError(f"slack and hand_over must be at least 1; got {self.slack} and {self.hand_over}")
-        if self.astray is not None:
-            self._check_positive("astray")
+        if self.far is not None:
+            self._check_positive("far")
         if not self.pushes or not all(push > 0 and math.isfinite(push) for push in self.pushes):
             raise InputError(f"pushes must be positive numbers; got {self.pushes}")
 
     def verdict(self, state: Search) -> Tensor:
-        """What the gradients at the input were found to be, (B,): MASKED, CURVED, or -1."""
+        """What was found out, (B,): CURVED, MASKED, FAR, or -1 for nothing."""
         return state.verdict
 
     def done(self, state: Search) -> Tensor:
         return state.verdict != _OPEN
 
     def opening(self, classes: int) -> tuple[int, int]:
-        asks = 1 if self.astray is None else 2  # gradients of a later walk
+        asks = 1 if self.far is None else 2  # gradients of a later walk
         return asks, max(asks, min(self.classes, classes - 1))
 
     @property
@@ -200,11 +201,11 @@ class DualAveraging(Stepping):
     def _go_on(self, problem: Problem, state: Search) -> Search:
         """Set out from beyond the best point that an earlier attack has found."""
         top, verdict = state.top, state.verdict
-        if self.astray is not None:
+        if self.far is not None:
             found = problem.loss_and_grad(problem.origin, "margin")
             move = problem.region.reach(found.gradient, -problem.surplus(found.logits), problem.origin)
             promised = problem.region.threat.distance(move, torch.zeros_like(move))
-            verdict = torch.where(top.best > self.astray * promised, CURVED, verdict)
+            verdict = torch.where((promised > 0) & (top.best > self.far * promised), FAR, verdict)  # 0: no gradient
         top = replace(top, gradient=problem.loss_and_grad(top.x, "margin").gradient)
         push = torch.full_like(top.best, self.pushes[0])
         return replace(state, walk=self._beyond(problem, top, push), top=top, verdict=verdict)

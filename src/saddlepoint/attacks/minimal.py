@@ -27,7 +27,7 @@ _MISLED = {Norm.L0: 2.0, Norm.L1: 2.0, Norm.L2: 4.0}
 _PATIENCE = {Norm.L0: 3, Norm.L1: 5, Norm.L2: 4}  # steps until this is asked
 _MISLED_LONG = 1.5  # the same with many steps, which are enough for both
 _ASTRAY = 1.2  # how many times as far as the linearised boundary may be what a search from afar finds
-_AS_LINEAR = 0.6  # the same, beyond which the gradient at the input is none that masks
+_AS_LINEAR = 0.6  # the same with many passes in l2: nearer points mean masked gradients
 _TO_BEGIN = 6  # steps: what such a search needs for its way to the boundary
 
 
@@ -67,23 +67,23 @@ def minimal(norm: Norm | str, passes: int = PASSES) -> Attack:
     asked = walks if many else replace(walks, patience=_PATIENCE[norm])
     asked = replace(asked, hand_over=_MISLED_LONG if many else _MISLED[norm])
     masked = _where_masked(norm, walks, steps - asked.patience, many)
+    if many and norm is Norm.L2:
+        first, later = steps // 3, _and_elsewhere(replace(walks, steps=steps - steps // 3))
+        curved = Sequence(_where_curved(norm, walks, first - asked.patience), later)
+        return Finally(Fork(replace(asked, steps=first), curved, masked, otherwise=later), Trim(steps=3))
     last = {Norm.L0: Trim(steps=16 if many else 12), Norm.L1: Trim(steps=5, cut=0.03), Norm.L2: Trim(steps=3)}[norm]
-    if not (many and norm is Norm.L2):
-        # what shrinks its steps on a schedule must come to its end
-        return Finally(Fork(asked, _where_curved(norm, walks, steps - asked.patience - (last.steps + 1) // 2), masked), last)
-    asked, on = replace(asked, steps=steps // 3), _and_elsewhere(replace(walks, steps=steps - steps // 3, classes=1))
-    curved = Sequence(_where_curved(norm, walks, asked.steps - asked.patience), on)
-    return Finally(Fork(asked, curved, masked, otherwise=on), last)
+    left = steps - asked.patience - (last.steps + 1) // 2  # what shrinks its steps on a schedule must come to its end
+    return Finally(Fork(asked, _where_curved(norm, walks, left), masked), last)
 
 
 def _and_elsewhere(walks: DualAveraging) -> Attack:
-    """Walks on from the best point, which do not leave its place; so half of the steps are first for a search from the input.
+    """Walks on from the best point. They don't leave its place, so half of the steps are first for a search from the input.
 
-    Where gradients are masked, the walks have them all: such a search is misled, and another boundary is found sooner from
-    far away. Masked is what has its boundary far nearer than where it is linearised.
+    Where gradients are masked, the walks have them all: the search would be misled. There, the boundary is much nearer than
+    where it is linearised.
     """
     search = ALMA(steps=walks.steps // 2)
-    return Fork(replace(walks, astray=_AS_LINEAR), Sequence(search, replace(walks, steps=walks.steps - search.steps)))
+    return Fork(replace(walks, far=_AS_LINEAR), Sequence(search, replace(walks, steps=walks.steps - search.steps)))
 
 
 def _where_curved(norm: Norm, walks: DualAveraging, steps: int) -> Attack:
@@ -118,8 +118,8 @@ def _where_masked(norm: Norm, walks: DualAveraging, steps: int, many: bool) -> A
         return Sequence(*search, _and_elsewhere(on))
     if many or norm is not Norm.L1:
         return Sequence(*search, on)
-    # a single search from afar may end in a poor place
-    return Sequence(*search, Fork(replace(on, astray=_ASTRAY), FMN(steps=left, alpha_init=0.3)))
+    # a single search from afar may end in a poor place; the few steps that are left to another are short ones
+    return Sequence(*search, Fork(replace(on, far=_ASTRAY), FMN(steps=left, alpha_init=0.3)))
 
 
 def for_budget(norm: Norm, budget: Budget | None) -> Attack:

@@ -397,7 +397,8 @@ class Triage(Protocol):
 class Fork(_Staged):
     """The first attack says for each sample, by its `verdict`, which of the `branches` goes on with it.
 
-    otherwise: what goes on, once the first attack is over, with those about which it had nothing to say; None: nothing.
+    otherwise: what goes on, once the first attack is over, with those whose verdict is no branch's number; None: nothing. It is
+    the last of `attacks`.
 
     >>> import saddlepoint as sp
     >>> walks = sp.attacks.DualAveraging(steps=50, hand_over=2.0)
@@ -433,7 +434,8 @@ class Fork(_Staged):
         if number:
             return len(self.attacks)
         verdict = cast(Triage, self.attacks[0]).verdict(inner)
-        return torch.where(verdict < 0, len(self.attacks) - (self.otherwise is not None), verdict + 1)
+        rest = len(self.attacks) - (self.otherwise is not None)
+        return torch.where((verdict < 0) | (verdict + 1 >= rest), rest, verdict + 1)
 
 
 @dataclass(frozen=True)
