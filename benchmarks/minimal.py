@@ -51,6 +51,7 @@ MODELS = (
 OURS = "saddlepoint"
 SLACK = 1e-6  # in input units: what is clamped to the box, and in l0 what counts as no change
 ROUNDING = 1e-5  # relative: medians that differ by less are equal
+RESAMPLES = 2000
 WITHIN = 1.01  # "as near as": at most 1 % further away
 
 Row = dict[str, Any]
@@ -249,6 +250,22 @@ def near(found: np.ndarray, others: np.ndarray) -> float:
     return float((found <= WITHIN * others).mean())
 
 
+def ratio(found: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
+    """Of the medians, and its 95 % interval (percentile bootstrap): the same samples are drawn of both, with replacement.
+
+    found, other: (seeds, samples). A median that is inf makes the ratio inf, 0 or, where both are, NaN.
+    """
+
+    def of_medians(drawn: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(np.median(found[:, drawn], (0, -1)) / np.median(other[:, drawn], (0, -1)))
+
+    count = found.shape[1]
+    resampled = of_medians(np.random.default_rng(0).integers(count, size=(RESAMPLES, count)))
+    low, high = np.quantile(resampled, [0.025, 0.975], method="inverted_cdf")  # no arithmetic with inf
+    return float(of_medians(np.arange(count))), float(low), float(high)
+
+
 def rows_of(store: Store, model: str, norm: str, passes: int, start: int, count: int, seeds: Sequence[int]) -> list[Row]:
     """The runs of one table: [who, attack, variant] with all seeds put together."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
@@ -315,7 +332,8 @@ def summary(store: Store, rows: list[Row], up_to: Sequence[list[Row]]) -> list[R
                     "attack": mine["attack"], "median": mine["median"],
                     "peers": "every step size" if steps else "default settings",
                     "best_peer": f"{first['who']} {first['attack']}" + (f", {first['variant']}" if steps else ""),
-                    "best_median": first["median"], "won": bool(mine["median"] <= first["median"] * (1 + ROUNDING)),
+                    "best_median": first["median"], "ratio": ratio(mine["found"], first["found"]),
+                    "won": bool(mine["median"] <= first["median"] * (1 + ROUNDING)),
                     "near": float(np.mean([near(f, same) for f in mine["found"]])),
                     "near_any": float(np.mean([near(f, any_budget) for f in mine["found"]])),
                 }
@@ -327,6 +345,10 @@ def number(value: float, norm: str) -> str:
     if not math.isfinite(value):
         return "-" if math.isnan(value) else "inf"
     return f"{value:.1f}" if norm == "l0" else f"{value:.4f}" if norm == "linf" else f"{value:.3f}"
+
+
+def interval(found: tuple[float, float, float]) -> str:
+    return f"{found[0]:.3f} ({found[1]:.3f} to {found[2]:.3f})"
 
 
 def show(rows: list[Row], lines: list[Row], norm: str, title: str) -> None:
@@ -349,14 +371,13 @@ def show(rows: list[Row], lines: list[Row], norm: str, title: str) -> None:
             )
             print(f" Clamped to it, its points would have the median {number(row['clamped'], norm)}.")
     if lines:
-        print(
-            "\n| ours | median | peers with | best peer | its median | no worse | within 1 % of all peers | up to this budget |"
-        )
-        print("| --- | ---: | --- | --- | ---: | --- | ---: | ---: |")
+        head = "ours | median | peers with | best peer | its median | ratio (95 %) | no worse | within 1 % of all peers"
+        print(f"\n| {head} | up to this budget |")
+        print("| --- | ---: | --- | --- | ---: | --- | --- | ---: | ---: |")
     for line in lines:
         print(
             f"| {line['attack']} | {number(line['median'], norm)} | {line['peers']} | {line['best_peer']}"
-            f" | {number(line['best_median'], norm)} | {'yes' if line['won'] else 'no'}"
+            f" | {number(line['best_median'], norm)} | {interval(line['ratio'])} | {'yes' if line['won'] else 'no'}"
             f" | {line['near']:.0%} | {line['near_any']:.0%} |"
         )
 
@@ -364,11 +385,9 @@ def show(rows: list[Row], lines: list[Row], norm: str, title: str) -> None:
 def short(report: list[Row], passes: int) -> None:
     """One line for each network and norm: "minimal", the best of all ours, and the best peer, all at default settings."""
     print(f"\n### {passes} passes\n")
-    head = (
-        "network | norm | minimal | within 1 % of all peers | LO | best of ours | best peer | minimal no worse | ours no worse"
-    )
-    print(f"| {head} |")
-    print("| --- | --- | ---: | ---: | ---: | --- | --- | --- | --- |")
+    head = "network | norm | minimal | within 1 % of all peers | LO | best of ours | best peer | minimal by it (95 %)"
+    print(f"| {head} | minimal no worse | ours no worse |")
+    print("| --- | --- | ---: | ---: | ---: | --- | --- | --- | --- | --- |")
     for part in report:
         lines = [line for line in part["summary"] if line["peers"] == "default settings"]
         mine = next((line for line in lines if line["attack"] == "minimal"), None)
@@ -378,7 +397,7 @@ def short(report: list[Row], passes: int) -> None:
         row = next(row for row in part["rows"] if row["who"] == OURS and row["attack"] == "minimal")
         cells = [part["model"], norm, number(mine["median"], norm), f"{mine['near']:.0%}", f"{row['optimality']:.3f}"]
         cells.append(f"{number(best['median'], norm)} {best['attack']}")
-        cells.append(f"{number(mine['best_median'], norm)} {mine['best_peer']}")
+        cells += [f"{number(mine['best_median'], norm)} {mine['best_peer']}", interval(mine["ratio"])]
         print("| " + " | ".join([*cells, *("yes" if line["won"] else "no" for line in (mine, best))]) + " |")
 
 
