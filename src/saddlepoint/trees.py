@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, Final, TypeVar, cast
 
 import torch
@@ -29,11 +30,16 @@ def tree_map(function: Callable[..., Tensor], tree: T, *others: T) -> T:
     if not dataclasses.is_dataclass(tree) or isinstance(tree, type):
         return tree
     changed: dict[str, Any] = {}  # Any: the fields of an arbitrary dataclass
-    for field in dataclasses.fields(tree):
-        if not field.metadata.get("shared"):
-            branches = [getattr(branch, field.name) for branch in (tree, *others)]
-            changed[field.name] = tree_map(function, *branches)
+    for name in _of_samples(type(tree)):
+        branches = [getattr(branch, name) for branch in (tree, *others)]
+        changed[name] = tree_map(function, *branches)
     return dataclasses.replace(tree, **changed)
+
+
+@cache
+def _of_samples(cls: type[Any]) -> tuple[str, ...]:
+    """The fields of a dataclass that aren't shared."""
+    return tuple(field.name for field in dataclasses.fields(cls) if not field.metadata.get("shared"))
 
 
 def take(tree: T, index: Tensor) -> T:
