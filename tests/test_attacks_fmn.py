@@ -297,6 +297,27 @@ def test_many_passes_are_spent_on_new_beginnings(norm: str) -> None:
     assert whole.distance.mean() < 0.7 * walks.distance.mean()
 
 
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_new_beginnings_that_find_nothing_leave_passes_to_walks(norm: str) -> None:
+    """The margin rises to a plateau below 0: neither noise nor gradients lead to an adversarial point."""
+
+    class Plateau(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            z = x.sum(1, keepdim=True)
+            margin = 1e-4 * z + torch.relu(6 * (z - 2.2)).clamp(max=0.9) - 1
+            return torch.cat([torch.zeros_like(margin), margin], 1)
+
+    x = torch.full((2, 20), 0.1, dtype=torch.float64)
+    attack = A.minimal(norm, passes=1000)
+    searches = attack.attacks[0].attacks[2].attacks[0]
+    assert isinstance(searches, A.Restarts)
+    y = torch.zeros(2, dtype=torch.int64)
+    result = sp.attack(sp.Model(Plateau()), x, y, attack, sp.Minimize(norm), budget=sp.Budget(passes=1000))
+    assert (result.status == "survived").all()
+    assert (result.iterations > searches.times * searches.attack.starts).all()
+    assert (result.queries.total < 900).all(), "the walks behind the searches came to their end"
+
+
 def test_masked_gradients_in_l0() -> None:
     """Sigma-zero, with many passes another sparse attack, and walks from the best point, once it is trimmed."""
     few, many = (A.minimal("l0", passes=passes).attacks[0].attacks[2] for passes in (200, 1000))

@@ -29,6 +29,7 @@ _MISLED_LONG = 1.5  # the same with many steps, which are enough for both
 _ASTRAY = 1.2  # how many times as far as the linearised boundary may be what a search from afar finds
 _AS_LINEAR = 0.6  # the same with many passes in l2: nearer points mean masked gradients
 _TO_BEGIN = 6  # steps: what such a search needs for its way to the boundary
+_TRIES = 30  # points from which to begin, of each of many searches; where none is adversarial, passes must be left for walks
 
 
 def minimal(norm: Norm | str, passes: int = PASSES) -> Attack:
@@ -106,7 +107,8 @@ def _where_masked(norm: Norm, walks: DualAveraging, steps: int, many: bool) -> A
             search, spent = (SigmaZero(steps=steps * 3 // 5), Trim(steps=8)), steps * 3 // 5 + 4
     elif many:
         times = steps // (60 if norm is Norm.L1 else 80)
-        search, spent = (Restarts(BrendelBethge(steps=40, start="noise", fresh=True), times),), times * (40 + _TO_BEGIN)
+        from_noise = BrendelBethge(steps=40, start="noise", starts=_TRIES, fresh=True)
+        search, spent = (Restarts(from_noise, times),), times * (from_noise.steps + _TO_BEGIN)
     else:
         following = min(100, steps * 3 // 7)
         search, spent = (BrendelBethge(steps=following, fresh=True),), following + _TO_BEGIN
