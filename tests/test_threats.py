@@ -18,7 +18,7 @@ from torch import Tensor
 from saddlepoint.errors import CapabilityError, InputError
 from saddlepoint.rng import Keys
 from saddlepoint.taxonomy import Norm
-from saddlepoint.threats import L0, L1, L2, Bounds, Linf, Minimize, Region, Threat, ball, distance
+from saddlepoint.threats import L0, L1, L2, Bounds, Linf, Minimize, Region, Threat, _level, ball, distance
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -629,6 +629,30 @@ EVERY: tuple[Threat, ...] = (
 )
 
 
+class TestLevel:
+    """sum_i slope_i * min(t, cap_i) = gain, solved for t."""
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_the_level_gives_the_gain(self, seed: int) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        slope, cap = (torch.rand(50, 30, generator=draw, dtype=torch.float64) ** 4 for _ in range(2))
+        slope[slope < 1e-3], cap[:, ::7] = 0, torch.inf
+        cap[::2, ::7] = 0.5
+        most = torch.where(slope > 0, slope * cap, 0.0).sum(1)
+        gain = torch.rand(50, generator=draw, dtype=torch.float64) * most.clamp(max=3)
+        level = _level(slope, cap, gain)
+        torch.testing.assert_close((slope * torch.minimum(level, cap)).sum(1), gain, rtol=1e-12, atol=0)
+        lower = (slope * torch.minimum(level * (1 - 1e-9), cap)).sum(1)
+        assert (lower < gain).all(), "the smallest such level"
+
+    def test_what_cannot_be_reached_is_infinite(self) -> None:
+        slope = torch.tensor([[1.0, 2.0], [1.0, 2.0], [0.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+        cap = torch.tensor([[1.0, 1.0], [1.0, torch.inf], [1.0, torch.inf], [1.0, 1.0]], dtype=torch.float64)
+        gain = torch.tensor([3.1, 3.1, 1.0, 0.0], dtype=torch.float64)
+        assert _level(slope, cap, gain)[:, 0].tolist() == pytest.approx([math.inf, 1.05, math.inf, 0.0])
+        assert _level(slope, cap, torch.full_like(gain, math.inf))[:, 0].tolist() == [math.inf] * 4
+
+
 class TestDescription:
     def test_equality_and_hash(self) -> None:
         for a, b in itertools.combinations(EVERY, 2):
@@ -721,3 +745,16 @@ def test_regions_are_trees() -> None:
     mixed = select(torch.tensor([True, False]), part, take(region, torch.tensor([0, 0])))
     assert mixed.eps.tolist() == [0.4, 0.1]
     assert mixed.threat is region.threat
+
+
+def test_what_a_step_left_alone_is_not_copied_back() -> None:
+    from saddlepoint.trees import put, take
+
+    tree, index = (torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(3)), torch.tensor([2, 0])
+    taken = take(tree, index)
+    changed = (taken[0], taken[1].add_(1), taken[2] + 1)  # the second one in place
+    left, added, new = put(tree, index, changed, taken)
+    assert left is tree[0]
+    assert added.tolist() == [[1, 1], [0, 0], [1, 1]]
+    assert new.tolist() == [1, 0, 1]
+    assert all(not tensor.any() for tensor in tree)

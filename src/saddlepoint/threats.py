@@ -353,15 +353,19 @@ def _level(slope: Tensor, cap: Tensor, gain: Tensor) -> Tensor:
 
     slope and cap (B, D) >= 0: the sum is piecewise linear in t and bends at the caps.
     """
-    cap, order = torch.where(slope > 0, cap, torch.zeros_like(cap)).sort(1)
-    slope = slope.gather(1, order)
-    filled = torch.where(slope > 0, slope * cap, torch.zeros_like(cap))
-    before = _sums_before(filled)
-    after = slope.flip(1).cumsum(1).flip(1)
-    reached = before + torch.where(after > 0, cap * after, torch.zeros_like(cap)) >= gain[:, None]
-    first = reached.to(torch.uint8).argmax(1, keepdim=True)
-    level = (gain[:, None] - before.gather(1, first)) / after.gather(1, first)
-    return torch.where(reached.any(1, keepdim=True), level.clamp(min=0), torch.full_like(level, torch.inf))
+    none = torch.zeros_like(slope)
+    cap = torch.where(slope > 0, cap, none)
+    filled = torch.where(slope > 0, slope * cap, none)
+    level, gain = torch.zeros_like(gain[:, None]), gain[:, None]
+    while True:  # Newton's iteration: the sum is concave, so it rises to the level, past another bend each time
+        free = cap > level
+        full = torch.where(free, none, filled).sum(1, keepdim=True)
+        steepness = torch.where(free, slope, none).sum(1, keepdim=True)
+        flat = torch.where(full >= gain, level, torch.full_like(level, torch.inf))
+        following = torch.where(steepness > 0, (gain - full) / steepness, flat)
+        if not bool((following > level).any()):
+            return level
+        level = torch.maximum(level, following)
 
 
 def _sums_before(values: Tensor) -> Tensor:

@@ -57,6 +57,14 @@ def select(mask: Tensor, chosen: T, other: T) -> T:
     return tree_map(lambda a, b: torch.where(rows(mask.to(a.device), a), a, b), chosen, other)
 
 
-def put(tree: T, index: Tensor, part: T) -> T:
-    """The tree with the samples `index` (P,) replaced by those of `part`."""
-    return tree_map(lambda old, new: old.index_copy(0, index.to(old.device), new), tree, part)
+def put(tree: T, index: Tensor, part: T, taken: T | None = None) -> T:
+    """The tree with the samples `index` (P,) replaced by those of `part`.
+
+    taken: what `take` gave for `index`, from which `part` was made. Tensors that are still the same aren't copied.
+    """
+
+    def replaced(old: Tensor, new: Tensor, before: Tensor | None = None) -> Tensor:
+        same = new is before and not new._version  # an in-place change counts
+        return old if same else old.index_copy(0, index.to(old.device), new)
+
+    return tree_map(replaced, tree, part) if taken is None else tree_map(replaced, tree, part, taken)
