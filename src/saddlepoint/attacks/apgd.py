@@ -18,11 +18,12 @@ from torch import Tensor
 
 from saddlepoint.attacks.deepfool import candidates
 from saddlepoint.attacks.registry import register
+from saddlepoint.attacks.stepping import advance
 from saddlepoint.engine import Attack, Declaration, Problem
 from saddlepoint.errors import InputError
 from saddlepoint.goals import Aim, Loss, loss_named
 from saddlepoint.taxonomy import Norm
-from saddlepoint.trees import put, rows, select, take
+from saddlepoint.trees import rows, select
 
 _NORMS = frozenset({Norm.LINF, Norm.L2, Norm.L1})
 _MOMENTUM = 0.75
@@ -336,10 +337,7 @@ class APGDT(_AutoPGD):
     def step(self, problem: Problem, state: Tour) -> Tour:
         first, begins = problem.k == 0, problem.k % (self.steps + 1) == 0
         for which, part in ((first, self._rank), (begins & ~first, self._depart), (~begins, self._go_on)):
-            if bool(which.any()):
-                rows_ = which.nonzero()[:, 0].to(problem.origin.device)
-                moved = part(problem.only(rows_), take(state, rows_))
-                state = put(state, rows_, moved)
+            state = advance(which, part, problem, state)
         return state
 
     def _rank(self, problem: Problem, state: Tour) -> Tour:

@@ -11,31 +11,22 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from saddlepoint.attacks.registry import register
+from saddlepoint.attacks.stepping import advance
 from saddlepoint.engine import Attack, Declaration, Problem
 from saddlepoint.errors import InputError
 from saddlepoint.goals import Aim, FalsePositive
 from saddlepoint.taxonomy import Norm
 from saddlepoint.threats import Region, ball
-from saddlepoint.trees import put, rows, take
+from saddlepoint.trees import rows
 
-T = TypeVar("T")
 _REST = 0.02  # a step is short if it is at most this share of the way that lies behind
-
-
-def on(which: Tensor, problem: Problem, state: T, advance: Callable[[Problem, T], T]) -> T:
-    """`advance` for the samples where `which` (B,) is True; the others keep their state."""
-    index = which.nonzero()[:, 0].to(problem.origin.device)
-    if not len(index):
-        return state
-    return put(state, index, advance(problem.only(index), take(state, index)))
 
 
 def inner(first: Tensor, second: Tensor) -> Tensor:
@@ -202,8 +193,8 @@ class DeepFool(_Stepping):
         def look(part: Problem, walk: Walk) -> Walk:
             return replace(walk, over=walk.over | (part.surplus(part.logits(walk.x)) >= 0))
 
-        state = on((problem.k > 0) & ~state.over.cpu(), problem, state, look)
-        return on(~state.over, problem, state, self._move)
+        state = advance((problem.k > 0) & ~state.over.cpu(), look, problem, state)
+        return advance(~state.over, self._move, problem, state)
 
     def done(self, state: Walk) -> Tensor:
         return state.over
@@ -259,13 +250,13 @@ class _InRounds(_Stepping):
         k = problem.k.to(problem.origin.device)
         searching, turning = state.looked >= 0, state.waiting > 0
         seeking = ~searching & ~turning
-        state = on(searching & ~state.walk.over, problem, state, self._bisect)
-        state = on(turning & ~state.walk.over, problem, state, self._turn)
-        state = on(seeking & ~state.walk.over & (k > 0), problem, state, self._look)
+        state = advance(searching & ~state.walk.over, self._bisect, problem, state)
+        state = advance(turning & ~state.walk.over, self._turn, problem, state)
+        state = advance(seeking & ~state.walk.over & (k > 0), self._look, problem, state)
         seeking &= (state.waiting == 0) & (state.looked < 0) & ~state.walk.over  # a success is all that a step looks at
-        state = on(seeking & (k < self.steps), problem, state, self._go)
+        state = advance(seeking & (k < self.steps), self._go, problem, state)
         late = (state.looked < 0) & (k >= self.steps)
-        return on(late | (seeking & state.walk.over), problem, state, self._finish)  # no time, or no boundary in sight
+        return advance(late | (seeking & state.walk.over), self._finish, problem, state)  # no time, or no boundary in sight
 
     def _look(self, problem: Problem, state: Rounds) -> Rounds:
         """Is the new point a success? Then the run is over; before the first step of a run, the whole attack."""
@@ -274,7 +265,7 @@ class _InRounds(_Stepping):
         turn = ~fresh & (success | (walk.made >= self._longest))
         end = torch.where(rows(success, walk.x), walk.x, state.end)
         state = replace(state, waiting=turn * self._repeats, end=end, found=state.found | success)
-        return on(success & fresh, problem, state, self._finish)
+        return advance(success & fresh, self._finish, problem, state)
 
     def _finish(self, problem: Problem, state: Rounds) -> Rounds:
         """Search the way to the last success."""

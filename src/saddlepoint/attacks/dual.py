@@ -11,13 +11,13 @@ from torch import Tensor
 
 from saddlepoint.attacks.fmn import DUAL, length
 from saddlepoint.attacks.registry import register
-from saddlepoint.attacks.stepping import Stepping
+from saddlepoint.attacks.stepping import Stepping, advance
 from saddlepoint.engine import ALL_NORMS, Declaration, Problem
 from saddlepoint.errors import InputError
 from saddlepoint.goals import Aim
 from saddlepoint.taxonomy import Norm
 from saddlepoint.threats import L2
-from saddlepoint.trees import put, rows, select, take
+from saddlepoint.trees import rows, select, take
 
 CURVED, MASKED = 0, 1  # what the gradient at the input may turn out to be, as numbers of a `Fork`'s branches
 FAR = 0  # what a point that an earlier attack has found may be
@@ -163,11 +163,7 @@ class DualAveraging(Stepping):
     def step(self, problem: Problem, state: Search) -> Search:
         opening, known = (problem.k == 0).to(problem.origin.device), state.number >= self.targets
         for which, move in ((opening & ~known, self._open), (opening & known, self._go_on), (~opening, self._walk)):
-            if bool(which.all()):
-                return move(problem, state)
-            if bool(which.any()):
-                index = which.nonzero()[:, 0]
-                state = put(state, index, move(problem.only(index), take(state, index)))
+            state = advance(which, move, problem, state)
         return state
 
     def _open(self, problem: Problem, state: Search) -> Search:

@@ -10,9 +10,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from saddlepoint.attacks.deepfool import candidates, inner, on, plain
+from saddlepoint.attacks.deepfool import candidates, inner, plain
 from saddlepoint.attacks.registry import register
-from saddlepoint.attacks.stepping import Stepping
+from saddlepoint.attacks.stepping import Stepping, advance
 from saddlepoint.engine import ALL_NORMS, Declaration, Problem
 from saddlepoint.errors import InputError
 from saddlepoint.goals import Aim
@@ -61,8 +61,8 @@ class _AlongPath(Stepping):
     @final
     def step(self, problem: Problem, state: Path) -> Path:
         first = problem.k == 0
-        state = on(~first & ~state.over.cpu(), problem, state, self._search)
-        return on(first, problem, state, self._linearise)
+        state = advance(~first & ~state.over.cpu(), self._search, problem, state)
+        return advance(first, self._linearise, problem, state)
 
     @abstractmethod
     def _linearise(self, problem: Problem, state: Path) -> Path:

@@ -13,9 +13,8 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from saddlepoint.attacks.deepfool import on
 from saddlepoint.attacks.registry import register
-from saddlepoint.attacks.stepping import Stepping
+from saddlepoint.attacks.stepping import Stepping, advance
 from saddlepoint.engine import Declaration, Problem
 from saddlepoint.errors import CapabilityError, InputError
 from saddlepoint.goals import Aim
@@ -144,7 +143,7 @@ class JSMA(Stepping):
         return Saliency(x, still, left, left == 0)
 
     def step(self, problem: Problem, state: Saliency) -> Saliency:
-        return on(~state.over, problem, state, self._move)
+        return advance(~state.over, self._move, problem, state)
 
     def _move(self, problem: Problem, state: Saliency) -> Saliency:
         """Move the features of largest saliency."""

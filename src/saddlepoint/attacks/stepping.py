@@ -19,10 +19,11 @@ S = TypeVar("S")
 
 def advance(which: Tensor, step: Callable[[Problem, S], S], problem: Problem, state: S) -> S:
     """Take `step` for the samples where `which` (B,) is True, and for no other."""
-    index = which.nonzero()[:, 0]
+    index = which.nonzero()[:, 0].to(problem.origin.device)
     if len(index) in (0, len(which)):
         return step(problem, state) if len(index) else state
-    return put(state, index, step(problem.only(index), take(state, index)))
+    taken = take(state, index)
+    return put(state, index, step(problem.only(index), taken), taken)
 
 
 def on_the_way(problem: Problem, start: Tensor, share: Tensor) -> Tensor:

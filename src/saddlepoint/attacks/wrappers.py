@@ -295,7 +295,8 @@ class _Staged(Attack):
             if not len(here):
                 continue
             rows, everyone = here.to(problem.origin.device), len(here) == len(k)
-            part, mine = (problem, inner[number]) if everyone else (problem.only(rows), take(inner[number], rows))
+            part, taken = (problem, inner[number]) if everyone else (problem.only(rows), take(inner[number], rows))
+            mine = taken
             run = torch.full_like(k[here], number)
             entering = k[here] == 0
             if number and bool(entering.any()):  # now there are points to begin from
@@ -310,7 +311,7 @@ class _Staged(Attack):
                 part.predictions(attack.current(mine))
             else:
                 _look(attack, part, mine, over & ~ended[here])
-            inner[number] = mine if everyone else put(inner[number], rows, mine)
+            inner[number] = mine if everyone else put(inner[number], rows, mine, taken)
         return Sequential(tuple(inner), stage, k, ended)
 
     def done(self, state: Sequential) -> Tensor:
