@@ -353,6 +353,38 @@ def test_stages_share_a_batch(mlp: nn.Module, samples: Samples) -> None:
     assert max(counting.calls) == 8
 
 
+@dataclass
+class Written:
+    x: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing(Watch):
+    """Steps along the gradient, and writes the new iterate into the state that it was given."""
+
+    @property
+    def iterations(self) -> int:
+        return 5
+
+    def init(self, problem: Problem) -> Written:
+        return Written(problem.best.points)
+
+    def step(self, problem: Problem, state: Written) -> Written:
+        gradient = problem.loss_and_grad(state.x, "margin").gradient
+        state.x = problem.region.project(state.x + 0.02 * gradient.sign())
+        return state
+
+    def done(self, state: Written) -> Tensor:
+        return torch.zeros(len(state.x), dtype=torch.bool)
+
+
+def test_state_may_be_written_into(mlp: nn.Module, samples: Samples) -> None:
+    attack = Sequence(Watch(), Writing())
+    alone = sp.attack(sp.Model(mlp), *samples, attack, sp.Linf(0.1), batch_size=1)
+    assert 5 < int(alone.having("fooled").sum()) < 24
+    same(alone, sp.attack(sp.Model(mlp), *samples, attack, sp.Linf(0.1)), exact=False)
+
+
 def test_best_of_all_stages(mlp: nn.Module, samples: Samples) -> None:
     model, threat = sp.Model(mlp), sp.Minimize("l2")
     parts = (A.DDN(steps=10), A.FMN(steps=10, alpha_init=0.3))

@@ -66,7 +66,13 @@ def test_the_ratio_of_medians_comes_with_what_chance_makes_of_it(minimal: Module
     found, low, high = minimal.ratio(apart, other)
     assert found == pytest.approx(np.median(apart) / np.median(other))
     assert low < min(found, 1) < max(found, 1) < high
+    drawn = [np.random.default_rng(seed).integers(100, size=100) for seed in range(5000)]
+    ratios = np.array([np.median(apart[0, index]) / np.median(other[0, index]) for index in drawn])
+    assert float((ratios < low).mean()) == pytest.approx(0.025, abs=0.008)
+    assert float((ratios > high).mean()) == pytest.approx(0.025, abs=0.008)
     assert minimal.ratio(np.full((1, 9), math.inf), other[:, :9]) == (math.inf, math.inf, math.inf)
+    often = np.where(np.arange(20) < 9, math.inf, other[0, :20])[None]  # of both, in some draws all in the middle
+    assert all(math.isfinite(end) for end in minimal.ratio(often, often))
 
 
 def test_the_table_says_who_is_ahead(minimal: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,8 +80,9 @@ def test_the_table_says_who_is_ahead(minimal: ModuleType, tmp_path: Path, capsys
     facts |= {"count": 4, "index": [0, 1, 2, 3], "outside": 0.0, "forward": 100, "backward": 99, "seconds": 1.0, "cpu": 1.0}
     runs = {
         ("saddlepoint", "minimal"): [1.0, 2.0, 3.0, 4.2],
-        ("Library", "strong"): [2.0, 2.0, 2.0, 4.0],
-        ("Library", "weak"): [0.5, 9.0, 9.0, None],
+        ("Library", "strong"): [0.6, 2.1, 3.1, 0.7],
+        ("Library", "wide"): [0.5, 2.0, 3.0, 9.0],
+        ("Library", "weak"): [0.7, 9.0, 9.0, None],
     }
     lines = [facts | {"who": who, "attack": attack, "distance": found} for (who, attack), found in runs.items()]
     cache = tmp_path / "cache"
@@ -83,10 +90,10 @@ def test_the_table_says_who_is_ahead(minimal: ModuleType, tmp_path: Path, capsys
     asked = ["--cache", str(cache), "--table", "--models", "mnist_lenet_standard", "--norms", "l2", "--passes", "200"]
     assert minimal.main([*asked, "--count", "4", "--short"]) == 0
     cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].split("|")[1:-1]]
-    assert cells[:4] == ["mnist_lenet_standard", "l2", "2.500", "25%"]
-    assert cells[4] == "75% Library strong"  # of all peers, of which it is one; the weak one is nearer for the first sample
-    assert cells[6:8] == ["2.500 minimal", "2.000 Library strong"]
-    assert cells[8].startswith("1.250 (")
+    assert cells[:4] == ["mnist_lenet_standard", "l2", "2.500", "50%"]
+    assert cells[4] == "75% Library wide"  # beside "minimal" and the other peers; by median it isn't the best
+    assert cells[6:8] == ["2.500 minimal", "1.400 Library strong"]
+    assert cells[8].startswith("1.786 (")
     assert cells[9:] == ["no", "no"]
     assert minimal.main([*asked, "--count", "4"]) == 0
-    assert "| minimal | 2.500 | default settings | Library strong | 2.000 | 1.250 (" in capsys.readouterr().out
+    assert "| minimal | 2.500 | default settings | Library strong | 1.400 | 1.786 (" in capsys.readouterr().out

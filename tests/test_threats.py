@@ -652,6 +652,14 @@ class TestLevel:
         assert _level(slope, cap, gain)[:, 0].tolist() == pytest.approx([math.inf, 1.05, math.inf, 0.0])
         assert _level(slope, cap, torch.full_like(gain, math.inf))[:, 0].tolist() == [math.inf] * 4
 
+    def test_what_is_not_finite_stays_in_its_sample(self) -> None:
+        slope, cap = torch.tensor([[1.0, 2.0]], dtype=torch.float64).repeat(4, 1), torch.full((4, 2), 0.5, dtype=torch.float64)
+        slope[1, 0], cap[2, 1], gain = math.inf, math.nan, torch.tensor([math.nan, 1.0, 1.0, 1.2], dtype=torch.float64)
+        together = _level(slope, cap, gain)
+        alone = [_level(slope[[row]], cap[[row]], gain[[row]])[0] for row in range(4)]
+        torch.testing.assert_close(together, torch.stack(alone), rtol=0, atol=0, equal_nan=True)
+        assert together[[0, 3], 0].tolist() == [math.inf, pytest.approx(0.4)]
+
 
 class TestDescription:
     def test_equality_and_hash(self) -> None:
@@ -758,3 +766,10 @@ def test_what_a_step_left_alone_is_not_copied_back() -> None:
     assert added.tolist() == [[1, 1], [0, 0], [1, 1]]
     assert new.tolist() == [1, 0, 1]
     assert all(not tensor.any() for tensor in tree)
+
+
+def test_state_of_other_kinds_is_an_error() -> None:
+    from saddlepoint.trees import take
+
+    with pytest.raises(InputError, match="dataclasses; found a dict"):
+        take({"x": torch.zeros(3, 2)}, torch.tensor([0]))

@@ -356,16 +356,17 @@ def _level(slope: Tensor, cap: Tensor, gain: Tensor) -> Tensor:
     none = torch.zeros_like(slope)
     cap = torch.where(slope > 0, cap, none)
     filled = torch.where(slope > 0, slope * cap, none)
-    level, gain = torch.zeros_like(gain[:, None]), gain[:, None]
+    level, gain = torch.zeros_like(gain[:, None]), gain[:, None].nan_to_num(nan=torch.inf, posinf=torch.inf)
     while True:  # Newton's iteration: the sum is concave, so it rises to the level, past another bend each time
         free = cap > level
         full = torch.where(free, none, filled).sum(1, keepdim=True)
         steepness = torch.where(free, slope, none).sum(1, keepdim=True)
         flat = torch.where(full >= gain, level, torch.full_like(level, torch.inf))
         following = torch.where(steepness > 0, (gain - full) / steepness, flat)
-        if not bool((following > level).any()):
+        further = following > level  # not where it is NaN
+        if not bool(further.any()):
             return level
-        level = torch.maximum(level, following)
+        level = torch.where(further, following, level)
 
 
 def _sums_before(values: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Any, Final, TypeVar, cast
 import torch
 from torch import Tensor
 
+from saddlepoint.errors import InputError
+
 T = TypeVar("T")
 
 SHARED: Final[Mapping[str, bool]] = {"shared": True}
@@ -22,12 +24,17 @@ def rows(values: Tensor, like: Tensor) -> Tensor:
 
 
 def tree_map(function: Callable[..., Tensor], tree: T, *others: T) -> T:
-    """Apply to all tensors of equally built trees; what is shared or no tensor is taken from the first."""
+    """Apply to all tensors of equally built trees; what is shared or no tensor is taken from the first.
+
+    Errors: `InputError` where a tree has a dictionary or a list.
+    """
     if isinstance(tree, Tensor):
         return cast(T, function(tree, *others))  # a Tensor in gives a Tensor out, which the type variable can't say
     if isinstance(tree, tuple):
         return cast(T, tuple(tree_map(function, *branch) for branch in zip(tree, *cast(Any, others), strict=True)))
     if not dataclasses.is_dataclass(tree) or isinstance(tree, type):
+        if isinstance(tree, dict | list):
+            raise InputError(f"per-sample state must be tensors, tuples and dataclasses; found a {type(tree).__name__}")
         return tree
     changed: dict[str, Any] = {}  # Any: the fields of an arbitrary dataclass
     for name in _of_samples(type(tree)):
@@ -60,7 +67,8 @@ def select(mask: Tensor, chosen: T, other: T) -> T:
 def put(tree: T, index: Tensor, part: T, taken: T | None = None) -> T:
     """The tree with the samples `index` (P,) replaced by those of `part`.
 
-    taken: what `take` gave for `index`, from which `part` was made. Tensors that are still the same aren't copied.
+    taken: what `take` gave for `index`, from which `part` was made. Tensors that are still the same aren't copied. A change in
+        place counts, unless PyTorch can't see it (`.data`, NumPy).
     """
 
     def replaced(old: Tensor, new: Tensor, before: Tensor | None = None) -> Tensor:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import saddlepoint as sp
 from saddlepoint.engine.slots import beyond_confidence
 from saddlepoint.threats import ball
+from saddlepoint.trees import tree_map
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_norm = pytest.mark.parametrize("case", [case for case in CASES if case.goal is None], ids=str)
@@ -267,6 +268,26 @@ def test_best_of_all_evaluated(case: Case, keep: str, mlp: nn.Module, samples: S
             torch.testing.assert_close(float(result.margin[0]), best, rtol=1e-4, atol=1e-4)
         if not result.success[0]:
             assert margin.max() < 2 * result.tau
+
+
+@each_attack
+def test_a_step_writes_into_no_tensor_of_its_state(
+    case: Case, model: sp.Model, samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it leaves alone isn't copied, so a change that PyTorch can't see would be lost."""
+    steps = []
+
+    def watched(self: sp.Attack, problem: sp.engine.Problem, state: object) -> object:
+        before = tree_map(torch.clone, state)
+        after = original(self, problem, state)
+        tree_map(lambda old, now: steps.append(torch.equal(old.nan_to_num(), now.nan_to_num())) or old, before, state)
+        return after
+
+    original = type(case.attack).step
+    monkeypatch.setattr(type(case.attack), "step", watched)
+    run(case, model, samples[0][:6], samples[1][:6])
+    assert steps or not case.attack.iterations
+    assert all(steps)
 
 
 # 6: independence

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast, final
 
@@ -296,7 +297,7 @@ class _Staged(Attack):
                 continue
             rows, everyone = here.to(problem.origin.device), len(here) == len(k)
             part, taken = (problem, inner[number]) if everyone else (problem.only(rows), take(inner[number], rows))
-            mine = taken
+            mine = copy(taken)  # a step may set attributes of what it gets
             run = torch.full_like(k[here], number)
             entering = k[here] == 0
             if number and bool(entering.any()):  # now there are points to begin from

@@ -67,7 +67,7 @@ class Attack(ABC):
 
     @abstractmethod
     def step(self, problem: Problem, state: State) -> State:
-        """One micro-step for the whole batch."""
+        """One micro-step for the whole batch: a new state. What stays as it is may be in both; no tensor is written into."""
 
     def current(self, state: State) -> Tensor:
         """The iterate (B, ...) in `state`; the engine evaluates the last one."""
