@@ -300,7 +300,7 @@ def test_the_smallest_success_is_not_the_luckiest(attack: str | A.Attack, norm: 
             errs += model.forward(result.adversarial).argmax(1) != samples[1]
     assert (errs[fooled] >= 25).all()
     assert (errs[fooled] >= 45).double().mean() >= 0.7
-    assert (result.queries.verify[fooled] % 11 == 0).all()
+    assert (result.queries.verify[fooled] >= 9).all()
     wrong = result.having("already_wrong")
     assert wrong.any()
     assert (result.queries.verify[wrong] == 0).all()
@@ -321,7 +321,11 @@ def test_luck_is_no_success(keep: str) -> None:
         model.probe(x)
     result = sp.attack(model, x, y, A.Restarts(A.UniformNoise(), 60), sp.Linf(0.1), keep=keep)
     assert result.having("fooled").sum() == 0
-    assert any("refuted" in note for note in result.notes)
+    refuted = sum(int(note.split()[0]) for note in result.notes if "refuted" in note)
+    assert refuted > 0
+    # a claim is given up at its third draw that errs not, where 9 of 11 must err; a majority is asked for all 11
+    least, most = (3, 4) if keep == "smallest" else (11, 11)
+    assert least * refuted <= int(result.queries.verify.sum()) <= most * refuted
 
 
 @pytest.mark.parametrize("keep", ["first", "margin", "last", "loss"])

@@ -291,8 +291,17 @@ class Run:
         return ~refuted | self._over(slots) | self._recorder.decided(slots)
 
     def _upheld(self, slots: Slots, points: Tensor, owner: Tensor) -> Tensor:
-        """Which claims at points (Q, ...) are no luck, (Q,) bool, before what was found gives way to them."""
-        upheld = self._vote(slots, points, owner, _VOTES)[0] >= _OFTEN
+        """Which claims at points (Q, ...) are no luck, (Q,) bool, before what was found gives way to them.
+
+        No more draws are asked for than the answer needs.
+        """
+        agree = torch.zeros_like(owner)
+        for drawn in range(_VOTES):
+            open_ = ((agree < _OFTEN) & (drawn - agree <= _VOTES - _OFTEN)).nonzero()[:, 0]
+            if not len(open_):
+                break
+            agree[open_] += self._vote(slots, points[open_], owner[open_], 1)[0]
+        upheld = agree >= _OFTEN
         self._unconfirmed += int((~upheld).sum())
         return upheld
 
