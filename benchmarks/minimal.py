@@ -270,7 +270,7 @@ def ratio(found: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
     count = found.shape[1]
     resampled = of_medians(np.random.default_rng(0).integers(count, size=(RESAMPLES, count)))
     known = resampled[~np.isnan(resampled)]
-    # no sums with inf
+    # the method that doesn't interpolate, since between infinite ends there is nothing
     ends = np.quantile(known, [0.025, 0.975], method="inverted_cdf") if len(known) else (math.nan, math.nan)
     return float(of_medians(np.arange(count))), float(ends[0]), float(ends[1])
 

@@ -66,10 +66,10 @@ def test_independence(case: Case, model: sp.Model, samples: Samples) -> None:
     model = sp.Model(copy.deepcopy(model.net).double())
     ids = torch.arange(len(x)) * 7 + 3
     whole = run(case, model, x, y, ids=ids, batch_size=64)
-    for size, count in ((1, 8), (5, len(x))) if case.goal is None else ((1, 8),):  # one by one takes long
-        other = run(case, model, x[:count], y[:count], ids=ids[:count], batch_size=size)
-        assert (other.status == whole.status[:count]).all()
-        torch.testing.assert_close(other.distance, whole.distance[:count], rtol=1e-4, atol=1e-4)
+    for size in (1, 5) if case.goal is None else (1,):
+        other = run(case, model, x, y, ids=ids, batch_size=size)
+        assert (other.status == whole.status).all()
+        torch.testing.assert_close(other.distance, whole.distance, rtol=1e-4, atol=1e-4)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
     permuted = run(case, model, x[order], y[order], ids=ids[order], batch_size=3)
     assert (permuted.status == whole.status[order.numpy()]).all()
